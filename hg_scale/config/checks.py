@@ -1,0 +1,334 @@
+"""Checks that involve more than one key. Each problem says which values would do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from math import gcd, lcm, prod
+
+from hg_scale.config.deepspeed import deepspeed_problems
+from hg_scale.config.errors import Problem
+from hg_scale.config.schema import Config, ModelConfig
+
+RELATIVE_LIMIT = 8192  # positions; beyond it, B x H x L x L scores take over 0.5 GB a head in fp32
+SWIGLU_CHUNKS = 64  # gate and up rows alternate in this many chunks, so tensor slices are whole
+
+
+def cross_checks(config: Config, world_size: int | None = None) -> list[Problem]:
+    """All faults of combinations; `world_size` is checked where it is known."""
+    return [
+        *_levels(config),
+        *_model(config),
+        *_tensor_parallel(config),
+        *_batches(config, world_size),
+        *_parallel(config, world_size),
+        *_schedule(config),
+        *deepspeed_problems(config),
+    ]
+
+
+_BY_LEVEL = (
+    "model.d_model",
+    "model.heads",
+    "model.d_ff",
+    "model.window",
+    "model.positions",
+    "optimizer.learning_rate_by_level",
+    "training.activation_checkpointing",
+)
+
+
+def _get(config: Config, path: str) -> object:
+    section, key = path.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def _levels(config: Config) -> Iterator[Problem]:
+    scales = config.model.parsed.scales
+    for path in _BY_LEVEL:
+        value = _get(config, path)
+        if isinstance(value, list) and len(value) != scales:
+            yield Problem(
+                path,
+                f"a list by level needs {scales} entries for hierarchy "
+                f"'{config.model.hierarchy}' (full length first), got {len(value)}",
+                value,
+                ("model.hierarchy",),
+            )
+
+
+def _whole_lists(config: Config, *paths: str) -> bool:
+    """Whether by-level lists have the right lengths, so that they can be read side by side."""
+    scales = config.model.parsed.scales
+    values = (_get(config, path) for path in paths)
+    return all(not isinstance(v, list) or len(v) == scales for v in values)
+
+
+def _near_multiples(value: int, unit: int) -> str:
+    """The multiples of `unit` around `value`, in words."""
+    below, above = value // unit * unit, -(-value // unit) * unit
+    return f"{below} or {above}" if below else f"{above}"
+
+
+def _model(config: Config) -> Iterator[Problem]:
+    model, hierarchy = config.model, config.model.parsed
+    if _whole_lists(config, "model.d_model", "model.heads", "model.positions"):
+        widths, heads = model.by_level("d_model"), model.by_level("heads")
+        rotary = [p == "rotary" for p in model.by_level("positions")]
+        for scale, (width, count) in enumerate(zip(widths, heads, strict=True)):
+            others = ("model.d_model", "model.positions", "model.hierarchy")
+            where = f" at level {scale}" if len(widths) > 1 else ""
+            if width % count:
+                legal = [h for h in range(1, min(width, 257)) if width % h == 0]
+                near = sorted(sorted(legal, key=lambda h: abs(h - count))[:2])
+                yield Problem(
+                    "model.heads",
+                    f"{count} heads do not divide d_model {width}{where}; "
+                    f"nearest that do: {' or '.join(map(str, near))}",
+                    model.heads,
+                    others,
+                )
+            elif rotary[scale] and (width // count) % 2:
+                yield Problem(
+                    "model.heads",
+                    f"rotary positions need an even head width, got {width // count}{where}",
+                    model.heads,
+                    others,
+                )
+            if not rotary[scale] and width % 2:
+                yield Problem(
+                    "model.d_model",
+                    f"relative positions need an even width, got {width}{where}",
+                    model.d_model,
+                    others,
+                )
+        if model.shared_position_bias:
+            shapes = {
+                (h, w // h)
+                for h, w, r in zip(heads, widths, rotary, strict=True)
+                if not r and w % h == 0
+            }
+            if len(shapes) > 1:
+                yield Problem(
+                    "model.shared_position_bias",
+                    "one pair of biases needs equal heads and widths at all levels with relative "
+                    "positions; use false",
+                    True,
+                    ("model.heads", "model.d_model", "model.positions"),
+                )
+            if not shapes:
+                yield Problem(
+                    "model.shared_position_bias",
+                    "no level has relative positions; use false",
+                    True,
+                    ("model.positions",),
+                )
+    choices = model.shorten_factor_choices
+    total = hierarchy.total_factor
+    if choices is not None:
+        yield from _shorten_factors(model)
+    elif model.sequence_length % total:
+        yield Problem(
+            "model.sequence_length",
+            f"training windows must be a multiple of {total}, the product of the factors of "
+            f"'{model.hierarchy}'; nearest: {_near_multiples(model.sequence_length, total)}",
+            model.sequence_length,
+            ("model.hierarchy",),
+        )
+    if _whole_lists(config, "model.positions", "model.window"):
+        length = model.sequence_length
+        scales = zip(
+            (1, *(level.factor for level in hierarchy.levels)),
+            model.by_level("positions"),
+            model.by_level("window"),
+            strict=True,
+        )
+        for scale, (factor, kind, window) in enumerate(scales):
+            n = -(-length // factor)
+            if kind == "relative" and n > RELATIVE_LIMIT and (window is None or window >= n):
+                yield Problem(
+                    "model.positions",
+                    f"relative scores of full attention take (batch x heads x {n} x {n}) of "
+                    f"memory at level {scale}; over {RELATIVE_LIMIT} positions use rotary, or a "
+                    "window",
+                    model.positions,
+                    ("model.sequence_length", "model.window", "model.hierarchy"),
+                )
+
+
+def _shorten_factors(model: ModelConfig) -> Iterator[Problem]:
+    choices, levels = model.shorten_factor_choices, model.parsed.levels
+    path, others = "model.shorten_factor_choices", ("model.hierarchy",)
+    if not levels:
+        yield Problem(path, "a flat model has no shortening to draw for; use null", choices, others)
+        return
+    lists = model.factor_choices or []
+    if len(lists) != len(levels):
+        yield Problem(
+            path,
+            f"needs one list for each of the {len(levels)} shortenings, got {len(lists)}",
+            choices,
+            others,
+        )
+    elif not all(lists):
+        yield Problem(path, "a level has nothing to draw from", choices)
+    for key, value in (("pooling", model.pooling), ("upsampling", model.upsampling)):
+        if "linear" in value:
+            yield Problem(
+                path,
+                f"model.{key} '{value}' has weights for one factor only; use average pooling and "
+                "repeat upsampling, with or without attention",
+                choices,
+                (f"model.{key}",),
+            )
+    if all(lists) and lists:
+        sets = [sorted(set(options)) for options in lists]
+        unit = lcm(*(prod(draw) for draw in product(*sets)))
+        if unit > 10_000:
+            yield Problem(path, "the products of these factors are too large", choices)
+
+
+def _tensor_parallel(config: Config) -> Iterator[Problem]:
+    size, model = config.parallel.tensor, config.model
+    if size == 1:
+        return
+    for path in ("model.heads", "model.d_ff", "model.d_model"):
+        if not _whole_lists(config, path):
+            continue
+        for scale, value in enumerate(model.by_level(path.removeprefix("model."))):
+            if value % size:
+                yield Problem(
+                    path,
+                    f"must be a multiple of parallel.tensor {size} at every level, got {value} at "
+                    f"level {scale}; nearest: {_near_multiples(value, size)}",
+                    getattr(model, path.removeprefix("model.")),
+                    ("parallel.tensor",),
+                )
+            elif path == "model.d_ff" and model.activation == "swiglu":
+                chunks = gcd(value, SWIGLU_CHUNKS)
+                if chunks % size:
+                    yield Problem(
+                        path,
+                        f"{value} at level {scale} cannot be cut into gate and up for "
+                        f"parallel.tensor {size}; nearest: "
+                        f"{_near_multiples(value, lcm(size, SWIGLU_CHUNKS))}",
+                        model.d_ff,
+                        ("parallel.tensor", "model.activation"),
+                    )
+    if model.padded_vocab % size:
+        yield Problem(
+            "model.vocab_multiple",
+            f"the padded vocabulary {model.padded_vocab} must be a multiple of parallel.tensor "
+            f"{size}; use a multiple of {size}, such as {lcm(size, model.vocab_multiple)}",
+            model.vocab_multiple,
+            ("parallel.tensor", "model.vocab_size"),
+        )
+
+
+def _batches(config: Config, world_size: int | None) -> Iterator[Problem]:
+    training, parallel = config.training, config.parallel
+    fit = parallel.tensor * parallel.pipeline
+    ranks = world_size // fit if world_size and world_size % fit == 0 else 1
+    batch, micro = training.global_batch_size, training.micro_batch_size
+    others = ("training.micro_batch_size", "parallel.tensor", "parallel.pipeline")
+    if batch % (micro * ranks) == 0:
+        return
+    spread = f" x {ranks} data-parallel ranks" if ranks > 1 else ""
+    legal = [m for m in range(1, batch + 1) if batch % (m * ranks) == 0][-6:]
+    remedy = f"nearest global batches: {_near_multiples(batch, micro * ranks)}"
+    if legal:
+        remedy += f"; legal micro batches for {batch}: {', '.join(map(str, legal))}"
+    yield Problem(
+        "training.global_batch_size",
+        f"must be a multiple of micro_batch_size {micro}{spread} = {micro * ranks}; {remedy}",
+        batch,
+        others,
+    )
+
+
+def _parallel(config: Config, world_size: int | None) -> Iterator[Problem]:
+    parallel, training = config.parallel, config.training
+    stages = parallel.pipeline
+    if stages > 1 and parallel.zero_stage >= 2:
+        yield Problem(
+            "parallel.zero_stage",
+            "a pipeline keeps whole gradients while micro-batches are in flight, and ZeRO 2 and 3 "
+            "would scatter them after each one (DeepSpeed refuses it); use 1, or pipeline = 1",
+            parallel.zero_stage,
+            ("parallel.pipeline",),
+        )
+    if training.precision == "bf16" and parallel.zero_stage == 0:
+        yield Problem(
+            "parallel.zero_stage",
+            "bf16 needs stage 1 or more: with 0 DeepSpeed runs other optimizers, one with a wrong "
+            "Adam step; stage 1 on one rank is the same",
+            0,
+            ("training.precision",),
+        )
+    hierarchy = config.model.parsed
+    if stages > hierarchy.blocks:
+        yield Problem(
+            "parallel.pipeline",
+            f"more stages than the {hierarchy.blocks} blocks of '{config.model.hierarchy}'",
+            stages,
+            ("model.hierarchy",),
+        )
+    fit = parallel.tensor * stages
+    if world_size and world_size % fit:
+        near = _near_multiples(world_size, fit)
+        yield Problem(
+            "parallel.tensor",
+            f"{world_size} processes cannot be split into tensor {parallel.tensor} x pipeline "
+            f"{stages} x data; start a multiple of {fit}, such as {near}",
+            parallel.tensor,
+            ("parallel.pipeline",),
+        )
+
+
+def _schedule(config: Config) -> Iterator[Problem]:
+    schedule, steps = config.schedule, config.training.steps
+    if schedule.warmup_steps >= steps:
+        yield Problem(
+            "schedule.warmup_steps",
+            f"must be less than training.steps {steps}",
+            schedule.warmup_steps,
+            ("training.steps",),
+        )
+    elif schedule.warmup_steps + schedule.decay_steps > steps:
+        yield Problem(
+            "schedule.decay_steps",
+            f"warm-up {schedule.warmup_steps} and decay {schedule.decay_steps} do not fit into "
+            f"training.steps {steps}; at most {steps - schedule.warmup_steps}",
+            schedule.decay_steps,
+            ("training.steps", "schedule.warmup_steps"),
+        )
+    if schedule.kind == "cosine" and schedule.decay_steps:
+        yield Problem(
+            "schedule.decay_steps",
+            "a cosine falls from the warm-up to the end; use 0, or kind wsd or rsqrt",
+            schedule.decay_steps,
+            ("schedule.kind",),
+        )
+    if schedule.kind != "cosine" and schedule.cycle_steps:
+        yield Problem(
+            "schedule.cycle_steps",
+            f"belongs to kind cosine; with {schedule.kind} use null",
+            schedule.cycle_steps,
+            ("schedule.kind",),
+        )
+    if schedule.kind == "wsd" and schedule.decay_steps == 0:
+        yield Problem(
+            "schedule.decay_steps",
+            f"warm-up, stable, decay needs a decay; about a tenth of training.steps, "
+            f"{max(1, steps // 10)}",
+            0,
+            ("schedule.kind", "training.steps"),
+        )
+    optimizer = config.optimizer
+    if optimizer.name == "adam" and optimizer.weight_decay:
+        yield Problem(
+            "optimizer.weight_decay",
+            "adam has none here; use 0, or adamw for decoupled decay",
+            optimizer.weight_decay,
+            ("optimizer.name",),
+        )

@@ -1,0 +1,39 @@
+"""What is wrong with a configuration, said in lines a person can act on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault: the dotted `key` it is about, what was expected, what to do.
+
+    `others` are further keys the fault depends on: when one of those is itself faulty, the fault
+    may be an echo and is left out of the report.
+    """
+
+    key: str
+    message: str
+    value: Any = _ABSENT
+    others: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.value is _ABSENT:
+            return f"{self.key}: {self.message}"
+        return f"{self.key} = {json.dumps(self.value, default=str)}: {self.message}"
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used; `problems` lists every fault found."""
+
+    def __init__(self, problems: list[Problem], source: str = "") -> None:
+        self.problems = problems
+        where = f" in {source}" if source else ""
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        super().__init__(f"configuration: {count}{where}{lines}")

@@ -1,0 +1,304 @@
+"""The one schema of `configs/*.json`. Each section is one pydantic model and one part of the code.
+
+Every field carries its meaning: `docs/config.md` and the JSON Schema for editors are generated
+from here. What involves more than one key is checked in `checks.py`.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from hg_scale.config.hierarchy import Hierarchy
+
+SCHEMA_VERSION = 1
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+# A value for every scale, or one value for all; lists run from the outermost scale inwards.
+PositiveByLevel = Positive | Annotated[list[Positive], Field(min_length=1)]
+
+Pooling = Literal["average", "linear", "attention+average", "attention+linear"]
+Upsampling = Literal["repeat", "linear", "attention+repeat", "attention+linear", "attention+none"]
+Positions = Literal["relative", "rotary"]
+Precision = Literal["fp32", "bf16"]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys refused, no silent conversion, immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """What the Hourglass is. Lists by level run from the outermost scale (full length) inwards."""
+
+    hierarchy: str = Field(
+        "2@1 8@3 2@1",
+        description="Blocks and total shortening factors in the paper's notation: `2@1 8@3 2@1` is "
+        "2 blocks at full length, 8 on a sequence three times shorter, 2 at full length. `6@1` is "
+        "a flat Transformer.",
+    )
+    vocab_size: Positive = Field(256, description="Token ids run from 0 to vocab_size - 1.")
+    vocab_multiple: Positive = Field(
+        64,
+        description="Embedding and head are padded to a multiple of this, so that every "
+        "`parallel.tensor` gives the same model; padded logits are masked.",
+    )
+    sequence_length: Positive = Field(2048, description="Tokens in a training window.")
+    d_model: PositiveByLevel = Field(512, description="Width of the activations, by level.")
+    heads: PositiveByLevel = Field(8, description="Attention heads, by level.")
+    d_ff: PositiveByLevel = Field(2048, description="Width inside the feed-forward, by level.")
+    window: Positive | list[Positive | None] | None = Field(
+        None,
+        description="Sliding attention window, by level, in positions of that level: a position "
+        "sees itself and the window - 1 before it. null: full causal attention.",
+    )
+    pooling: Pooling = Field(
+        "attention+average",
+        description="How groups are shortened. `attention+X`: attention over the whole sequence, "
+        "its queries based on X; `attention` is short for `attention+average`.",
+    )
+    upsampling: Upsampling = Field(
+        "attention+repeat",
+        description="How groups are expanded. `attention+X`: attention to the short sequence, its "
+        "queries based on X added to the skip; `attention` is short for `attention+repeat`.",
+    )
+    skip: Literal["add", "learned"] = Field(
+        "add",
+        description="How a level's input joins its output: `add` as in the paper, `learned` with "
+        "one trained gain per feature, starting at 1.",
+    )
+    positions: Positions | list[Positions] = Field(
+        "relative",
+        description="Transformer-XL `relative` scores as in the paper, or `rotary` embeddings; by "
+        "level. Resampling attention uses the kind of its longer side.",
+    )
+    shared_position_bias: bool = Field(
+        False,
+        description="One pair of relative-position biases for the whole model, as in the paper, "
+        "instead of one pair a layer.",
+    )
+    rotary_base: PositiveFloat = Field(10_000.0, description="Base of the rotary frequencies.")
+    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Kind of every norm.")
+    norm_eps: PositiveFloat = Field(1e-6, description="Epsilon of every norm.")
+    activation: Literal["gelu", "swiglu"] = Field(
+        "gelu", description="Feed-forward: GELU in its tanh form, or gated SiLU (three matrices)."
+    )
+    qk_norm: bool = Field(
+        False, description="RMS-normalise queries and keys of each head, with a trained scale."
+    )
+    bias: bool = Field(True, description="Biases in the linear layers.")
+    dropout: Fraction = Field(
+        0.0,
+        description="Dropout after the embedding, on attention probabilities, after attention, in "
+        "and after the feed-forward.",
+    )
+    shorten_factor_choices: list[Positive] | list[list[Positive]] | None = Field(
+        None,
+        description="Shorten-factor dropout (paper, section 4.1): each training step draws every "
+        "level's step factor from these; a list for all levels or one list a level. Evaluation "
+        "uses the factors of `hierarchy`.",
+    )
+    initialization: Literal["paper", "scaled_normal"] = Field(
+        "paper",
+        description="`paper`: Glorot-uniform matrices, biases of 1e-6, as the authors' code. "
+        "`scaled_normal`: normal of 0.02, the last matrix of each residual branch divided by "
+        "sqrt(2 x blocks).",
+    )
+
+    @field_validator("pooling", mode="before")
+    @classmethod
+    def _pooling_shorthand(cls, value: Any) -> Any:
+        return "attention+average" if value == "attention" else value
+
+    @field_validator("upsampling", mode="before")
+    @classmethod
+    def _upsampling_shorthand(cls, value: Any) -> Any:
+        return "attention+repeat" if value == "attention" else value
+
+    @field_validator("hierarchy")
+    @classmethod
+    def _hierarchy_parses(cls, value: str) -> str:
+        Hierarchy.parse(value)
+        return value
+
+    @cached_property
+    def parsed(self) -> Hierarchy:
+        """The hierarchy, read."""
+        return Hierarchy.parse(self.hierarchy)
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding and of the head."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def by_level(self, key: str) -> list[Any]:
+        """The values of a by-level key, one a scale, outermost first."""
+        return by_level(getattr(self, key), self.parsed.scales)
+
+    @cached_property
+    def factor_choices(self) -> list[list[int]] | None:
+        """The sets that shorten-factor dropout draws from, one a level."""
+        choices = self.shorten_factor_choices
+        if choices is None:
+            return None
+        if isinstance(choices[0], list):
+            return choices
+        return [choices] * len(self.parsed.levels)
+
+
+def by_level(value: Any, scales: int) -> list[Any]:
+    """A by-level value as a list with one entry a scale."""
+    return list(value) if isinstance(value, list) else [value] * scales
+
+
+class DataConfig(Section):
+    """Where the tokens come from."""
+
+    path: str | None = Field(
+        None,
+        description="Folder with `index.json` and the shards, as written by "
+        "`data_prep/prepare_bytes.py`. A relative path counts from the current folder.",
+    )
+    prefetch_batches: Positive = Field(4, description="Global batches read ahead by each reader.")
+
+
+class OptimizerConfig(Section):
+    """The optimizer; AdamW decays matrices only."""
+
+    name: Literal["adamw", "adam"] = Field(
+        "adamw", description="`adamw`, or the `adam` of the paper (which has no weight decay)."
+    )
+    learning_rate: PositiveFloat = Field(4e-4, description="Peak learning rate.")
+    learning_rate_by_level: PositiveFloat | list[PositiveFloat] = Field(
+        1.0, description="Factor on the learning rate, by level; embedding and head are level 0."
+    )
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
+        [0.9, 0.95], description="Decay of the first and the second moment."
+    )
+    eps: PositiveFloat = Field(1e-8, description="Added to the root of the second moment.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="Decoupled weight decay of all matrices (not of norms and biases)."
+    )
+    gradient_clipping: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="Largest global gradient norm; 0 switches clipping off."
+    )
+
+
+class ScheduleConfig(Section):
+    """Learning rate by step: warm-up, then one of three shapes."""
+
+    kind: Literal["cosine", "rsqrt", "wsd"] = Field(
+        "cosine",
+        description="After the warm-up: one `cosine`, 1/sqrt (`rsqrt`), or stable-then-decay "
+        "(`wsd`).",
+    )
+    warmup_steps: NonNegative = Field(0, description="Steps of linear warm-up.")
+    decay_steps: NonNegative = Field(
+        0, description="`wsd`, `rsqrt`: the last steps, in which the rate falls."
+    )
+    decay_shape: Literal["linear", "sqrt"] = Field(
+        "linear", description="`wsd`: shape of the decay, linear or 1 - sqrt."
+    )
+    cycle_steps: Positive | None = Field(
+        None,
+        description="`cosine`: length of the half wave, counted after the warm-up. Default: "
+        "`training.steps`, as in the paper (the rate then ends a little above its minimum).",
+    )
+    minimum_ratio: Fraction = Field(
+        0.0, description="Lowest rate after the warm-up as a fraction of the peak."
+    )
+
+
+class ParallelConfig(Section):
+    """How the model is spread; data parallelism is what is left of the processes."""
+
+    tensor: Positive = Field(1, description="Tensor-parallel size (Megatron's layers).")
+    pipeline: Positive = Field(1, description="Pipeline stages, cut by FLOPs.")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
+        1, description="DeepSpeed ZeRO stage. Pipelines allow 0 and 1, bf16 allows 1 to 3."
+    )
+
+
+class TrainingConfig(Section):
+    """The loop."""
+
+    steps: Positive = Field(1000, description="Optimizer steps of the whole schedule.")
+    global_batch_size: Positive = Field(8, description="Windows an optimizer step.")
+    micro_batch_size: Positive = Field(
+        1, description="Windows a forward pass of one data-parallel rank."
+    )
+    precision: Precision = Field(
+        "bf16", description="`bf16` (fp32 master weights under ZeRO) or `fp32`."
+    )
+    seed: NonNegative = Field(
+        1, description="Fixes initial weights, order of the data, and dropout in every layout."
+    )
+    activation_checkpointing: bool | list[bool] = Field(
+        False, description="Recompute blocks in the backward pass to save memory, by level."
+    )
+    validate_every: NonNegative = Field(
+        0, description="Steps between validations; 0: after the last step only."
+    )
+    validation_windows: Positive | None = Field(
+        None, description="Windows of the validation split to score; null: all."
+    )
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    every: NonNegative = Field(0, description="Steps between checkpoints; 0: after the last only.")
+    start_from: str | None = Field(
+        None,
+        description="A checkpoint folder to begin from where the run folder has none yet: weights, "
+        "optimizer, step and data position carry over. With `schedule.kind = wsd` and a new "
+        "`training.steps` this branches a decay off any checkpoint.",
+    )
+
+
+class LoggingConfig(Section):
+    """What is recorded; `metrics.jsonl` in the run folder always is."""
+
+    every: Positive = Field(10, description="Steps between logged lines.")
+    wandb_project: str | None = Field(
+        None, description="Weights & Biases project; null: not used. Offline without an API key."
+    )
+    wandb_name: str | None = Field(
+        None, description="Name of the run there; null: the run folder's name."
+    )
+
+
+class Config(Section):
+    """A whole configuration."""
+
+    schema_version: Literal[1] = Field(1, description="Version of this schema.")
+    notes: str = Field("", description="Free text: what this is for, where its numbers come from.")
+    model: ModelConfig = Field(default_factory=ModelConfig)  # type: ignore[arg-type]
+    data: DataConfig = Field(default_factory=DataConfig)  # type: ignore[arg-type]
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)  # type: ignore[arg-type]
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)  # type: ignore[arg-type]
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)  # type: ignore[arg-type]
+    training: TrainingConfig = Field(default_factory=TrainingConfig)  # type: ignore[arg-type]
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)  # type: ignore[arg-type]
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)  # type: ignore[arg-type]
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Expert keys handed to DeepSpeed as they stand, beside those generated from "
+        "the rest, which they may not contradict.",
+    )
+
+    def data_parallel(self, world_size: int) -> int:
+        """Data-parallel size in a world of `world_size` processes."""
+        return world_size // (self.parallel.tensor * self.parallel.pipeline)
+
+    def micro_batches(self, world_size: int) -> int:
+        """Micro-batches an optimizer step on each data-parallel rank (gradient accumulation)."""
+        ranks = self.data_parallel(world_size)
+        return self.training.global_batch_size // (self.training.micro_batch_size * ranks)

@@ -1,0 +1,207 @@
+"""Causal attention: inside a stack, full or in a sliding window, and between two scales.
+
+Three ways to compute it, all exact: torch's fused kernel where the sides are equal and nothing
+else is asked for; the fused kernel with an explicit mask for windows (cut into blocks, so that a
+window saves time) and for resampling; plain matrix products for relative scores and for dropout
+of probabilities, which the fused kernels cannot reproduce from a given key.
+
+`is_causal` is never used with sides of different lengths: torch aligns that mask at the top left.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hg_scale.config.schema import ModelConfig
+from hg_scale.model.context import Context
+from hg_scale.model.grouping import Alignment
+from hg_scale.model.layers import PlainLayers
+from hg_scale.model.plan import Scale
+from hg_scale.model.positions import relative_shift, rotate, sinusoids
+
+
+class PositionBias(nn.Module):
+    """Transformer-XL's two bias vectors u and v, (heads, d_head) each."""
+
+    def __init__(self, layers: PlainLayers, heads: int, d_head: int) -> None:
+        super().__init__()
+        self.u = layers.by_head(heads, d_head, 0.0)
+        self.v = layers.by_head(heads, d_head, 0.0)
+
+
+class Attention(nn.Module):
+    """Queries of one scale over keys and values of the same (`source` None) or another scale.
+
+    Fused projections keep each head's rows together, (head, q k v, d_head), so that a tensor
+    slice is a run of whole heads.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layers: PlainLayers,
+        query: Scale,
+        source: Scale | None = None,
+        positions: str | None = None,
+        shared_bias: PositionBias | None = None,
+    ) -> None:
+        super().__init__()
+        d = query.d_model
+        self.heads, self.d_head = query.heads // layers.size, d // query.heads
+        self.window = None if source else query.window
+        self.rotary = (positions or query.positions) == "rotary"
+        self.rotary_base, self.d_model = model.rotary_base, d
+        if source is None:
+            self.qkv = layers.column(d, 3 * d, model.bias)
+        else:
+            self.q = layers.column(d, d, model.bias)
+            self.kv = layers.column(source.d_model, 2 * d, model.bias)
+        self.out = layers.row(d, d, model.bias)
+        if not self.rotary:
+            self.pos = layers.column(d, d, model.bias)
+            if shared_bias is None:
+                self.position_bias = PositionBias(layers, query.heads, self.d_head)
+            # A shared pair is registered once, by the model, and only referred to here.
+            self._bias = (shared_bias or self.position_bias,)
+        self.qk_norm = model.qk_norm
+        if self.qk_norm:
+            self.q_scale = layers.by_head(query.heads, self.d_head, 1.0)
+            self.k_scale = layers.by_head(query.heads, self.d_head, 1.0)
+            self.eps = model.norm_eps
+        self.dropout = layers.dropout(model.dropout, split_dim=1)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Context,
+        unit: int,
+        source: Tensor | None = None,
+        alignment: Alignment | None = None,
+    ) -> Tensor:
+        """x (B, n, d), source (B, m, d_source) -> (B, n, d).
+
+        `unit` is the length of one position of the finer side in tokens (its total factor).
+        """
+        if source is None:
+            q, k, v = self._split(self.qkv(x), 3)
+        else:
+            q = self._split(self.q(x), 1)[0]
+            k, v = self._split(self.kv(source), 2)
+        # q: (B, heads, n, d_head); k, v: (B, heads, m, d_head)
+        if self.qk_norm:
+            q = F.rms_norm(q, (self.d_head,), eps=self.eps) * self.q_scale[:, None]
+            k = F.rms_norm(k, (self.d_head,), eps=self.eps) * self.k_scale[:, None]
+        align = alignment or Alignment(q.shape[2], k.shape[2])
+        if self.rotary:
+            q = rotate(q, unit * align.query_step, self.rotary_base)
+            k = rotate(k, unit * align.key_step, self.rotary_base)
+        explicit = not self.rotary or self.dropout.active(context)
+        if source is None and self.window is not None and self.window < x.shape[1]:
+            y = self._windowed(q, k, v, context, unit, explicit)
+        elif explicit:
+            y = self._explicit(q, k, v, context, unit, align)
+        elif source is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=align.visible(x.device))
+        return self.out(y.transpose(1, 2).flatten(2))  # (B, n, heads * d_head)
+
+    def _split(self, fused: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(B, n, heads * parts * d_head) -> `parts` tensors (B, heads, n, d_head)."""
+        split = fused.unflatten(2, (self.heads, parts, self.d_head))
+        return tuple(part.transpose(1, 2) for part in split.unbind(3))
+
+    def _explicit(
+        self, q: Tensor, k: Tensor, v: Tensor, context: Context, unit: int, align: Alignment
+    ) -> Tensor:
+        """Matrix products and softmax, with relative scores or dropout of probabilities."""
+        if self.rotary:
+            scores = q @ k.transpose(-1, -2)
+        else:
+            bias = self._bias[0]
+            content = (q + bias.u[:, None]) @ k.transpose(-1, -2)
+            scores = content + self._position_scores(q + bias.v[:, None], unit, align)
+        return self._attend(scores, align.visible(q.device), v, context)
+
+    def _attend(self, scores: Tensor, visible: Tensor, v: Tensor, context: Context) -> Tensor:
+        scores = (scores / sqrt(self.d_head)).masked_fill(~visible, float("-inf"))
+        probabilities = scores.float().softmax(-1).to(v.dtype)
+        return self.dropout(probabilities, context) @ v
+
+    def _embed_distances(self, first: int, count: int, step: int, like: Tensor) -> Tensor:
+        """Projected sinusoids of `count` distances: (heads, d_head, count)."""
+        distances = sinusoids(first, count, step, self.d_model, like.device, like.dtype)
+        table = self.pos(distances)
+        return table.unflatten(1, (self.heads, self.d_head)).permute(1, 2, 0)
+
+    def _position_scores(self, q: Tensor, unit: int, align: Alignment) -> Tensor:
+        """(B, heads, n, m): query i on the embedding of its signed distance to key j.
+
+        The distance is key minus query. When upsampling it is counted in positions, not in tokens,
+        as in the authors' code (it differs in nested models only).
+        """
+        if align.key_step > 1:  # upsampling: every key_step-th distance of the finer sequence
+            n, k = align.queries, align.key_step
+            by_distance = q @ self._embed_distances(-(n - 1), n, 1, q)
+            return relative_shift(by_distance, 1)[..., ::k][..., : align.keys]
+        k, n = align.query_step, align.queries
+        first = -k * (n - 1) * unit
+        return relative_shift(q @ self._embed_distances(first, align.keys, unit, q), k)
+
+    def _windowed(
+        self, q: Tensor, k: Tensor, v: Tensor, context: Context, unit: int, explicit: bool
+    ) -> Tensor:
+        """Blocks of one window of queries, each over its own and the previous block of keys.
+
+        Exact for a window of w: query i sees keys i - w + 1 .. i. Cost 2 w keys a query.
+        """
+        w, n = self.window, q.shape[2]
+        assert w is not None
+        blocks = -(-n // w)
+        pad = blocks * w - n
+        q, k, v = (F.pad(t, (0, 0, 0, pad)) for t in (q, k, v))
+        q = q.unflatten(2, (blocks, w)).transpose(1, 2)  # (B, blocks, heads, w, d_head)
+        k, v = (self._with_previous(t, w) for t in (k, v))  # (B, blocks, heads, 2 w, d_head)
+        row = torch.arange(w, device=q.device)[:, None]
+        column = torch.arange(2 * w, device=q.device)
+        visible = (column > row) & (column <= row + w)  # (w, 2 w)
+        # The block before the first is padding. (blocks, 1, w, 2 w)
+        first = torch.arange(blocks, device=q.device)[:, None, None, None] == 0
+        visible = visible & ~(first & (column < w))
+        if explicit:
+            y = self._windowed_scores(q, k, v, visible, context, unit)
+        else:
+            batch = q.shape[0]
+            y = F.scaled_dot_product_attention(
+                q.flatten(0, 1),
+                k.flatten(0, 1),
+                v.flatten(0, 1),
+                attn_mask=visible.expand(batch, blocks, 1, w, 2 * w).flatten(0, 1),
+            ).unflatten(0, (batch, blocks))
+        return y.transpose(1, 2).flatten(2, 3)[:, :, :n]
+
+    @staticmethod
+    def _with_previous(t: Tensor, w: int) -> Tensor:
+        """(B, heads, blocks * w, d_head) -> (B, blocks, heads, 2 w, d_head)."""
+        padded = F.pad(t, (0, 0, w, 0))
+        return padded.unfold(2, 2 * w, w).permute(0, 2, 1, 4, 3)
+
+    def _windowed_scores(
+        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, context: Context, unit: int
+    ) -> Tensor:
+        w = q.shape[3]
+        if self.rotary:
+            scores = q @ k.transpose(-1, -2)
+        else:
+            bias = self._bias[0]
+            content = (q + bias.u[:, None]) @ k.transpose(-1, -2)
+            # Key column c of a block is c - w - row positions from the query in that row.
+            embedded = self._embed_distances(-unit * (2 * w - 1), 2 * w, unit, q)
+            scores = content + relative_shift((q + bias.v[:, None]) @ embedded, 1)
+        # Dropout splits heads at dimension 1: (B, heads, blocks, w, 2 w)
+        scores, v = scores.transpose(1, 2), v.transpose(1, 2)
+        return self._attend(scores, visible.transpose(0, 1), v, context).transpose(1, 2)

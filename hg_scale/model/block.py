@@ -1,0 +1,148 @@
+"""Layers that work at one scale: embedding, block, norm, head."""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from hg_scale.config.checks import SWIGLU_CHUNKS
+from hg_scale.config.schema import ModelConfig
+from hg_scale.model.attention import Attention, PositionBias
+from hg_scale.model.context import Context
+from hg_scale.model.layers import PlainLayers
+from hg_scale.model.plan import Scale
+
+
+class State(NamedTuple):
+    """What flows from layer to layer.
+
+    `x`: token ids (B, L) before the embedding, logits after the head, activations (B, n, d)
+    between; `skips`: the inputs of the levels that are still open, outermost first.
+    """
+
+    x: Tensor
+    skips: tuple[Tensor, ...] = ()
+
+
+class Layer(nn.Module):
+    """One entry of the layer list: `forward(state, context) -> state`."""
+
+    def forward(self, state: State, context: Context) -> State:
+        raise TypeError(f"{type(self).__name__} defines no forward")
+
+
+def make_norm(model: ModelConfig, d: int) -> nn.Module:
+    """LayerNorm or RMSNorm over d features."""
+    kind = nn.LayerNorm if model.norm == "layernorm" else nn.RMSNorm
+    return kind(d, eps=model.norm_eps)
+
+
+class Embedding(Layer):
+    """Token ids (B, L) -> (B, L, d)."""
+
+    def __init__(self, model: ModelConfig, layers: PlainLayers, scale: Scale) -> None:
+        super().__init__()
+        self.table = layers.embedding(model.padded_vocab, scale.d_model)
+        self.dropout = layers.dropout(model.dropout)
+
+    def forward(self, state: State, context: Context) -> State:
+        return State(self.dropout(self.table(state.x), context))
+
+
+class FeedForward(nn.Module):
+    """d -> d_ff -> d with GELU (tanh form) or gated SiLU.
+
+    Gate and up rows alternate in chunks, (chunk, gate up, rows), so that a tensor slice is whole.
+    """
+
+    def __init__(self, model: ModelConfig, layers: PlainLayers, scale: Scale) -> None:
+        super().__init__()
+        self.gated = model.activation == "swiglu"
+        self.chunks = gcd(scale.d_ff, SWIGLU_CHUNKS) // layers.size
+        self.up = layers.column(scale.d_model, scale.d_ff * (1 + self.gated), model.bias)
+        self.down = layers.row(scale.d_ff, scale.d_model, model.bias)
+        self.dropout = layers.dropout(model.dropout, split_dim=-1)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        h = self.up(x)
+        if self.gated:
+            gate, up = h.unflatten(2, (self.chunks, 2, -1)).unbind(3)
+            h = (F.silu(gate) * up).flatten(2)
+        else:
+            h = F.gelu(h, approximate="tanh")
+        return self.down(self.dropout(h, context))
+
+
+class Block(Layer):
+    """A pre-norm Transformer block: attention, then feed-forward, each with its residual."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layers: PlainLayers,
+        scale: Scale,
+        shared_bias: PositionBias | None,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self.level, self.recompute = scale.index, recompute
+        self.attention_norm = make_norm(model, scale.d_model)
+        self.attention = Attention(model, layers, scale, shared_bias=shared_bias)
+        self.ff_norm = make_norm(model, scale.d_model)
+        self.ff = FeedForward(model, layers, scale)
+        self.dropout_attention = layers.dropout(model.dropout)
+        self.dropout_ff = layers.dropout(model.dropout)
+
+    def forward(self, state: State, context: Context) -> State:
+        if self.recompute and torch.is_grad_enabled():
+            x = checkpoint(self._block, state.x, context, use_reentrant=False)
+        else:
+            x = self._block(state.x, context)
+        return state._replace(x=x)
+
+    def _block(self, x: Tensor, context: Context) -> Tensor:
+        unit = total_factor(context, self.level)
+        y = self.attention(self.attention_norm(x), context, unit)
+        x = x + self.dropout_attention(y, context)
+        return x + self.dropout_ff(self.ff(self.ff_norm(x), context), context)
+
+
+def total_factor(context: Context, scale: int) -> int:
+    """Tokens a position of `scale` stands for, with this pass's factors."""
+    total = 1
+    for k in context.factors[:scale]:
+        total *= k
+    return total
+
+
+class Norm(Layer):
+    """The norm that closes a stack (in the authors' code; the paper does not mention it)."""
+
+    def __init__(self, model: ModelConfig, scale: Scale) -> None:
+        super().__init__()
+        self.norm = make_norm(model, scale.d_model)
+
+    def forward(self, state: State, context: Context) -> State:
+        return state._replace(x=self.norm(state.x))
+
+
+class Head(Layer):
+    """(B, L, d) -> logits (B, L, padded vocabulary / tensor ranks); padding is never likely."""
+
+    def __init__(self, model: ModelConfig, layers: PlainLayers, scale: Scale) -> None:
+        super().__init__()
+        self.linear = layers.column(scale.d_model, model.padded_vocab, model.bias)
+        start = layers.vocab_start(model.padded_vocab)
+        self.real = max(0, model.vocab_size - start)  # logits held here that are not padding
+
+    def forward(self, state: State, context: Context) -> State:
+        logits = self.linear(state.x)
+        if self.real < logits.shape[-1]:
+            padding = torch.arange(logits.shape[-1], device=logits.device) >= self.real
+            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+        return State(logits)

@@ -1,0 +1,88 @@
+"""What one forward pass knows beside its input: this step's factors and the key of its dropout.
+
+Nothing here is state. Dropout masks are a pure function of (seed, step, sample, site), so they are
+the same in every layout, after every resume, and in a recomputed forward pass.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_MASK = (1 << 64) - 1
+
+
+def mix(*numbers: int) -> int:
+    """A 63-bit seed from a tuple of integers (splitmix64's finaliser, chained)."""
+    state = 0x9E3779B97F4A7C15
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def name_seed(seed: int, name: str) -> int:
+    """The seed of what is called `name`: initial weights and dropout sites."""
+    return mix(seed, zlib.crc32(name.encode()))
+
+
+@dataclass(frozen=True)
+class Context:
+    """One forward pass.
+
+    `factors`: step factor of each level, outermost first. `key`: None outside training, else
+    (seed, step); `first_sample` is the place of the first row in the global batch.
+    """
+
+    factors: tuple[int, ...]
+    key: tuple[int, int] | None = None
+    first_sample: int = 0
+
+
+def draw_factors(choices: list[list[int]], seed: int, step: int) -> tuple[int, ...]:
+    """This step's factors under shorten-factor dropout (paper, section 4.1): alike on all ranks."""
+    drawn = random.Random(mix(seed, step, zlib.crc32(b"shorten_factor")))
+    return tuple(drawn.choice(options) for options in choices)
+
+
+class Dropout(nn.Module):
+    """Inverted dropout whose mask depends on nothing but (seed, step, sample, site).
+
+    `split_dim`, `rank`, `ranks`: the dimension that tensor parallelism cuts, and the slice that is
+    held here; the whole mask is drawn and cut alike. `site` is set from the module's name.
+    """
+
+    def __init__(self, rate: float, split_dim: int | None = None, rank: int = 0, ranks: int = 1):
+        super().__init__()
+        self.rate, self.split_dim, self.rank, self.ranks = rate, split_dim, rank, ranks
+        self.site = 0
+
+    def extra_repr(self) -> str:
+        return f"{self.rate}"
+
+    def active(self, context: Context) -> bool:
+        return self.rate > 0 and context.key is not None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x: (B, ...), any dtype; row b is sample `context.first_sample + b`."""
+        if self.rate == 0 or context.key is None:
+            return x
+        seed, step = context.key
+        shape = list(x.shape[1:])
+        if self.split_dim is not None:
+            dim = self.split_dim % x.dim() - 1
+            shape[dim] *= self.ranks
+        generator = torch.Generator(x.device)
+        keep = torch.empty((x.shape[0], *shape), dtype=torch.bool, device=x.device)
+        for row, mask in enumerate(keep):
+            generator.manual_seed(mix(seed, step, context.first_sample + row, self.site))
+            mask.bernoulli_(1 - self.rate, generator=generator)
+        if self.split_dim is not None:
+            keep = keep.chunk(self.ranks, self.split_dim)[self.rank]
+        return x * keep * (1 / (1 - self.rate))

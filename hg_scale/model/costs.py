@@ -1,0 +1,166 @@
+"""Parameters and floating-point operations of every layer, in closed form, without torch.
+
+Conventions: 2 FLOPs a multiply-add, matrix products only; forward pass; attention without causal
+skipping (a query of full attention counts all keys, as in PaLM's appendix B), a sliding window
+counts its width. Training costs three times the forward pass; recomputation is not counted.
+Per-level counts matter here: 6 x parameters x tokens would overstate an Hourglass several times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hg_scale.config.hierarchy import scale_lengths
+from hg_scale.config.schema import ModelConfig
+from hg_scale.model.plan import LayerPlan, Scale, layer_plan, model_scales
+
+TRAINING_FACTOR = 3  # forward, and twice that backward
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Cost of one layer on one sequence: `parameters`, forward `flops`."""
+
+    layer: LayerPlan
+    parameters: int
+    flops: int
+
+
+def layer_costs(model: ModelConfig, length: int | None = None) -> list[LayerCost]:
+    """Costs of all layers in order, for one sequence of `length` tokens (default: the model's).
+
+    The biases of `shared_position_bias` belong to no layer: see `parameter_count`.
+    """
+    counter = _Counter(model, length or model.sequence_length)
+    return [LayerCost(layer, *counter.layer(layer)) for layer in layer_plan(model)]
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """All parameters of the model, padding of the vocabulary included."""
+    total = sum(cost.parameters for cost in layer_costs(model))
+    return total + (2 * shared_bias_width(model) if model.shared_position_bias else 0)
+
+
+def shared_bias_width(model: ModelConfig) -> int:
+    """Width of the levels with relative positions, which share one pair of biases."""
+    return next(s.d_model for s in model_scales(model) if s.positions == "relative")
+
+
+def forward_flops(model: ModelConfig, length: int | None = None) -> int:
+    """Forward FLOPs of one sequence."""
+    return sum(cost.flops for cost in layer_costs(model, length))
+
+
+def training_flops_per_token(model: ModelConfig) -> float:
+    """Training FLOPs for each token of a training window."""
+    return TRAINING_FACTOR * forward_flops(model) / model.sequence_length
+
+
+class _Counter:
+    """Counts (parameters, flops) layer by layer for one model and length."""
+
+    def __init__(self, model: ModelConfig, length: int) -> None:
+        self.model = model
+        self.scales = model_scales(model)
+        self.lengths = scale_lengths(length, model.parsed.factors)
+        self.norm_width = 2 if model.norm == "layernorm" else 1  # vectors of a norm
+
+    def layer(self, layer: LayerPlan) -> tuple[int, int]:
+        scale = self.scales[layer.scale]
+        n = self.lengths[layer.scale]
+        vocab, d = self.model.padded_vocab, scale.d_model
+        match layer.kind:
+            case "embedding":
+                return vocab * d, 0
+            case "head":
+                return self.linear(n, d, vocab)
+            case "norm":
+                return self.norm(d), 0
+            case "block":
+                parts = [
+                    (2 * self.norm(d), 0),
+                    self.attention(scale, n, scale, n),
+                    self.feed_forward(scale, n),
+                ]
+            case "shorten":
+                parts = list(self.shorten(layer.level))
+            case "upsample":
+                parts = list(self.upsample(layer.level))
+        return sum(p for p, _ in parts), sum(f for _, f in parts)
+
+    def linear(self, n: int, d_in: int, d_out: int) -> tuple[int, int]:
+        return d_in * d_out + (d_out if self.model.bias else 0), 2 * n * d_in * d_out
+
+    def norm(self, d: int) -> int:
+        return self.norm_width * d
+
+    def feed_forward(self, scale: Scale, n: int) -> tuple[int, int]:
+        gates = 2 if self.model.activation == "swiglu" else 1
+        up = self.linear(n, scale.d_model, gates * scale.d_ff)
+        down = self.linear(n, scale.d_ff, scale.d_model)
+        return up[0] + down[0], up[1] + down[1]
+
+    def attention(
+        self,
+        query: Scale,
+        n: int,
+        key: Scale,
+        m: int,
+        positions: str | None = None,
+        windowed: bool = True,
+    ) -> tuple[int, int]:
+        """Attention of n queries over m keys; `positions` of the longer side."""
+        positions = positions or query.positions
+        d = query.d_model
+        window = query.window if windowed else None
+        seen = min(window or m, m)
+        parts = [
+            self.linear(n, d, d),
+            self.linear(m, key.d_model, 2 * d),
+            self.linear(n, d, d),
+            (0, 2 * 2 * n * seen * d),  # scores and values
+        ]
+        if positions == "relative":
+            distances = seen if seen < m else max(n, m)
+            parts.append(self.linear(distances, d, d))
+            parts.append((0, 2 * n * seen * d))
+            if not self.model.shared_position_bias:
+                parts.append((2 * d, 0))
+        if self.model.qk_norm:
+            parts.append((2 * d, 0))
+        return sum(p for p, _ in parts), sum(f for _, f in parts)
+
+    def resampling_attention(
+        self, query: Scale, n: int, key: Scale, m: int, positions: str
+    ) -> Iterator[tuple[int, int]]:
+        yield self.norm(key.d_model) + 2 * self.norm(query.d_model), 0
+        yield self.attention(query, n, key, m, positions, windowed=False)
+        yield self.feed_forward(query, n)
+
+    def shorten(self, j: int) -> Iterator[tuple[int, int]]:
+        k = self.model.parsed.levels[j].k
+        upper, lower = self.scales[j], self.scales[j + 1]
+        n = self.lengths[j + 1]
+        base = self.model.pooling.rpartition("+")[2]
+        if base == "linear":
+            yield self.linear(n, k * upper.d_model, lower.d_model)
+        elif upper.d_model != lower.d_model:
+            yield self.linear(n, upper.d_model, lower.d_model)
+        if "attention" in self.model.pooling:
+            yield from self.resampling_attention(lower, n, upper, n * k, upper.positions)
+
+    def upsample(self, j: int) -> Iterator[tuple[int, int]]:
+        k = self.model.parsed.levels[j].k
+        upper, lower = self.scales[j], self.scales[j + 1]
+        n, m = self.lengths[j], self.lengths[j + 1]
+        yield self.norm(upper.d_model), 0
+        if self.model.skip == "learned":
+            yield upper.d_model, 0
+        base = self.model.upsampling.rpartition("+")[2]
+        if base == "linear":
+            yield self.linear(m, lower.d_model, k * upper.d_model)
+        elif base == "repeat" and upper.d_model != lower.d_model:
+            yield self.linear(m, lower.d_model, upper.d_model)
+        if "attention" in self.model.upsampling:
+            yield from self.resampling_attention(upper, n, lower, m, upper.positions)

@@ -1,0 +1,100 @@
+"""The Hourglass language model: a flat list of layers, made from the plan, run in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from hg_scale.config.schema import ModelConfig
+from hg_scale.model.attention import PositionBias
+from hg_scale.model.block import Block, Embedding, Head, Layer, Norm, State
+from hg_scale.model.context import Context, Dropout, name_seed
+from hg_scale.model.layers import PlainLayers
+from hg_scale.model.plan import LayerPlan, layer_plan, model_scales
+from hg_scale.model.resampling import Shorten, Upsample
+
+
+def make_shared_bias(model: ModelConfig, layers: PlainLayers) -> PositionBias | None:
+    """The one pair of position biases of a model with `shared_position_bias`."""
+    if not model.shared_position_bias:
+        return None
+    scale = next(s for s in model_scales(model) if s.positions == "relative")
+    return PositionBias(layers, scale.heads, scale.d_model // scale.heads)
+
+
+def make_layer(
+    plan: LayerPlan,
+    model: ModelConfig,
+    layers: PlainLayers,
+    shared_bias: PositionBias | None = None,
+    recompute: bool = False,
+) -> Layer:
+    """The module of one entry of the layer list."""
+    scales = model_scales(model)
+    here = scales[plan.scale]
+    makers: dict[str, Callable[[], Layer]] = {
+        "embedding": lambda: Embedding(model, layers, here),
+        "block": lambda: Block(model, layers, here, shared_bias, recompute),
+        "norm": lambda: Norm(model, here),
+        "shorten": lambda: Shorten(model, layers, here, scales[plan.scale + 1], shared_bias),
+        "upsample": lambda: Upsample(model, layers, here, scales[plan.scale + 1], shared_bias),
+        "head": lambda: Head(model, layers, here),
+    }
+    layer = makers[plan.kind]()
+    for name, module in layer.named_modules():
+        if isinstance(module, Dropout):
+            module.site = name_seed(0, f"{plan.name}.{name}")
+    return layer
+
+
+class Hourglass(nn.Module):
+    """The whole model on one device (or one tensor slice of it).
+
+    Parameters are named after the plan: `pre.0.attention.qkv.weight`, `level0.shorten.pool.bias`.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layers: PlainLayers | None = None,
+        recompute: list[bool] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.parts = model, layers or PlainLayers()
+        self.position_bias = make_shared_bias(model, self.parts)
+        self._sequence: list[Layer] = []
+        for plan in layer_plan(model):
+            again = bool(recompute and recompute[plan.scale])
+            layer = make_layer(plan, model, self.parts, self.position_bias, again)
+            _attach(self, plan.name, layer)
+            self._sequence.append(layer)
+
+    def forward(
+        self, ids: Tensor, labels: Tensor | None = None, context: Context | None = None
+    ) -> Tensor:
+        """ids (B, L) -> logits (B, L, padded vocabulary / tensor ranks), any L.
+
+        ids are shifted already: position t holds the token before the one it predicts. With
+        labels (B, L), -1 where nothing is to be scored, the mean loss in nats over all B x L.
+        """
+        context = context or Context(self.config.parsed.factors)
+        state = State(ids)
+        for layer in self._sequence:
+            state = layer(state, context)
+        return state.x if labels is None else mean_loss(self.parts, state.x, labels)
+
+
+def mean_loss(layers: PlainLayers, logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the losses over B x L: a constant divisor, so that any split into batches agrees."""
+    return layers.cross_entropy(logits, labels).sum() / labels.numel()
+
+
+def _attach(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Register `module` under a dotted name, making the containers on the way."""
+    *parents, last = name.split(".")
+    for part in parents:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    root.add_module(last, module)

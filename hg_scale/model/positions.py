@@ -1,0 +1,54 @@
+"""Where a position is: rotary embeddings, and the sinusoids of Transformer-XL's relative scores."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@lru_cache(maxsize=64)
+def rotary_table(
+    n: int, step: int, d_head: int, base: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (n, d_head / 2) of positions 0, step, 2 step, ..."""
+    frequencies = base ** (-torch.arange(0, d_head, 2, device=device, dtype=torch.float64) / d_head)
+    angles = torch.arange(n, device=device, dtype=torch.float64)[:, None] * step * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, step: int, base: float) -> Tensor:
+    """Turn each pair of features of x (B, heads, n, d_head) by its position times `step`.
+
+    Feature c is paired with feature c + d_head / 2, as in the authors' code.
+    """
+    cos, sin = rotary_table(x.shape[-2], step, x.shape[-1], base, x.device, x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+@lru_cache(maxsize=64)
+def sinusoids(
+    first: int, count: int, step: int, d: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(count, d): sines, then cosines, of the signed distances first, first + step, ...
+
+    Frequencies 10000^(-2a/d), a = 0 .. d/2 - 1.
+    """
+    distances = first + step * torch.arange(count, device=device, dtype=torch.float64)
+    a = torch.arange(d // 2, device=device, dtype=torch.float64)
+    angles = distances[:, None] * 10_000 ** (-2 * a / d)
+    return torch.cat((angles.sin(), angles.cos()), -1).to(dtype)
+
+
+def relative_shift(scores: Tensor, k: int) -> Tensor:
+    """Scores by distance to scores by key: out[i, j] = scores[i, j - k i + k (n - 1)].
+
+    scores: (..., n, R); out: (..., n, R), unspecified where the index leaves 0 .. R - 1. It is the
+    pad-and-reshape trick of Transformer-XL, with steps of k: no copy but the padding.
+    """
+    n, distances = scores.shape[-2:]
+    flat = F.pad(scores, (k, 0)).flatten(-2)
+    return flat[..., n * k :].unflatten(-1, (n, distances))
