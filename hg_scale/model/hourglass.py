@@ -67,7 +67,7 @@ class Hourglass(nn.Module):
         for plan in layer_plan(model):
             again = bool(recompute and recompute[plan.scale])
             layer = make_layer(plan, model, self.parts, self.position_bias, again)
-            _attach(self, plan.name, layer)
+            attach(self, plan.name, layer)
             self._sequence.append(layer)
 
     def forward(
@@ -90,7 +90,7 @@ def mean_loss(layers: PlainLayers, logits: Tensor, labels: Tensor) -> Tensor:
     return layers.cross_entropy(logits, labels).sum() / labels.numel()
 
 
-def _attach(root: nn.Module, name: str, module: nn.Module) -> None:
+def attach(root: nn.Module, name: str, module: nn.Module) -> None:
     """Register `module` under a dotted name, making the containers on the way."""
     *parents, last = name.split(".")
     for part in parents:

@@ -1,0 +1,131 @@
+"""The mesh of processes: tensor ranks adjacent, then data, pipeline outermost.
+
+DeepSpeed's `PipeModelDataParallelTopology` and Megatron's default order (tp-cp-ep-dp-pp) both
+agree with it; at start-up the groups of both are compared with those computed here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hg_scale.config.schema import ParallelConfig
+from hg_scale.model.layers import PlainLayers
+from hg_scale.parallel.launch import Launch
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes of the three axes and this rank's place on them."""
+
+    rank: int
+    tensor: int
+    pipeline: int
+    data: int
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.tensor % self.data
+
+    @property
+    def stage(self) -> int:
+        return self.rank // (self.tensor * self.data)
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage == self.pipeline - 1
+
+    def groups(self, axis: str) -> Iterator[list[int]]:
+        """All groups of ranks along an axis: tensor, data, pipeline, or model (both others)."""
+        moves = {"tensor": "t", "data": "d", "pipeline": "p", "model": "tp"}[axis]
+        coordinates = {}
+        for rank in range(self.world_size):
+            other = Mesh(rank, self.tensor, self.pipeline, self.data)
+            place = {"t": other.tensor_rank, "d": other.data_rank, "p": other.stage}
+            key = tuple(value for name, value in place.items() if name not in moves)
+            coordinates.setdefault(key, []).append(rank)
+        yield from coordinates.values()
+
+    def group(self, axis: str) -> list[int]:
+        """This rank's group along an axis."""
+        return next(group for group in self.groups(axis) if self.rank in group)
+
+
+def start_processes(launch: Launch, timeout_minutes: float = 30) -> torch.device:
+    """Join the world (gloo on a CPU, NCCL on GPUs) and return this rank's device.
+
+    DeepSpeed adopts the process group made here; it must be told of the CPU before its import.
+    """
+    launch.export()
+    gpu = torch.cuda.is_available()
+    if gpu:
+        # Some sites show each task one GPU only.
+        device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
+        if "MASTER_ADDR" not in os.environ:
+            if launch.world_size > 1:
+                raise RuntimeError("MASTER_ADDR and MASTER_PORT are not set; start with a launcher")
+            options["store"] = dist.HashStore()
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            rank=launch.rank,
+            world_size=launch.world_size,
+            **options,
+        )
+    return device
+
+
+def make_mesh(parallel: ParallelConfig) -> tuple[Mesh, PlainLayers]:
+    """This rank's place, and the layers factory for it.
+
+    Megatron is imported, and its groups made and compared, where there is tensor parallelism.
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    data = world // (parallel.tensor * parallel.pipeline)
+    mesh = Mesh(rank, parallel.tensor, parallel.pipeline, data)
+    if parallel.tensor == 1:
+        return mesh, PlainLayers()
+    from hg_scale.parallel import megatron
+
+    megatron.initialize(parallel.tensor, parallel.pipeline)
+    for axis, ranks in megatron.group_ranks().items():
+        compare_group(mesh, axis, ranks, "Megatron")
+    return mesh, megatron.MegatronLayers()
+
+
+def compare_group(mesh: Mesh, axis: str, ranks: list[int], whose: str) -> None:
+    """Raise where another library's group along an axis is not the mesh's."""
+    if sorted(ranks) != mesh.group(axis):
+        raise RuntimeError(
+            f"rank {mesh.rank}: {whose}'s {axis} group is {ranks}, expected {mesh.group(axis)}"
+        )
+
+
+def forget_groups() -> None:
+    """Forget Megatron's groups, where they were made, before the world is taken down."""
+    if "hg_scale.parallel.megatron" in sys.modules:
+        sys.modules["hg_scale.parallel.megatron"].destroy()

@@ -1,0 +1,84 @@
+"""Where a pipeline is cut: by floating-point operations, not by layers or parameters.
+
+A block at factor 3 has the parameters of any other and a third of the work or less. A cut inside
+the valley also carries every open skip, whose traffic is counted. Pure Python: a dry run prints it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from math import inf, prod
+
+from hg_scale.config.schema import ModelConfig
+from hg_scale.model.costs import TRAINING_FACTOR, layer_costs
+from hg_scale.model.plan import boundary_shapes, layer_plan
+
+# What a byte across a boundary is worth: bf16 FLOP/s of an H100 over a 400 Gbit/s link.
+FLOPS_PER_BYTE = 989e12 / 50e9
+
+
+@dataclass(frozen=True)
+class Cut:
+    """`parts[s]:parts[s + 1]` are the layers of stage s; the rest is for one training window.
+
+    `flops`: training FLOPs of each stage; `traffic`: elements into each stage, one way.
+    """
+
+    parts: tuple[int, ...]
+    flops: tuple[int, ...]
+    traffic: tuple[int, ...]
+
+    @property
+    def imbalance(self) -> float:
+        """The slowest stage over the mean of all; 1 is perfect."""
+        return max(self.flops) * len(self.flops) / sum(self.flops)
+
+    def bubble(self, micro_batches: int) -> float:
+        """Idle fraction of a 1F1B schedule with equal stages."""
+        idle = len(self.flops) - 1
+        return idle / (micro_batches + idle)
+
+
+def cut_pipeline(model: ModelConfig, stages: int, bytes_per_element: int = 2) -> Cut:
+    """The cut whose slowest stage, traffic included, is fastest; ties go to less traffic.
+
+    Every stage has at least one block. Raises ValueError with fewer blocks than stages.
+    """
+    plan = layer_plan(model)
+    flops = [TRAINING_FACTOR * cost.flops for cost in layer_costs(model)]
+    traffic = [0] * len(plan)
+    for i in range(1, len(plan)):
+        shapes = boundary_shapes(model, plan, i, model.sequence_length, model.parsed.factors)
+        traffic[i] = sum(prod(shape) for shape in shapes)
+    blocks = [int(layer.kind == "block") for layer in plan]
+
+    def stage_cost(a: int, b: int) -> float:
+        if not any(blocks[a:b]):
+            return inf
+        # Activations come in and go out, their gradients the other way.
+        crossing = 2 * (traffic[a] + (traffic[b] if b < len(plan) else 0))
+        return sum(flops[a:b]) + crossing * bytes_per_element * FLOPS_PER_BYTE
+
+    @lru_cache(maxsize=None)
+    def best(start: int, left: int) -> tuple[float, int, tuple[int, ...]]:
+        """(cost of the slowest, traffic, ends) of the layers from `start` in `left` stages."""
+        if left == 1:
+            return stage_cost(start, len(plan)), 0, (len(plan),)
+        options = []
+        for end in range(start + 1, len(plan) - left + 2):
+            cost, crossing, ends = best(end, left - 1)
+            slowest = max(stage_cost(start, end), cost)
+            options.append((slowest, crossing + traffic[end], (end, *ends)))
+        return min(options)
+
+    slowest, _, ends = best(0, stages)
+    if slowest == inf:
+        raise ValueError(f"{stages} pipeline stages need as many blocks, got {sum(blocks)}")
+    parts = (0, *ends)
+    return Cut(
+        parts,
+        tuple(sum(flops[a:b]) for a, b in pairwise(parts)),
+        tuple(traffic[a] for a in parts[:-1]),
+    )

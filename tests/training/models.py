@@ -1,0 +1,109 @@
+"""Small configurations that exercise everything, and runs of them in any layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hg_scale.config.load import merge, parse_config
+
+PAPER: dict[str, Any] = {
+    "model": {
+        "hierarchy": "1@1 2@3 1@1",
+        "d_model": 32,
+        "heads": 4,
+        "d_ff": 64,
+        "vocab_size": 64,
+        "sequence_length": 30,
+        "shared_position_bias": True,
+    },
+    "training": {"global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32", "steps": 20},
+    "optimizer": {"name": "adam", "weight_decay": 0.0, "learning_rate": 1e-3},
+    "schedule": {"kind": "cosine", "warmup_steps": 4},
+}
+"""The paper's kind: attention resampling, relative scores with one pair of biases, Adam."""
+
+BY_LEVEL: dict[str, Any] = {
+    "model": {
+        "hierarchy": "2@1 1@2 2@4 1@2 1@1",
+        "d_model": [32, 48, 64],
+        "heads": [4, 4, 8],
+        "d_ff": [64, 96, 128],
+        "window": [8, 8, None],
+        "vocab_size": 61,
+        "sequence_length": 32,
+        "pooling": "average",
+        "upsampling": "linear",
+        "skip": "learned",
+        "positions": "rotary",
+        "norm": "rmsnorm",
+        "activation": "swiglu",
+        "qk_norm": True,
+        "bias": False,
+        "initialization": "scaled_normal",
+    },
+    "training": {"global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32", "steps": 20},
+    "optimizer": {"learning_rate": 1e-3, "learning_rate_by_level": [1.0, 0.8, 0.5]},
+    "schedule": {"kind": "wsd", "warmup_steps": 4, "decay_steps": 4},
+}
+"""The presets' kind: widths, windows and learning rates by level, rotary, gated, AdamW."""
+
+
+def layout(
+    tree: dict[str, Any],
+    tensor: int = 1,
+    pipeline: int = 1,
+    zero: int = 1,
+    precision: str = "fp32",
+    micro: int = 2,
+    **model: Any,
+) -> dict[str, Any]:
+    """The configuration in one layout, with changes to the model."""
+    change = {
+        "parallel": {"tensor": tensor, "pipeline": pipeline, "zero_stage": zero},
+        "training": {"precision": precision, "micro_batch_size": micro},
+        "model": model,
+    }
+    return merge(tree, change)
+
+
+def random_batch(config: Any, step: int) -> torch.Tensor:
+    """The global batch of a step: (global_batch_size, L + 1) ids, learnable in part."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    shape = (config.training.global_batch_size, config.model.sequence_length + 1)
+    ids = torch.randint(0, config.model.vocab_size, shape, generator=generator)
+    ids[:, 1::2] = ids[:, 0:-1:2]  # every second token repeats the one before
+    return ids
+
+
+def run_layout(tree: dict[str, Any], steps: int) -> dict[str, list[float]]:
+    """Train in this world for `steps`: losses, gradient norms, and a validation loss."""
+    from hg_scale.parallel.mesh import make_mesh
+    from hg_scale.training.engine import make_engine
+
+    config = parse_config(tree, world_size=dist.get_world_size())
+    mesh, parts = make_mesh(config.parallel)
+    engine = make_engine(config, mesh, parts, torch.device("cpu"))
+    reads = mesh.is_first_stage or mesh.is_last_stage
+
+    def mine(step: int) -> torch.Tensor | None:
+        rows = slice(mesh.data_rank * engine.rows, (mesh.data_rank + 1) * engine.rows)
+        return random_batch(config, step)[rows] if reads else None
+
+    results = [engine.train_step(mine(step), step, 1e-3) for step in range(1, steps + 1)]
+    held_out = mine(0)
+    micro = config.training.micro_batch_size
+    if held_out is None:
+        batches: list[Any] = [None] * (engine.rows // micro)
+    else:
+        batches = [(m[:, :-1], m[:, 1:]) for m in held_out.split(micro)]
+    nats = engine.evaluate(batches, config.model.sequence_length)
+    tokens = config.training.global_batch_size * config.model.sequence_length
+    return {
+        "loss": [r.loss for r in results],
+        "grad_norm": [r.grad_norm for r in results],
+        "skipped": [float(r.skipped) for r in results],
+        "validation": [nats / tokens],
+    }

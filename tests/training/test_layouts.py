@@ -1,0 +1,111 @@
+"""Any layout, same loss: the heart of the system."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.training.models import BY_LEVEL, PAPER, layout, run_layout
+from tests.world import Worlds
+
+STEPS = 20
+MODELS = {"paper": PAPER, "by_level": BY_LEVEL}
+
+# name: (world size, tensor, pipeline, ZeRO stages in fp32, ZeRO stages in bf16)
+LAYOUTS: dict[str, tuple[int, int, int, tuple[int, ...], tuple[int, ...]]] = {
+    "one": (1, 1, 1, (0, 1), ()),
+    "tp2": (2, 2, 1, (1,), (1,)),
+    "tp4": (4, 4, 1, (0,), (1,)),
+    "pp2": (2, 1, 2, (0, 1), (1,)),
+    "pp4": (4, 1, 4, (1,), (1,)),
+    "dp2": (2, 1, 1, (0, 1, 2, 3), (1, 2, 3)),
+    "dp4": (4, 1, 1, (1,), (2,)),
+    "tp2_pp2": (4, 2, 2, (0, 1), (1,)),
+    "tp2_dp2": (4, 2, 1, (1, 2, 3), (1, 2, 3)),
+    "pp2_dp2": (4, 1, 2, (1,), (1,)),
+    "tp2_pp2_dp2": (8, 2, 2, (1,), (1,)),
+}
+CASES = [
+    (name, model, precision, stage)
+    for name, (_, _, _, fp32, bf16) in LAYOUTS.items()
+    for model in MODELS
+    for precision, stages in (("fp32", fp32), ("bf16", bf16))
+    for stage in stages
+]
+BOUND = {"fp32": 1e-4, "bf16": 1e-2}  # relative
+
+
+@pytest.fixture(scope="module")
+def undisturbed(worlds: Worlds) -> Any:
+    """The curves of one process, each computed once."""
+    cache: dict[Any, Any] = {}
+
+    def curve(model: str, precision: str, **changes: Any) -> Any:
+        key = (model, precision, *changes.items())
+        if key not in cache:
+            tree = layout(MODELS[model], precision=precision, **changes)
+            cache[key] = worlds.run(1, run_layout, tree, STEPS)[0]
+        return cache[key]
+
+    return curve
+
+
+def assert_same(curves: Any, expected: Any, bound: float) -> None:
+    for key in ("loss", "grad_norm", "validation"):
+        np.testing.assert_allclose(curves[key], expected[key], rtol=bound, err_msg=key)
+    assert not any(curves["skipped"])
+
+
+def test_the_loss_falls(undisturbed: Any) -> None:
+    """The equalities below would also hold for a model that learns nothing."""
+    for model in MODELS:
+        loss = undisturbed(model, "fp32")["loss"]
+        assert loss[-1] < loss[0] - 0.1
+
+
+@pytest.mark.parametrize(("name", "model", "precision", "stage"), CASES)
+def test_same_curve(
+    worlds: Worlds, undisturbed: Any, name: str, model: str, precision: str, stage: int
+) -> None:
+    world, tensor, pipeline, _, _ = LAYOUTS[name]
+    micro = 4 if pipeline == 1 and world // tensor <= 2 else 2  # fewer collectives, less time
+    tree = layout(MODELS[model], tensor, pipeline, stage, precision, micro)
+    curves = worlds.run(world, run_layout, tree, STEPS)
+    for other in curves[1:]:
+        assert other == curves[0]  # every rank reports the same
+    assert_same(curves[0], undisturbed(model, precision), BOUND[precision])
+
+
+@pytest.mark.parametrize(
+    ("world", "tensor", "pipeline", "stage"),
+    [(2, 2, 1, 1), (2, 1, 2, 1), (2, 1, 1, 3), (4, 2, 2, 1), (4, 2, 1, 2)],
+)
+@pytest.mark.parametrize("model", MODELS)
+def test_same_curve_with_dropout(
+    worlds: Worlds,
+    undisturbed: Any,
+    model: str,
+    world: int,
+    tensor: int,
+    pipeline: int,
+    stage: int,
+) -> None:
+    """Masks are drawn from (seed, step, sample, layer) and sliced, recomputed blocks included."""
+    tree = layout(MODELS[model], tensor, pipeline, stage, dropout=0.1)
+    tree["training"]["activation_checkpointing"] = [False, True, True][: 2 + (model == "by_level")]
+    curves = worlds.run(world, run_layout, tree, STEPS)
+    assert_same(curves[0], undisturbed(model, "fp32", dropout=0.1), BOUND["fp32"])
+
+
+@pytest.mark.parametrize(("world", "pipeline"), [(2, 2), (4, 4), (2, 1)])
+def test_same_curve_with_shorten_factor_dropout(
+    worlds: Worlds, undisturbed: Any, world: int, pipeline: int
+) -> None:
+    """The factors change from step to step, and with them the shapes at the boundaries."""
+    changes: dict[str, Any] = {"shorten_factor_choices": [2, 3], "hierarchy": "1@1 4@2 1@1"}
+    tree = layout(PAPER, 1, pipeline, 1, **changes)
+    curves = worlds.run(world, run_layout, tree, STEPS)
+    alone = worlds.run(1, run_layout, layout(PAPER, **changes), STEPS)[0]
+    assert_same(curves[0], alone, BOUND["fp32"])
