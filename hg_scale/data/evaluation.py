@@ -1,0 +1,64 @@
+"""Evaluation: every token of a split once, in order, whatever the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hg_scale.data.index import Index
+from hg_scale.data.shards import SplitReader
+from hg_scale.data.tokenizer import load_tokenizer
+
+IGNORED = -1  # label of a position that does not count
+
+
+def evaluation_windows(
+    index: Index,
+    split: str,
+    *,
+    sequence_length: int,
+    rows: int,
+    data_rank: int = 0,
+    data_size: int = 1,
+    limit_windows: int | None = None,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """(inputs, labels), int64 (rows, L) each: the tokens of a split as labels, each once.
+
+    An input is the token before its label, also at the start of a window; the first of the split
+    is the end-of-document id, or 0 where there is none. Labels past the end are IGNORED. Each
+    rank has consecutive windows, and all ranks have the same number of batches, so that
+    collective operations match. `limit_windows` takes the first windows of the split only.
+    Raises DataError where the split is empty or a shard cannot be read.
+    """
+    reader = SplitReader(index, split)
+    length, tokens = sequence_length, index.split(split).tokens
+    if limit_windows is not None:
+        tokens = min(tokens, limit_windows * length)
+    batches = -(-tokens // (length * rows * data_size))
+    previous = index.eod or 0
+    place = data_rank * batches * rows * length
+    if 0 < place < tokens:
+        previous = int(reader.read(place - 1, place)[0])
+    for _ in range(batches):
+        labels = np.full(rows * length, IGNORED, np.int64)
+        inputs = np.zeros(rows * length, np.int64)
+        here = max(0, min(len(labels), tokens - place))
+        if here:
+            labels[:here] = reader.read(place, place + here)
+            inputs[0], inputs[1:here] = previous, labels[: here - 1]
+            previous = int(labels[here - 1])
+        place += len(labels)
+        yield inputs.reshape(rows, length), labels.reshape(rows, length)
+
+
+def split_text(index: Index, split: str) -> bytes:
+    """The source text of a split: what a compressor is to be compared on."""
+    tokens = SplitReader(index, split).read(0, index.split(split).tokens)
+    return load_tokenizer(index.tokenizer).decode(tokens)
+
+
+def split_bytes(index: Index, split: str) -> int:
+    """The length of `split_text`, from the index alone: the denominator of bits per byte."""
+    return index.split(split).text_bytes

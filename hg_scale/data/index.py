@@ -1,0 +1,230 @@
+"""The index of a prepared corpus: one JSON file beside the shards that says what is in them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from hg_scale.data.errors import DataError
+from hg_scale.data.tokenizer import TokenizerIdentity
+
+FORMAT_VERSION = 1
+INDEX_FILE = "index.json"
+SPLITS = ("train", "validation", "test")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Members(_Part):
+    """The members of a shard, one entry of each list a member."""
+
+    tokens: list[int]
+    offsets: list[int]  # byte in the shard where the member's tar header starts
+    crc32: list[int]  # of the member's content
+
+    @model_validator(mode="after")
+    def _agree(self) -> Members:
+        if not len(self.tokens) == len(self.offsets) == len(self.crc32):
+            raise ValueError("tokens, offsets and crc32 differ in length")
+        return self
+
+
+class Shard(_Part):
+    """One tar file: tokens of a split that follow each other."""
+
+    file: str = Field(pattern=r"^[\w-][\w.-]*$")  # a plain name, beside the index
+    tokens: int = Field(ge=1)
+    text_bytes: int = Field(ge=0)  # of the source text, without end-of-document tokens
+    file_bytes: int = Field(ge=1)  # of the tar file
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")  # of the tar file
+    members: Members
+    documents: str | None = None  # `pack_offsets` of the tokens after which a document ends
+
+    @model_validator(mode="after")
+    def _add_up(self) -> Shard:
+        if sum(self.members.tokens) != self.tokens:
+            raise ValueError(f"its members hold {sum(self.members.tokens)}, not {self.tokens}")
+        return self
+
+    def document_ends(self) -> NDArray[np.int64]:
+        """Positions in the shard just past each end-of-document token, ascending.
+
+        A document may go on from the shard before, or into the next one.
+        """
+        return unpack_offsets(self.documents) if self.documents else np.empty(0, np.int64)
+
+
+class Split(_Part):
+    """Train, validation or test: its shards in the order of the source text."""
+
+    tokens: int = Field(ge=0)
+    text_bytes: int = Field(ge=0)
+    documents: int | None  # how many end here; None for a text without documents
+    shards: list[Shard]
+
+    @model_validator(mode="after")
+    def _add_up(self) -> Split:
+        for key in ("tokens", "text_bytes"):
+            total = sum(getattr(shard, key) for shard in self.shards)
+            if total != getattr(self, key):
+                raise ValueError(f"its shards hold {total} {key}, not {getattr(self, key)}")
+        return self
+
+
+class Index(_Part):
+    """What a folder of shards holds, and how it was made."""
+
+    format_version: int = FORMAT_VERSION
+    tool_version: str
+    tokenizer: TokenizerIdentity
+    chunk_tokens: int = Field(ge=1)  # tokens of a member; the last one of a shard may have fewer
+    source: dict[str, Any]  # the source and the arguments: equal sources give equal shards
+    splits: dict[str, Split]
+
+    _location: str = PrivateAttr("")
+
+    @property
+    def location(self) -> str:
+        """Where the index was read from: a folder, a URL, or `pipe:... {}`."""
+        return self._location
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def eod(self) -> int | None:
+        return self.tokenizer.eod
+
+    @property
+    def identity(self) -> str:
+        """A checksum of all tokens and the tokenizer: what a checkpoint's position counts in."""
+        names = [shard.sha256 for split in self.splits.values() for shard in split.shards]
+        names.append(self.tokenizer.model_dump_json())
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+    def split(self, name: str) -> Split:
+        """A split that has tokens. Raises DataError where there is none."""
+        split = self.splits.get(name)
+        if split is None or not split.tokens:
+            full = ", ".join(key for key, value in self.splits.items() if value.tokens)
+            raise DataError(
+                f"{locate(self.location, INDEX_FILE)}: the split {name!r} is empty; "
+                f"use one of {full or '(none)'} or prepare the data with another --split"
+            )
+        return split
+
+    def url(self, shard: Shard) -> str:
+        """The path or URL of a shard, as webdataset opens it."""
+        return locate(self.location, shard.file)
+
+    def text(self) -> str:
+        """The content of index.json: a shard a line, the same for equal indexes."""
+        return _json(self.model_dump()) + "\n"
+
+
+def read_index(location: str | os.PathLike[str]) -> Index:
+    """The index in a folder (or the file itself), at a URL, or behind `pipe:COMMAND {}`.
+
+    In a pipe, `{}` stands for the file to read. Raises DataError, one line, where there is no
+    index that this version can use.
+    """
+    base = os.fspath(location)
+    if base.endswith(INDEX_FILE):
+        base = base.removesuffix(INDEX_FILE).rstrip("/") or "."
+    where = locate(base, INDEX_FILE)
+    text = _read_text(where)
+    try:
+        tree = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}); prepare the data again") from None
+    version = tree.get("format_version") if isinstance(tree, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise DataError(
+            f"{where}: written in format {version} by {tree.get('tool_version', 'a newer version')}"
+            f", this version reads up to {FORMAT_VERSION}: update hg_scale or prepare again"
+        )
+    try:
+        index = Index.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise DataError(
+            f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}; prepare the data again"
+        ) from None
+    index._location = base
+    return index
+
+
+def is_local(location: str) -> bool:
+    """Whether a location is a path of this machine, not a URL or a pipe."""
+    return not location.startswith("pipe:") and "://" not in location
+
+
+def locate(base: str, file: str) -> str:
+    """The path or URL of `file` at the location `base`."""
+    if base.startswith("pipe:"):
+        return base.replace("{}", file)
+    return str(Path(base) / file) if is_local(base) else f"{base.rstrip('/')}/{file}"
+
+
+def member_name(shard_file: str, number: int) -> str:
+    """The name of a member inside a shard; webdataset's key is the part before the dot."""
+    return f"{shard_file.removesuffix('.tar')}-{number:06d}.npy"
+
+
+def pack_offsets(offsets: Sequence[int] | NDArray[np.int64]) -> str:
+    """Ascending positions as text: base64 of zlib of their differences as little-endian uint32."""
+    steps = np.diff(np.asarray(offsets, np.int64), prepend=0).astype("<u4")
+    return base64.b64encode(zlib.compress(steps.tobytes(), 9)).decode()
+
+
+def unpack_offsets(text: str) -> NDArray[np.int64]:
+    """The positions of `pack_offsets`."""
+    return np.cumsum(np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u4"), dtype=np.int64)
+
+
+def _read_text(where: str) -> str:
+    try:
+        if is_local(where):
+            return Path(where).read_text(encoding="utf-8")
+        from webdataset.gopen import gopen  # imports torch: only where a URL needs it
+
+        with gopen(where) as stream:
+            return stream.read().decode()
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError) and is_local(where):
+            raise DataError(
+                f"{where}: no such file; name a folder written by data_prep/prepare_bytes.py (the "
+                "index is written last: is the preparation still running?)"
+            ) from None
+        raise DataError(
+            f"{where}: cannot be read ({error}); expected the index.json of a prepared corpus: "
+            "check the location and that it can be reached"
+        ) from None
+
+
+def _json(value: Any, depth: int = 0) -> str:
+    """JSON indented down to the list of shards; each shard then is a line, to read and to diff."""
+    if depth == 4 or not value or not isinstance(value, dict | list):
+        return json.dumps(value, separators=(", ", ": "))
+    pad = "  " * (depth + 1)
+    if isinstance(value, dict):
+        items = [f"{json.dumps(key)}: {_json(item, depth + 1)}" for key, item in value.items()]
+        left, right = "{}"
+    else:
+        items = [_json(item, depth + 1) for item in value]
+        left, right = "[]"
+    return left + "".join(f"\n{pad}{item}," for item in items)[:-1] + f"\n{pad[2:]}{right}"

@@ -1,0 +1,84 @@
+"""Source text: files and folders of files, plain or packed (.gz, .xz), read in blocks."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import lzma
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from hg_scale.data.errors import DataError
+
+_BLOCK = 1 << 20
+_OPENERS: dict[str, type[gzip.GzipFile] | type[lzma.LZMAFile]] = {
+    ".gz": gzip.GzipFile,
+    ".xz": lzma.LZMAFile,
+}
+
+
+def find_files(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """The files below `folder` as relative POSIX paths, sorted by their bytes.
+
+    A pattern is matched with the file's name and with its relative path, where `*` also spans
+    `/`. Links to folders are not followed. Raises DataError where nothing is left.
+    """
+
+    def matches(path: str, patterns: Sequence[str]) -> bool:
+        name = path.rpartition("/")[2]
+        return any(fnmatchcase(name, p) or fnmatchcase(path, p) for p in patterns)
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); make it readable")
+
+    found = []
+    for root, _, names in os.walk(folder, onerror=refuse):
+        for name in names:
+            path = Path(root, name)
+            relative = path.relative_to(folder).as_posix()
+            if matches(relative, include) and not matches(relative, exclude) and path.is_file():
+                found.append(relative)
+    if not found:
+        raise DataError(
+            f"{folder}: no file matches --include {' '.join(include)}"
+            + (f" without --exclude {' '.join(exclude)}" if exclude else "")
+            + "; check the patterns and the folder"
+        )
+    return sorted(found, key=os.fsencode)
+
+
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """The text of a file, unpacked, in blocks of at most 1 MiB.
+
+    Raises DataError where it cannot be read or unpacked.
+    """
+    try:
+        with _OPENERS[path.suffix](path) if path.suffix in _OPENERS else path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                yield block
+    except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
+        raise DataError(
+            f"{path}: cannot be unpacked ({error}); expected a whole {path.suffix} file: "
+            "fetch it again, or rename it if it is not packed"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def text_length(path: Path) -> int:
+    """The bytes of a file's text; a packed file is unpacked to count them."""
+    if path.suffix in _OPENERS:
+        return sum(len(block) for block in read_blocks(path))
+    return path.stat().st_size
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file as it is stored. Raises DataError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None

@@ -1,0 +1,51 @@
+"""Small prepared corpora: a file without documents and a folder with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hg_scale.data.index import Index
+from hg_scale.data.prepare import Preparation, prepare_bytes
+
+TEXT = np.random.default_rng(0).integers(0, 256, 100_003, np.uint8).tobytes()
+
+
+def prepare(source: Path, output: Path, **options: object) -> Index:
+    """Prepare with small chunks and shards."""
+    settings = {"chunk_tokens": 512, "shard_tokens": 3000} | options
+    return prepare_bytes(Preparation(source, output, **settings))[0]  # type: ignore[arg-type]
+
+
+def make_folder(folder: Path, files: int = 120) -> dict[str, bytes]:
+    """A folder of documents of 0 to 2,000 random bytes. Their content by relative path."""
+    random = np.random.default_rng(1)
+    documents = {}
+    for number in range(files):
+        name = f"{'abc'[number % 3]}/{number:03d}.txt"
+        documents[name] = random.bytes(int(random.integers(0, 2000)) if number else 0)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(documents[name])
+    return documents
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "text"
+    path.write_bytes(TEXT)
+    return path
+
+
+@pytest.fixture(scope="session")
+def index(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """`TEXT`: 31 training shards of 3,000 bytes (the last has 3), 5,000 in the other splits."""
+    sizes = (90_003, 5_000, 5_000)
+    return prepare(text_file, tmp_path_factory.mktemp("corpus") / "text", split=sizes)
+
+
+@pytest.fixture
+def copied(text_file: Path, tmp_path: Path) -> Index:
+    """A corpus of its own, to be damaged by the test."""
+    return prepare(text_file, tmp_path / "copy", split=(9_000, 3_000, 0))

@@ -1,0 +1,73 @@
+import gzip
+
+import numpy as np
+import pytest
+
+from hg_scale.data.errors import DataError
+from hg_scale.data.evaluation import evaluation_windows, split_bytes, split_text
+from tests.data.conftest import TEXT, make_folder, prepare
+
+VALIDATION = np.frombuffer(TEXT[90_003:95_003], np.uint8)  # 5,000 tokens in 2 shards
+
+
+def gather(index, data_size, **options):
+    """The batches of each rank, then all rows in the order of the text."""
+    settings = {"sequence_length": 192, "rows": 2} | options
+    ranks = [
+        list(evaluation_windows(index, "validation", data_rank=r, data_size=data_size, **settings))
+        for r in range(data_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    inputs, labels = (
+        np.concatenate([batch[side] for batches in ranks for batch in batches]) for side in (0, 1)
+    )
+    assert inputs.dtype == labels.dtype == np.int64
+    assert inputs.shape == labels.shape and inputs.shape[1] == settings["sequence_length"]
+    return inputs, labels
+
+
+@pytest.mark.parametrize("data_size", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize(("rows", "length"), [(1, 192), (3, 192), (4, 1000), (2, 7000), (7, 1)])
+def test_every_token_once(index, data_size, rows, length):
+    inputs, labels = gather(index, data_size, rows=rows, sequence_length=length)
+    counts = labels.ravel() >= 0
+    assert np.array_equal(labels.ravel()[counts], VALIDATION)
+    assert np.array_equal(inputs.ravel()[counts], np.concatenate([[0], VALIDATION[:-1]]))
+    assert set(labels.ravel()[~counts]) <= {-1}
+    assert inputs.min() >= 0
+    # Only what fills the windows up to whole batches of all ranks is padding.
+    windows = -(-5000 // length)
+    assert len(labels) == -(-windows // (rows * data_size)) * rows * data_size
+
+
+@pytest.mark.parametrize(("limit", "tokens"), [(1, 192), (7, 1344), (26, 4992), (100, 5000)])
+def test_limit_takes_the_first_windows(index, limit, tokens):
+    for data_size in (1, 3):
+        _, labels = gather(index, data_size, limit_windows=limit)
+        assert np.array_equal(labels.ravel()[labels.ravel() >= 0], VALIDATION[:tokens])
+
+
+def test_documents_start_after_an_end(tmp_path):
+    documents = make_folder(tmp_path / "in")
+    index = prepare(tmp_path / "in", tmp_path / "out", split=(0.5, 0.5, 0.0))
+    inputs, labels = gather(index, 2)
+    assert inputs[0, 0] == index.eod == 256
+    assert np.count_nonzero(labels == 256) == index.splits["validation"].documents
+    texts = [split_text(index, name) for name in ("train", "validation")]
+    assert sum(map(len, texts)) == sum(map(len, documents.values()))
+
+
+def test_text_of_a_split(index):
+    for name, text in {
+        "train": TEXT[:90_003],
+        "validation": TEXT[90_003:95_003],
+        "test": TEXT[95_003:],
+    }.items():
+        assert split_text(index, name) == text
+        assert split_bytes(index, name) == len(text)
+    assert len(gzip.compress(split_text(index, "test"))) > 5000  # random bytes
+
+
+def test_empty_split(copied):
+    with pytest.raises(DataError, match="'test' is empty"):
+        next(evaluation_windows(copied, "test", sequence_length=8, rows=1))

@@ -1,0 +1,98 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hg_scale.data.errors import DataError
+from hg_scale.data.index import locate, pack_offsets, read_index, unpack_offsets
+
+
+def damage(index, **changes):
+    """Write the index again with top-level keys changed."""
+    path = Path(index.location) / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_read_back_is_equal(index):
+    folder = Path(index.location)
+    again = read_index(folder / "index.json")
+    assert again == index and again.location == str(folder)
+    assert (folder / "index.json").read_text() == index.text()
+    assert again.identity == index.identity
+
+
+def test_read_through_a_pipe(index):
+    piped = read_index(f"pipe:cat {index.location}/{{}}")
+    assert piped.text() == index.text()
+    assert piped.url(piped.splits["train"].shards[3]).endswith("/train-00003.tar")
+
+
+def test_a_shard_is_a_line(index):
+    lines = index.text().splitlines()
+    assert (
+        sum('{"file": ' in line for line in lines)
+        == 35
+        == sum(len(split.shards) for split in index.splits.values())
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2, "tool_version": "hg_scale 9"}, "format 2 by hg_scale 9.*up to 1"),
+        ({"chunk_tokens": 0}, "chunk_tokens: Input should be greater than or equal to 1"),
+        ({"colour": 1}, "colour: Extra inputs are not permitted"),
+        ({"splits": {"train": {"tokens": 5, "text_bytes": 0, "documents": None, "shards": []}}},
+         "splits.train: its shards hold 0 tokens, not 5"),
+    ],
+)  # fmt: skip
+def test_an_index_of_no_use(copied, changes, message):
+    damage(copied, **changes)
+    with pytest.raises(DataError, match=message) as caught:
+        read_index(copied.location)
+    assert "\n" not in str(caught.value) and "index.json" in str(caught.value)
+
+
+def test_wrong_sum_and_unsafe_name_are_refused(copied):
+    path = Path(copied.location) / "index.json"
+    for old, new, message in [
+        ('"tokens": [512, ', '"tokens": [511, ', "shards.0: its members hold 2999, not 3000"),
+        ('"train-00000.tar"', '"../train-00000.tar"', "shards.0.file: String should match"),
+    ]:
+        path.write_text(copied.text().replace(old, new, 1))
+        with pytest.raises(DataError, match=message):
+            read_index(copied.location)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(DataError, match=r"index\.json: no such file; name a folder written by"):
+        read_index(tmp_path)
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(DataError, match="not JSON"):
+        read_index(tmp_path)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_index("pipe:exit 3 # {}")
+
+
+def test_empty_split(copied):
+    with pytest.raises(DataError, match="the split 'test' is empty; use one of train, validation"):
+        copied.split("test")
+
+
+def test_locations():
+    assert locate("corpus", "a.tar") == "corpus/a.tar"
+    assert locate("https://host/corpus/", "a.tar") == "https://host/corpus/a.tar"
+    assert locate("pipe:ssh host cat /c/{}", "a.tar") == "pipe:ssh host cat /c/a.tar"
+
+
+@given(st.lists(st.integers(0, 2**31), unique=True).map(sorted))
+def test_offsets_survive_packing(offsets):
+    assert unpack_offsets(pack_offsets(offsets)).tolist() == offsets
+
+
+def test_packed_offsets_are_compact():
+    ends = np.cumsum(np.random.default_rng(0).integers(100, 5000, 10_000))
+    assert len(pack_offsets(ends)) < 3 * len(ends)

@@ -1,0 +1,186 @@
+import hashlib
+import lzma
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hg_scale.data.errors import DataError
+from hg_scale.data.evaluation import split_text
+from hg_scale.data.prepare import Preparation, default_shard_tokens, prepare_bytes, split_of
+from hg_scale.data.shards import SplitReader
+from tests.data.conftest import TEXT, make_folder, prepare
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_splits_by_size_and_by_fraction(text_file, tmp_path):
+    by_size = prepare(text_file, tmp_path / "a", split=(90_000, 5_000, 5_003))
+    by_part = prepare(text_file, tmp_path / "b", split=(0.9, 0.05, 0.05))
+    assert [s.tokens for s in by_size.splits.values()] == [90_000, 5_000, 5_003]
+    assert [s.tokens for s in by_part.splits.values()] == [90_003, 5_000, 5_000]
+    for index in (by_size, by_part):
+        assert b"".join(split_text(index, name) for name in index.splits) == TEXT
+        assert (index.vocab_size, index.eod) == (256, None)
+
+
+def test_same_input_same_bytes(text_file, tmp_path):
+    for name in ("one", "two"):
+        prepare(text_file, tmp_path / name)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    packed = tmp_path / "text.xz"
+    packed.write_bytes(lzma.compress(TEXT))
+    unpacked = contents(tmp_path / "one") | {"index.json": b""}
+    prepare(packed, tmp_path / "three")
+    assert contents(tmp_path / "three") | {"index.json": b""} == unpacked
+
+
+def test_documents_go_whole_into_one_split(tmp_path):
+    documents = make_folder(tmp_path / "in")
+    index = prepare(tmp_path / "in", tmp_path / "out", split=(0.6, 0.2, 0.2), seed=3)
+    assert (index.vocab_size, index.eod) == (257, 256)
+    found = {}
+    for name, split in index.splits.items():
+        tokens = SplitReader(index, name).read(0, split.tokens)
+        assert tokens.dtype == np.uint16 and tokens[-1] == 256
+        expected = [
+            text for file, text in sorted(documents.items())
+            if text and split_of(file, (0.6, 0.2, 0.2), 3) == name
+        ]  # fmt: skip
+        ends = np.flatnonzero(tokens == 256) + 1
+        pieces = [part[:-1].astype(np.uint8).tobytes() for part in np.split(tokens, ends)[:-1]]
+        assert pieces == expected
+        assert split.documents == len(expected) == len(ends)
+        assert split_text(index, name) == b"".join(expected)
+        begins = np.cumsum([0] + [shard.tokens for shard in split.shards])
+        packed = [s.document_ends() + b for s, b in zip(split.shards, begins[:-1], strict=True)]
+        assert np.array_equal(np.concatenate(packed), ends)
+        found[name] = len(expected)
+    assert found["train"] > found["validation"] > 5
+
+
+def test_a_new_document_moves_no_other():
+    names = [f"d/{number}" for number in range(5000)]
+    splits = [split_of(name, (0.9, 0.05, 0.05), 0) for name in names]
+    assert splits == [split_of(name, (0.9, 0.05, 0.05), 0) for name in names]
+    assert abs(splits.count("train") / 5000 - 0.9) < 0.015
+    assert splits != [split_of(name, (0.9, 0.05, 0.05), 1) for name in names]
+    assert split_of("d/0", (0.0, 1.0, 0.0), 0) == "validation"
+
+
+def test_run_again_changes_nothing(text_file, tmp_path):
+    job = Preparation(text_file, tmp_path / "out")
+    index, written = prepare_bytes(job)
+    assert written
+    before = {path: path.stat().st_mtime_ns for path in job.output.iterdir()}
+    again, written = prepare_bytes(job)
+    assert not written and again == index
+    assert before == {path: path.stat().st_mtime_ns for path in job.output.iterdir()}
+
+
+def test_output_of_something_else_is_refused(text_file, tmp_path):
+    out = tmp_path / "out"
+    prepare(text_file, out)
+    with pytest.raises(DataError, match=r"prepared from 'text' with another split, chunk_tokens"):
+        prepare(text_file, out, chunk_tokens=100, split=(1.0, 0.0, 0.0))
+    other = tmp_path / "text"
+    other.write_bytes(TEXT[1:])
+    with pytest.raises(DataError, match="with another sha256; choose another folder"):
+        prepare(other, out)
+    shard = out / "train-00002.tar"
+    os.truncate(shard, 1000)
+    with pytest.raises(DataError, match=r"train-00002\.tar: missing or not \d+ bytes long"):
+        prepare(text_file, out)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "train-00000.tar"])
+def test_foreign_files_are_never_touched(text_file, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"mine")
+    with pytest.raises(DataError, match=f"not empty \\('{name}' is there\\)"):
+        prepare(text_file, tmp_path / "out")
+    assert contents(tmp_path / "out") == {name: b"mine"}
+
+
+@pytest.mark.parametrize("shards", [0, 1, 17])
+def test_interrupted_and_started_again(text_file, tmp_path, monkeypatch, shards):
+    prepare(text_file, tmp_path / "whole")
+    from hg_scale.data import shards as module
+
+    original, seen = module.commit, []
+
+    def failing(partial: Path, path: Path):
+        if len(seen) == shards:
+            raise KeyboardInterrupt
+        seen.append(path)
+        original(partial, path)
+
+    monkeypatch.setattr(module, "commit", failing)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(text_file, tmp_path / "out")
+    assert not (tmp_path / "out" / "index.json").exists()
+    for name, content in contents(tmp_path / "out").items():
+        assert not name.endswith(".tar") or content == (tmp_path / "whole" / name).read_bytes()
+    monkeypatch.undo()
+    (tmp_path / "out" / "train-00999.tar").touch()  # of an earlier try with smaller shards
+    prepare(text_file, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_refusals(text_file, tmp_path):
+    folder = tmp_path / "in"
+    make_folder(folder, files=2)
+    empty = tmp_path / "empty"
+    empty.touch()
+    cases = [
+        ({"input": tmp_path / "absent"}, "absent: no such file"),
+        ({"output": text_file}, "a file is there"),
+        ({"input": folder, "output": folder / "out"}, "lies inside --input"),
+        ({"input": folder, "split": (5, 5, 5)}, "give fractions"),
+        ({"include": ("*.py",)}, "are for a folder"),
+        ({"split": (100_000, 3, 1)}, "100003 bytes of text, expected 100004; correct --split"),
+        ({"input": empty}, "there is no text in it"),
+    ]
+    for options, message in cases:
+        settings = {"input": text_file, "output": tmp_path / "out"} | options
+        with pytest.raises(DataError, match=message):
+            prepare_bytes(Preparation(**settings))
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shards"),
+    [
+        (1, 1),
+        (100_000, 1),
+        (700_000, 10),
+        (3_000_000, 16),
+        (18_000_000, 32),
+        (90_000_000, 96),
+        (10**9, 256),
+        (75 * 10**9, 1120),
+    ],
+)
+def test_default_number_of_shards(tokens, shards):
+    size = default_shard_tokens(tokens, 65536)
+    assert -(-tokens // size) == shards
+    assert size <= 2**26
+
+
+ENWIK8_SPLITS = {
+    "train": "f8978bd9ca51fbea387d5145d310652ab39904bcbc8ab2647932c8c2e0539e64",
+    "validation": "16b8b889f05ebeb5684d497d49383e8e55eb3634cee2f9a023dcab68cbf64f17",
+    "test": "86f62c0adeb6c27763f308b8913bec743626421a4d2b4010f1e177a40eef7750",
+}
+
+
+@pytest.mark.skipif("HG_SCALE_ENWIK8" not in os.environ, reason="HG_SCALE_ENWIK8 names no file")
+def test_enwik8(tmp_path):
+    source = Path(os.environ["HG_SCALE_ENWIK8"])
+    job = Preparation(source, tmp_path / "out", split=(90_000_000, 5_000_000, 5_000_000))
+    index, _ = prepare_bytes(job)
+    for name, digest in ENWIK8_SPLITS.items():
+        assert hashlib.sha256(split_text(index, name)).hexdigest() == digest

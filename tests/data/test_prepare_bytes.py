@@ -1,0 +1,78 @@
+"""The command line of data_prep/prepare_bytes.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hg_scale.data.index import read_index
+from tests.data.conftest import TEXT, make_folder
+
+SCRIPT = Path(__file__).resolve().parents[2] / "data_prep" / "prepare_bytes.py"
+
+
+def run(*arguments, cwd):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def test_prepares_and_says_when_done(text_file, tmp_path):
+    first = run("--input", text_file, "--output", "out", "--split", "90000,5000,5003", cwd=tmp_path)
+    assert (first.returncode, first.stderr) == (0, "")
+    assert "train               90,000 tokens" in first.stdout
+    second = run(
+        "--input", text_file, "--output", "out", "--split", "90000,5000,5003", cwd=tmp_path
+    )
+    assert second.returncode == 0 and "already prepared" in second.stdout
+    assert sum(split.tokens for split in read_index(tmp_path / "out").splits.values()) == len(TEXT)
+
+
+def test_folder_with_patterns(tmp_path):
+    make_folder(tmp_path / "in")
+    result = run(
+        "--input", "in", "--include", "a/*", "--include", "b/*", "--exclude", "*1.txt",
+        "--split", "0.8,0.1,0.1", "--output", "out", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0 and "documents" in result.stdout
+    assert read_index(tmp_path / "out").source["files"] == 72
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "absent", "--output", "out"], "--input absent: no such file"),
+        (["--input", "text", "--output", "out", "--split", "0.5,0.5"], "three fractions"),
+        (["--input", "text", "--output", "out", "--split", "0.5,0.4,0.2"], "add up to 1"),
+        (["--input", "text", "--output", "out", "--split", "9,-1,2"], "negative"),
+        (["--input", "text", "--output", "out", "--chunk-tokens", "0"], "above 0"),
+    ],
+)
+def test_mistakes_exit_2_in_a_line(tmp_path, arguments, message):
+    (tmp_path / "text").write_bytes(TEXT[:1000])
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_bar_on_a_terminal(text_file, tmp_path):
+    if not hasattr(os, "openpty"):
+        pytest.skip("no pseudo-terminals here")
+    leader, follower = os.openpty()
+    command = [sys.executable, str(SCRIPT), "--input", str(text_file), "--output", "out"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=follower
+    ) as process:
+        os.close(follower)
+        shown = b""
+        try:
+            while block := os.read(leader, 4096):
+                shown += block
+        except OSError:  # Linux: the other side is closed
+            pass
+        finally:
+            os.close(leader)
+    assert process.returncode == 0
+    assert b"writing shards" in shown and b"/s" in shown

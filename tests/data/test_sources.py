@@ -1,0 +1,49 @@
+import gzip
+import lzma
+
+import pytest
+
+from hg_scale.data.errors import DataError
+from hg_scale.data.sources import file_digest, find_files, read_blocks, text_length
+
+TEXT = b"one two three\n" * 200_000  # 2.8 MB, three blocks
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)]
+)
+def test_packed_files_read_as_text(tmp_path, suffix, pack):
+    path = tmp_path / f"text{suffix}"
+    path.write_bytes(pack(TEXT))
+    blocks = list(read_blocks(path))
+    assert b"".join(blocks) == TEXT and max(map(len, blocks)) <= 1 << 20
+    assert text_length(path) == len(TEXT)
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress)])
+def test_broken_packed_files(tmp_path, suffix, pack):
+    path = tmp_path / f"text{suffix}"
+    for content in (pack(TEXT)[:-20], b"not packed", pack(TEXT)[:300] + b"?" * 300):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"text\{suffix}: cannot be unpacked") as caught:
+            list(read_blocks(path))
+        assert "\n" not in str(caught.value)
+
+
+def test_unreadable_file(tmp_path):
+    for read in (file_digest, lambda path: list(read_blocks(path))):
+        with pytest.raises(DataError, match="absent: cannot be read"):
+            read(tmp_path / "absent")
+
+
+def test_files_are_sorted_and_filtered(tmp_path):
+    for name in ("b.py", "a/z.py", "a/y.txt", "a/tests/t.py", "a-b.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_files(tmp_path, ["*"], []) == [
+        "a-b.py", "a/tests/t.py", "a/y.txt", "a/z.py", "b.py",
+    ]  # fmt: skip
+    assert find_files(tmp_path, ["*.py"], ["*/tests/*"]) == ["a-b.py", "a/z.py", "b.py"]
+    assert find_files(tmp_path, ["a/*.txt", "b.py"], []) == ["a/y.txt", "b.py"]
+    with pytest.raises(DataError, match=r"no file matches --include \*\.c without --exclude x"):
+        find_files(tmp_path, ["*.c"], ["x"])
