@@ -85,6 +85,7 @@ def _run(rank: int, size: int, store: str, job: Callable[..., Any], arguments: A
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     import deepspeed
     import torch
+    from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
 
     linear = torch.nn.functional.linear
@@ -100,6 +101,10 @@ def _run(rank: int, size: int, store: str, job: Callable[..., Any], arguments: A
         from hg_scale.parallel.mesh import forget_groups
 
         forget_groups()
-        deepspeed.comm.destroy_process_group()
+        if deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()
+        else:
+            dist.destroy_process_group()
         # ZeRO-3 replaces it for good; ranks with and without it reduce gradients in other orders.
         torch.nn.functional.linear = linear
+        Init.param_id = 0  # it numbers parameters since the process began, and compares numbers

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from hg_scale.errors import UserError
+
 _ABSENT = object()
 
 
@@ -28,7 +30,7 @@ class Problem:
         return f"{self.key} = {json.dumps(self.value, default=str)}: {self.message}"
 
 
-class ConfigError(Exception):
+class ConfigError(UserError):
     """A configuration that cannot be used; `problems` lists every fault found."""
 
     def __init__(self, problems: list[Problem], source: str = "") -> None:

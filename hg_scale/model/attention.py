@@ -86,19 +86,12 @@ class Attention(nn.Module):
 
         `unit` is the length of one position of the finer side in tokens (its total factor).
         """
+        align = alignment or Alignment(x.shape[1], x.shape[1])
         if source is None:
-            q, k, v = self._split(self.qkv(x), 3)
+            q, k, v = self._self_projections(x, unit)
         else:
-            q = self._split(self.q(x), 1)[0]
-            k, v = self._split(self.kv(source), 2)
+            q, k, v = self._cross_projections(x, source, unit, align)
         # q: (B, heads, n, d_head); k, v: (B, heads, m, d_head)
-        if self.qk_norm:
-            q = F.rms_norm(q, (self.d_head,), eps=self.eps) * self.q_scale[:, None]
-            k = F.rms_norm(k, (self.d_head,), eps=self.eps) * self.k_scale[:, None]
-        align = alignment or Alignment(q.shape[2], k.shape[2])
-        if self.rotary:
-            q = rotate(q, unit * align.query_step, self.rotary_base)
-            k = rotate(k, unit * align.key_step, self.rotary_base)
         explicit = not self.rotary or self.dropout.active(context)
         if source is None and self.window is not None and self.window < x.shape[1]:
             y = self._windowed(q, k, v, context, unit, explicit)
@@ -110,10 +103,30 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=align.visible(x.device))
         return self.out(y.transpose(1, 2).flatten(2))  # (B, n, heads * d_head)
 
-    def _split(self, fused: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """(B, n, heads * parts * d_head) -> `parts` tensors (B, heads, n, d_head)."""
-        split = fused.unflatten(2, (self.heads, parts, self.d_head))
-        return tuple(part.transpose(1, 2) for part in split.unbind(3))
+    def _self_projections(self, x: Tensor, unit: int) -> tuple[Tensor, ...]:
+        """Queries, keys and values of a stack; queries and keys are treated in one go."""
+        fused = self.qkv(x).unflatten(2, (self.heads, 3, self.d_head))
+        qk, v = fused[..., :2, :], fused[..., 2, :]  # (B, n, heads, 2, d_head), (B, n, heads, d_head)
+        if self.qk_norm:
+            scale = torch.stack((self.q_scale, self.k_scale), 1)  # (heads, 2, d_head)
+            qk = F.rms_norm(qk, (self.d_head,), eps=self.eps) * scale
+        if self.rotary:
+            qk = rotate(qk, unit, self.rotary_base)
+        return tuple(t.transpose(1, 2) for t in (*qk.unbind(3), v))
+
+    def _cross_projections(
+        self, x: Tensor, source: Tensor, unit: int, align: Alignment
+    ) -> tuple[Tensor, ...]:
+        """Queries of one scale, keys and values of another."""
+        q = self.q(x).unflatten(2, (self.heads, self.d_head))
+        k, v = self.kv(source).unflatten(2, (self.heads, 2, self.d_head)).unbind(3)
+        if self.qk_norm:
+            q = F.rms_norm(q, (self.d_head,), eps=self.eps) * self.q_scale
+            k = F.rms_norm(k, (self.d_head,), eps=self.eps) * self.k_scale
+        if self.rotary:
+            q = rotate(q, unit * align.query_step, self.rotary_base)
+            k = rotate(k, unit * align.key_step, self.rotary_base)
+        return tuple(t.transpose(1, 2) for t in (q, k, v))
 
     def _explicit(
         self, q: Tensor, k: Tensor, v: Tensor, context: Context, unit: int, align: Alignment

@@ -20,11 +20,13 @@ def rotary_table(
 
 
 def rotate(x: Tensor, step: int, base: float) -> Tensor:
-    """Turn each pair of features of x (B, heads, n, d_head) by its position times `step`.
+    """Turn each pair of features of x (B, n, ..., d_head) by its position times `step`.
 
     Feature c is paired with feature c + d_head / 2, as in the authors' code.
     """
-    cos, sin = rotary_table(x.shape[-2], step, x.shape[-1], base, x.device, x.dtype)
+    tables = rotary_table(x.shape[1], step, x.shape[-1], base, x.device, x.dtype)
+    between = (1,) * (x.dim() - 3)
+    cos, sin = (table.view(len(table), *between, -1) for table in tables)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 

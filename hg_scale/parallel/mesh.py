@@ -57,7 +57,7 @@ class Mesh:
     def groups(self, axis: str) -> Iterator[list[int]]:
         """All groups of ranks along an axis: tensor, data, pipeline, or model (both others)."""
         moves = {"tensor": "t", "data": "d", "pipeline": "p", "model": "tp"}[axis]
-        coordinates = {}
+        coordinates: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
             other = Mesh(rank, self.tensor, self.pipeline, self.data)
             place = {"t": other.tensor_rank, "d": other.data_rank, "p": other.stage}

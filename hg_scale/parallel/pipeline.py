@@ -80,7 +80,7 @@ class HourglassPipeline(PipelineModule):
         if self.position_bias is not None:
             # Each stage holds a copy; DeepSpeed counts the first one only in gradient norms.
             for parameter in self.position_bias.parameters():
-                parameter.ds_pipe_replicated = self.stage_id > 0
+                parameter.ds_pipe_replicated = self.stage_id > 0  # type: ignore[attr-defined]
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:
         """The shared position biases, whose gradients are added up over the stages."""

@@ -7,7 +7,7 @@ the valley also carries every open skip, whose traffic is counted. Pure Python: 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import pairwise
 from math import inf, prod
 
@@ -61,7 +61,7 @@ def cut_pipeline(model: ModelConfig, stages: int, bytes_per_element: int = 2) ->
         crossing = 2 * (traffic[a] + (traffic[b] if b < len(plan) else 0))
         return sum(flops[a:b]) + crossing * bytes_per_element * FLOPS_PER_BYTE
 
-    @lru_cache(maxsize=None)
+    @cache
     def best(start: int, left: int) -> tuple[float, int, tuple[int, ...]]:
         """(cost of the slowest, traffic, ends) of the layers from `start` in `left` stages."""
         if left == 1:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hg_scale.checkpoint.fragments import Slice
 from hg_scale.config.deepspeed import deepspeed_config
 from hg_scale.config.schema import Config, by_level
 from hg_scale.model.context import Context, draw_factors
@@ -45,6 +46,8 @@ def make_engine(
     config: Config, mesh: Mesh, parts: PlainLayers, device: torch.device
 ) -> ModuleEngine | PipelineEngine:
     """The model of `config`, initialised, under DeepSpeed, on this rank of the mesh."""
+    # Adopts the process group that is there; a PipelineModule needs it before `initialize`.
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     recompute = by_level(config.training.activation_checkpointing, config.model.parsed.scales)
     kind: type[ModuleEngine] | type[PipelineEngine]
     if mesh.pipeline == 1:
@@ -59,6 +62,7 @@ def make_engine(
         kind = PipelineEngine
     named = list(model.named_parameters())
     initialize(named, config.model, config.training.seed)
+    slices = {parameter: describe_slice(name, parameter) for name, parameter in named}
     optimizer = make_optimizer(config, named)
     settings = deepspeed_config(config, config.micro_batches(mesh.world_size))
     mpu = None
@@ -69,7 +73,14 @@ def make_engine(
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
     )
-    return kind(config, mesh, engine, optimizer, device)
+    return kind(config, mesh, engine, optimizer, device, slices)
+
+
+def describe_slice(name: str, parameter: nn.Parameter) -> Slice:
+    """A parameter of this rank in the words of a checkpoint (before ZeRO 3 empties it)."""
+    shard = shard_of(parameter)
+    shape = shard.whole_shape(tuple(parameter.shape))
+    return Slice(name, shape, shard.dim, shard.index, shard.count)
 
 
 class Engine:
@@ -82,11 +93,12 @@ class Engine:
         engine: Any,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
+        slices: dict[nn.Parameter, Slice],
     ) -> None:
         self.config, self.mesh, self.deepspeed, self.device = config, mesh, engine, device
         self.optimizer = optimizer
         self.model: nn.Module = engine.module
-        self.names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self.slices = slices
         self.micro_batch_size = config.training.micro_batch_size
         self.rows = config.training.global_batch_size // mesh.data  # of this rank, a step
         self._norm = nan
@@ -135,7 +147,7 @@ class Engine:
         """Global norm over the model's ranks, each parameter counted once, then clipping."""
         squares = torch.zeros((), device=self.device)
         gradients = []
-        for parameter in self.names:
+        for parameter in self.slices:
             if parameter.grad is None:
                 continue
             gradients.append(parameter.grad)

@@ -37,7 +37,7 @@ def parameter_groups(config: Config, named: Named) -> list[dict[str, Any]]:
         # By-head scales and biases are vectors, though stored as (heads, d_head).
         matrix = name.endswith(".weight") and parameter.dim() == 2
         members[factors[level], decay if matrix else 0.0].append(parameter)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": parameters, "lr_scale": factor, "weight_decay": weight_decay}
         for (factor, weight_decay), parameters in sorted(members.items(), key=lambda item: item[0])
     ]

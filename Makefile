@@ -1,0 +1,40 @@
+# make setup       .venv with everything, at the versions of constraints.txt
+# make quickstart  train a small Hourglass on real text and see what it reached (about 8 minutes)
+# make test        lint, types and every test
+# make docs        docs/config.md and the JSON Schema, from the code
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# A text file or folder for the quickstart; default: the sources of Python's standard library.
+CORPUS ?=
+RUN ?= runs/quickstart
+
+.PHONY: setup quickstart test lint docs clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: setup
+	$(BIN)/python data_prep/prepare_bytes.py --output corpora/quickstart \
+	  $(if $(CORPUS),--input "$(CORPUS)",--input "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" --include '*.py' --exclude 'site-packages/*')
+	$(BIN)/deepspeed --num_gpus 2 hg_scale/train.py --config configs/quickstart.json --run $(RUN)
+	$(BIN)/hg-scale summary $(RUN) --compare --sample 400
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+docs: setup
+	$(BIN)/python -m hg_scale.config.docs
+
+clean:
+	rm -rf $(VENV) build *.egg-info

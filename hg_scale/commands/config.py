@@ -1,0 +1,29 @@
+"""Show what a configuration file resolves to."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from hg_scale.config import ConfigError, load_config
+
+HELP = "check a configuration file and print it with everything it extends filled in"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
+        help="override a key; repeatable",
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    try:
+        config = load_config(options.file, options.overrides)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(config.model_dump_json(indent=2))
+    return 0

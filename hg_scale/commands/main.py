@@ -1,0 +1,42 @@
+"""`hg-scale VERB`: finds the verb's file and calls it.
+
+Each verb is one module of this folder with `HELP` (a line), `add_options(parser)` and
+`run(options) -> exit code`. Modules import what is heavy inside `run`, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from hg_scale import __version__
+from hg_scale.errors import UserError
+
+VERBS = ("train", "config", "summary")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns its exit code (2: wrong usage or configuration)."""
+    parser = argparse.ArgumentParser(
+        prog="hg-scale",
+        description="Train hierarchical (Hourglass) Transformer language models.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name in VERBS:
+        module = importlib.import_module(f"hg_scale.commands.{name}")
+        verb = verbs.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_options(verb)
+        verb.set_defaults(run_verb=module.run)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run_verb(options)
+    except UserError as error:
+        print(f"hg-scale {options.verb}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

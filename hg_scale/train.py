@@ -1,0 +1,76 @@
+"""Train a model: `deepspeed hg_scale/train.py --config configs/hg_1b.json`.
+
+Starts alike under deepspeed, torchrun, srun, mpirun and plain python. Run it again with the same
+run folder and it goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+# Run as a file, this folder itself comes first on the path and would shadow other libraries.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent.resolve()]
+
+from hg_scale.config import ConfigError, load_config  # noqa: E402
+from hg_scale.parallel.launch import Launch  # noqa: E402
+
+USAGE_ERROR = 2
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of training."""
+    add = parser.add_argument
+    add("--config", required=True, type=Path, metavar="FILE", help="configs/*.json")
+    add("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
+        help="override a key, as in model.d_model=256; repeatable")  # fmt: skip
+    add("--run", type=Path, metavar="DIR", dest="run_folder",
+        help="run folder; one that holds checkpoints is resumed (default: runs/<config name>)")  # fmt: skip
+    add("--stop-at", type=int, metavar="STEP",
+        help="save and end cleanly after this step, the schedule unchanged")  # fmt: skip
+    add("--profile", type=int, metavar="STEP", help="write a profiler trace of this step")
+    add("--dry-run", action="store_true",
+        help="check the configuration, print layers, costs and stages, and end")  # fmt: skip
+    add("--world-size", type=int, metavar="N",
+        help="with --dry-run: processes to plan for (default: the launcher's, or the fewest)")  # fmt: skip
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher injects it
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns the exit code: 0 done, 2 a configuration that cannot be used, 1 anything else."""
+    launch = Launch.from_environment()
+    try:
+        if options.dry_run:
+            return dry_run(options, launch)
+        config = load_config(
+            options.config, options.overrides, world_size=launch.world_size
+        )
+    except ConfigError as error:
+        if launch.rank == 0:
+            print(error, file=sys.stderr)
+        return USAGE_ERROR
+    from hg_scale.training.run import train
+
+    folder = options.run_folder or Path("runs") / options.config.stem
+    return train(config, folder, launch, stop_at=options.stop_at, profile=options.profile)
+
+
+def dry_run(options: argparse.Namespace, launch: Launch) -> int:
+    """Print the plan of the run; torch is not imported."""
+    known = options.world_size or (launch.world_size if launch.world_size > 1 else None)
+    config = load_config(options.config, options.overrides, world_size=known)
+    if launch.rank == 0:
+        from rich.console import Console
+
+        from hg_scale.training.dry_run import print_plan
+
+        fewest = config.parallel.tensor * config.parallel.pipeline
+        print_plan(config, known or fewest, Console())
+    return 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0])
+    add_options(parser)
+    sys.exit(run(parser.parse_args()))

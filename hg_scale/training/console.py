@@ -1,0 +1,241 @@
+"""What a person sees of a run: one live line on a terminal, else one plain line a logged step.
+
+DeepSpeed, Megatron, webdataset and the compilers they start print to stdout and stderr as they
+like, some from C++. `quiet_libraries` sends both file descriptors to a file of the rank; only
+`Console` still writes to the terminal. Lines of the `deepspeed` launcher come from another process
+and cannot be held back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich import console as rich
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
+
+
+class Console:
+    """The run's lines on `stream` (default: stdout), from rank 0 alone; `warn` from any rank.
+
+    Records are those of `metrics.jsonl`; what one lacks is left out. `tty` None asks the stream.
+    Use it as a context manager: the live line ends with it.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        *,
+        rank: int = 0,
+        tty: bool | None = None,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total_steps, self.rank = total_steps, rank
+        self._stream = stream or sys.stdout
+        self._eta = _Eta(total_steps, clock)
+        self._live: Progress | None = None
+        self._task = TaskID(0)
+        if rank == 0 and (self._stream.isatty() if tty is None else tty):
+            self._live = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=16),
+                TextColumn(
+                    "{task.description}",
+                    markup=False,
+                    table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+                ),
+                console=_Terminal(file=self._stream, force_terminal=True),
+                refresh_per_second=4,
+                expand=True,
+                # Libraries' lines go to their file, not above the live line.
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._task = self._live.add_task("", total=total_steps, completed=start_step)
+
+    def __enter__(self) -> Console:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def advance(self, step: int) -> None:
+        """Step `step` is done and not logged, or the run goes on from it: the live bar moves."""
+        if self._live:
+            self._live.update(self._task, completed=step)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Show a logged step."""
+        if self.rank != 0:
+            return
+        step, figures = record["step"], step_figures(record, self._eta.seconds(record["step"]))
+        if self._live:
+            self._live.update(self._task, completed=step, description=figures)
+        else:
+            width = len(str(self.total_steps))
+            self._write(f"step {step:>{width}}/{self.total_steps}  {figures}".rstrip())
+
+    def validation(self, record: Mapping[str, Any]) -> None:
+        """Show a validation; on a terminal it stays above the live line."""
+        self.print(validation_line(record))
+
+    def print(self, message: str) -> None:
+        """A line of the run's own, from rank 0."""
+        if self.rank == 0:
+            self._write(message)
+
+    def warn(self, message: str) -> None:
+        """A warning of the run's own, from any rank, which it names."""
+        self._write(f"warning (rank {self.rank}): {message}")
+
+    def _write(self, line: str) -> None:
+        if self._live:
+            self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+
+class _Terminal(rich.Console):
+    """As wide as the terminal behind its stream: rich asks stdin, stdout and stderr, none of which
+    need lead there while libraries are quiet."""
+
+    @property  # type: ignore[misc]  # rich can set it, too
+    def size(self) -> rich.ConsoleDimensions:
+        try:
+            columns, lines = os.get_terminal_size(self.file.fileno())
+        except (OSError, ValueError):  # a terminal in name only
+            columns = 0
+        return rich.ConsoleDimensions(columns, lines) if columns else super().size
+
+
+class _Eta:
+    """Time left, from the steps after the first shown one, which alone pays for compiling."""
+
+    def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
+        self._total, self._clock = total_steps, clock
+        self._first: tuple[int, float] | None = None
+
+    def seconds(self, step: int) -> float | None:
+        """Seconds left at `step`; None while there is nothing to judge by."""
+        now = self._clock()
+        if self._first is None:
+            self._first = step, now
+        first_step, first_time = self._first
+        if step <= first_step:
+            return None
+        return (now - first_time) / (step - first_step) * (self._total - step)
+
+
+_STEP_FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
+    ("loss", "loss {:.4f}".format),
+    ("bits_per_byte", "bpb {:.4f}".format),
+    ("grad_norm", "grad {:.3f}".format),
+    ("learning_rate", "lr {:.2e}".format),
+    ("tokens_per_second", lambda rate: f"{_short(rate)} tok/s"),
+    ("mfu", "mfu {:.1%}".format),
+)
+_VALIDATION_FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
+    ("validation_loss", "loss {:.4f}".format),
+    ("validation_bits_per_byte", "bpb {:.4f}".format),
+)
+
+
+def step_figures(record: Mapping[str, Any], eta: float | None) -> str:
+    """The figures of a logged step in one line; `eta` in seconds."""
+    left = [] if eta is None else [f"eta {_duration(eta)}"]
+    return "  ".join((*_fields(record, _STEP_FIELDS), *left))
+
+
+def validation_line(record: Mapping[str, Any]) -> str:
+    """A validation in one line."""
+    return "  ".join((f"validation at step {record['step']}", *_fields(record, _VALIDATION_FIELDS)))
+
+
+def _fields(
+    record: Mapping[str, Any], fields: tuple[tuple[str, Callable[[float], str]], ...]
+) -> list[str]:
+    return [show(record[key]) for key, show in fields if record.get(key) is not None]
+
+
+def _short(number: float) -> str:
+    """Three digits and a magnitude: 812, 31.2k, 4.05M."""
+    for unit in ("", "k", "M", "G"):
+        if not number >= 999.5 or unit == "G":  # `not >=` also ends at NaN
+            break
+        number /= 1000
+    return f"{number:.3g}{unit}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days}d {hours:02}:{minutes:02}" if days else f"{hours}:{minutes:02}:{rest:02}"
+
+
+@contextmanager
+def quiet_libraries(log: Path) -> Iterator[TextIO]:
+    """Send all that this process prints, and its children, to the file `log`.
+
+    Gives the stream that still leads to where stdout led, for `Console`. Enter it before DeepSpeed
+    is imported. An error ends both in the file, after what libraries said, and on the terminal,
+    where a last line names the file; a crash in C++ shows its Python stack on the terminal.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    _flush()
+    saved = os.dup(1), os.dup(2)
+    with log.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # A killed run must not take its last lines with it in a buffer.
+    buffered = [s for s in (sys.stdout, sys.stderr) if isinstance(s, TextIOWrapper)]
+    modes = [stream.line_buffering for stream in buffered]
+    for stream in buffered:
+        stream.reconfigure(line_buffering=True)
+    traced = faulthandler.is_enabled()
+    faulthandler.enable(file=saved[1])
+    terminal = os.fdopen(os.dup(saved[0]), "w", buffering=1, encoding="utf-8", errors="replace")
+    failed = False
+    try:
+        yield terminal
+    except Exception:
+        failed = True
+        traceback.print_exc()
+        raise
+    finally:
+        terminal.close()
+        _flush()
+        faulthandler.disable()
+        for fd, original in enumerate(saved, start=1):
+            os.dup2(original, fd)
+            os.close(original)
+        for stream, mode in zip(buffered, modes, strict=True):
+            stream.reconfigure(line_buffering=mode)
+        if traced and sys.__stderr__ is not None:
+            faulthandler.enable(file=sys.__stderr__)
+        if failed:
+            print(f"what the libraries printed before this error: {log}", file=sys.stderr)
+
+
+def _flush() -> None:
+    """Write out what Python and C hold for stdout and stderr, before the descriptors change."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    ctypes.CDLL(None).fflush(None)

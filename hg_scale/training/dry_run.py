@@ -1,0 +1,104 @@
+"""What a run would be: resolved configuration, layers with their costs, the pipeline's cut.
+
+Needs neither torch nor a process group, and takes no longer than reading a file.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from rich.console import Console
+from rich.table import Table
+
+from hg_scale.config.hierarchy import scale_lengths
+from hg_scale.config.schema import Config
+from hg_scale.model.costs import layer_costs, parameter_count, training_flops_per_token
+from hg_scale.model.plan import model_scales
+from hg_scale.parallel.stages import cut_pipeline
+
+
+def print_plan(config: Config, world_size: int, console: Console) -> None:
+    """Print everything about a run of `world_size` processes."""
+    console.print_json(config.model_dump_json(exclude_none=True))
+    console.print(_layers(config))
+    total, model = parameter_count(config.model), config.model
+    tokens = config.training.global_batch_size * model.sequence_length
+    per_token = training_flops_per_token(model)
+    console.print(f"parameters: {total:,}")
+    console.print(f"training FLOPs: {per_token:,.0f} a token, {per_token * tokens:.3g} a step")
+    console.print(
+        f"tokens: {tokens:,} a step, {tokens * config.training.steps:.3g} in "
+        f"{config.training.steps:,} steps"
+    )
+    parallel = config.parallel
+    console.print(
+        f"layout: {world_size} processes = tensor {parallel.tensor} x pipeline "
+        f"{parallel.pipeline} x data {config.data_parallel(world_size)}, ZeRO "
+        f"{parallel.zero_stage}; micro-batches a step: {config.micro_batches(world_size)}"
+    )
+    if parallel.pipeline > 1:
+        _print_cut(config, world_size, console)
+
+
+def _layers(config: Config) -> Table:
+    """A row a layer; equal blocks that follow each other share one."""
+    model = config.model
+    scales, lengths = (
+        model_scales(model),
+        scale_lengths(model.sequence_length, model.parsed.factors),
+    )
+    table = Table(title=f"layers of '{model.hierarchy}', forward FLOPs of one window")
+    for column in ("layer", "kind", "positions", "width"):
+        table.add_column(column)
+    for column in ("parameters", "GFLOPs", "share"):
+        table.add_column(column, justify="right")
+    costs = layer_costs(model)
+    whole = sum(cost.flops for cost in costs)
+    start = 0
+    for stop in range(1, len(costs) + 1):
+        first, last = costs[start].layer, costs[stop - 1].layer
+        if stop < len(costs):
+            following = costs[stop].layer
+            if (
+                first.kind == following.kind == "block"
+                and first.name.rpartition(".")[0] == following.name.rpartition(".")[0]
+            ):
+                continue
+        run = costs[start:stop]
+        name = first.name if len(run) == 1 else f"{first.name} .. {last.name.rpartition('.')[2]}"
+        flops = sum(cost.flops for cost in run)
+        table.add_row(
+            name,
+            first.kind,
+            f"{lengths[first.scale]:,}",
+            f"{scales[first.scale].d_model:,}",
+            f"{sum(cost.parameters for cost in run):,}",
+            f"{flops / 1e9:,.2f}",
+            f"{flops / whole:.1%}",
+        )
+        start = stop
+    return table
+
+
+def _print_cut(config: Config, world_size: int, console: Console) -> None:
+    cut = cut_pipeline(config.model, config.parallel.pipeline)
+    costs = layer_costs(config.model)
+    table = Table(title="pipeline stages")
+    for column in ("stage", "layers"):
+        table.add_column(column)
+    for column in ("GFLOPs", "share", "elements in"):
+        table.add_column(column, justify="right")
+    for stage, (a, b) in enumerate(pairwise(cut.parts)):
+        table.add_row(
+            str(stage),
+            f"{costs[a].layer.name} .. {costs[b - 1].layer.name}",
+            f"{cut.flops[stage] / 1e9:,.2f}",
+            f"{cut.flops[stage] / sum(cut.flops):.1%}",
+            f"{cut.traffic[stage]:,}",
+        )
+    console.print(table)
+    micro_batches = config.micro_batches(world_size)
+    console.print(
+        f"expected imbalance: {cut.imbalance:.3f} (slowest stage over the mean); bubble: "
+        f"{cut.bubble(micro_batches):.1%} with {micro_batches} micro-batches"
+    )

@@ -1,0 +1,121 @@
+"""The training loop, to be read in one sitting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import log
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from hg_scale.config.schema import Config
+from hg_scale.model.costs import training_flops_per_token
+from hg_scale.training.batches import Batches, HeldOut
+from hg_scale.training.device import Peak
+from hg_scale.training.metrics import StepTimer, memory_usage
+from hg_scale.training.profiling import StepProfiler
+
+if TYPE_CHECKING:
+    from hg_scale.training.engine import Engine, StepResult
+
+LN2 = log(2)
+Record = dict[str, Any]
+
+
+@dataclass
+class Progress:
+    """Where training stands: what a checkpoint carries beside weights and optimizer."""
+
+    step: int = 0
+    position: int = 0  # in the data, in tokens over all ranks
+    skipped: int = 0  # steps whose gradients were not finite
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop is given: `log` takes a record a line, `advance` moves the live line."""
+
+    engine: Engine
+    batches: Batches
+    held_out: HeldOut | None
+    learning_rate: Callable[[int], float]
+    log: Callable[[Record], None]
+    advance: Callable[[int], None]
+    save: Callable[[Progress], None]
+    profiler: StepProfiler
+    bytes_per_token: float
+    peak: Peak
+
+
+def training_loop(config: Config, parts: Parts, progress: Progress, last_step: int) -> None:
+    """Train from `progress.step` to `last_step`, validating, logging and saving on the way."""
+    timer = StepTimer()
+    parts.advance(progress.step)
+    meter = Meter(config, parts, timer)
+    for step in range(progress.step + 1, last_step + 1):
+        last = step == last_step
+        rate = parts.learning_rate(step)
+        with parts.profiler.step(step):
+            with timer.measure("data"):
+                batch = parts.batches.next()
+            with timer.measure("compute"):
+                result = parts.engine.train_step(batch, step, rate)
+        progress.step, progress.position = step, parts.batches.position
+        progress.skipped += result.skipped
+        timer.count_step(meter.tokens)
+        parts.advance(step)
+
+        if step == 1 or due(step, config.logging.every, last):
+            parts.log(meter.record(progress, result, rate))
+        with timer.measure("paused"):
+            if parts.held_out and due(step, config.training.validate_every, last):
+                parts.log({"step": step} | validate(parts.engine, parts.held_out))
+            if due(step, config.checkpoint.every, last):
+                parts.save(progress)
+
+
+def due(step: int, every: int, last: bool) -> bool:
+    """Whether something that happens every so many steps (0: at the end only) happens now."""
+    return last or (every > 0 and step % every == 0)
+
+
+def validate(engine: Engine, held_out: HeldOut) -> Record:
+    """Loss over held-out text, each token scored once."""
+    start = perf_counter()
+    length = engine.config.model.sequence_length
+    nats = engine.evaluate(held_out.batches(), length)
+    return {
+        "validation_loss": nats / held_out.tokens,
+        "validation_bits_per_byte": nats / LN2 / held_out.bytes,
+        "validation_tokens": held_out.tokens,
+        "validation_seconds": perf_counter() - start,
+    }
+
+
+class Meter:
+    """What a logged line says: the last step's loss, and rates over the steps since the last."""
+
+    def __init__(self, config: Config, parts: Parts, timer: StepTimer) -> None:
+        self.parts, self.timer = parts, timer
+        self.tokens = config.training.global_batch_size * config.model.sequence_length
+        self.flops_per_token = training_flops_per_token(config.model)
+        self.peak = parts.peak.flops * parts.engine.mesh.world_size
+
+    def record(self, progress: Progress, result: StepResult, learning_rate: float) -> Record:
+        """One object for `metrics.jsonl`."""
+        times = self.timer.collect()
+        flops_per_second = times["tokens_per_second"] * self.flops_per_token
+        return {
+            "step": progress.step,
+            "loss": result.loss,
+            "bits_per_byte": result.loss / LN2 / self.parts.bytes_per_token,
+            "grad_norm": result.grad_norm,
+            "learning_rate": learning_rate,
+            "tokens": progress.position,
+            "epoch": self.parts.batches.epoch,
+            **times,
+            "flops_per_second": flops_per_second,
+            "mfu": flops_per_second / self.peak,
+            "skipped_steps": progress.skipped,
+            **memory_usage(),
+        }

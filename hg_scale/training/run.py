@@ -1,0 +1,207 @@
+"""One training run, from a checked configuration to its last checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from hg_scale.checkpoint.find import find_latest
+from hg_scale.config.errors import ConfigError
+from hg_scale.config.schema import Config
+from hg_scale.data.index import Index
+from hg_scale.errors import UserError
+from hg_scale.model.costs import parameter_count
+from hg_scale.parallel.launch import Launch
+from hg_scale.parallel.mesh import Mesh, make_mesh, start_processes
+from hg_scale.training.batches import Batches, HeldOut, open_data
+from hg_scale.training.console import Console, quiet_libraries
+from hg_scale.training.device import peak_flops
+from hg_scale.training.loop import Parts, Progress, Record, training_loop
+from hg_scale.training.metrics import MetricsLog
+from hg_scale.training.profiling import StepProfiler
+from hg_scale.training.schedule import Schedule
+from hg_scale.training.state import load_state, refuse_other_model, save_state
+from hg_scale.training.wandb_log import WandbLog
+
+FAILED, USAGE_ERROR = 1, 2
+
+
+def train(
+    config: Config,
+    folder: Path,
+    launch: Launch,
+    *,
+    stop_at: int | None = None,
+    profile: int | None = None,
+) -> int:
+    """Train, or go on where the run folder stands. Returns the exit code.
+
+    A fault that a person can mend ends in one line: a faulty configuration, which all ranks see
+    alike, is told by the first; a broken file by the rank that met it.
+    """
+    fault: Exception | None = None
+    with quiet_libraries(folder / "logs" / f"rank-{launch.rank}.log") as terminal:
+        console = Console(config.training.steps, rank=launch.rank, stream=terminal)
+        try:
+            with console:
+                _train(config, folder, launch, console, stop_at, profile)
+        except UserError as error:
+            fault = error
+        except KeyboardInterrupt:
+            fault = UserError("interrupted; started again, the run goes on from its checkpoint")
+        finally:
+            if dist.is_initialized() and fault is None:
+                dist.destroy_process_group()
+    if fault is None:
+        return 0
+    if launch.rank == 0 or not isinstance(fault, ConfigError):
+        print(fault, file=sys.stderr)
+    return USAGE_ERROR if isinstance(fault, ConfigError) else FAILED
+
+
+def _train(
+    config: Config,
+    folder: Path,
+    launch: Launch,
+    console: Console,
+    stop_at: int | None,
+    profile: int | None,
+) -> None:
+    index = open_data(config)  # before any process group: a fault here ends all ranks alike
+    checkpoints = folder / "checkpoints"
+    source = find_source(config, checkpoints, console)
+    device = start_processes(launch)
+    mesh, layers = make_mesh(config.parallel)
+
+    from hg_scale.training.engine import make_engine  # imports DeepSpeed
+
+    engine = make_engine(config, mesh, layers, device)
+    progress = load_state(engine, source) if source else Progress()
+    peak = peak_flops(config.training.precision, device.type)
+    describe(config, mesh, console, engine.cut)
+    console.print(f"peak of one device: {peak.flops / 1e12:.3g} TFLOP/s ({peak.source})")
+    if source:
+        console.print(f"resumed at step {progress.step} from {source}")
+
+    last = min(config.training.steps, stop_at or config.training.steps)
+    if progress.step >= last:
+        console.print(f"nothing to do: step {progress.step} of {last} is reached")
+        return
+    log = RunLog(config, folder, console, progress.step, launch.rank)
+    with log, Batches(config, index, mesh, device, progress.position) as batches:
+        train_split = index.split("train")
+        parts = Parts(
+            engine=engine,
+            batches=batches,
+            held_out=held_out(config, index, mesh, device),
+            learning_rate=make_schedule(config),
+            log=log.write,
+            advance=console.advance,
+            save=lambda progress: save_state(engine, checkpoints, progress, config),
+            profiler=StepProfiler(folder, profile, launch.rank),
+            bytes_per_token=train_split.text_bytes / train_split.tokens,
+            peak=peak,
+        )
+        training_loop(config, parts, progress, last)
+    console.print(f"step {progress.step} of {config.training.steps} saved in {checkpoints}")
+
+
+def find_source(config: Config, checkpoints: Path, console: Console) -> Path | None:
+    """The checkpoint to begin from: the run's newest whole one, or `checkpoint.start_from`.
+
+    Raises where it holds another model.
+    """
+    source = find_latest(checkpoints, report=console.print)
+    if source is None and config.checkpoint.start_from:
+        source = Path(config.checkpoint.start_from)
+    if source:
+        refuse_other_model(config, source)
+    return source
+
+
+def make_schedule(config: Config) -> Schedule:
+    """The learning rate by step."""
+    schedule = config.schedule
+    return Schedule(
+        kind=schedule.kind,
+        peak=config.optimizer.learning_rate,
+        total_steps=config.training.steps,
+        warmup_steps=schedule.warmup_steps,
+        decay_steps=schedule.decay_steps,
+        decay_shape=schedule.decay_shape,
+        cycle_steps=schedule.cycle_steps,
+        minimum_ratio=schedule.minimum_ratio,
+    )
+
+
+def held_out(config: Config, index: Index, mesh: Mesh, device: Any) -> HeldOut | None:
+    """The validation split, if the corpus has one."""
+    if "validation" not in index.splits or not index.split("validation").tokens:
+        return None
+    return HeldOut(config, index, mesh, device, "validation")
+
+
+def describe(config: Config, mesh: Mesh, console: Console, cut: Any) -> None:
+    """What is about to be trained, in a few lines."""
+    model = config.model
+    console.print(
+        f"{parameter_count(model) / 1e6:,.1f}M parameters, hierarchy {model.hierarchy}, "
+        f"{model.sequence_length:,} tokens a window"
+    )
+    console.print(
+        f"{mesh.world_size} processes: tensor {mesh.tensor} x pipeline {mesh.pipeline} x data "
+        f"{mesh.data}, ZeRO {config.parallel.zero_stage}, {config.training.precision}"
+    )
+    if cut:
+        micro_batches = config.micro_batches(mesh.world_size)
+        console.print(
+            f"pipeline cut at layers {cut.parts}: imbalance {cut.imbalance:.3f}, bubble "
+            f"{cut.bubble(micro_batches):.1%}"
+        )
+
+
+class RunLog:
+    """Where records go: `metrics.jsonl` always, the terminal, and wandb where configured."""
+
+    def __init__(
+        self, config: Config, folder: Path, console: Console, step: int, rank: int
+    ) -> None:
+        self.console = console
+        self._metrics: MetricsLog | None = None
+        self._wandb: WandbLog | None = None
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+            self._metrics = MetricsLog(folder, step)
+            if config.logging.wandb_project:
+                self._wandb = WandbLog(
+                    folder,
+                    config.logging.wandb_project,
+                    config.logging.wandb_name,
+                    config.model_dump(),
+                    warn=console.warn,
+                )
+
+    def write(self, record: Record) -> None:
+        """A logged step or a validation."""
+        show: Callable[[Record], None] = (
+            self.console.validation if "validation_loss" in record else self.console.step
+        )
+        show(record)
+        if self._metrics:
+            self._metrics.write(record)
+        if self._wandb:
+            self._wandb.log(record)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._metrics:
+            self._metrics.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=int(kind is not None))

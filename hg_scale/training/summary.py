@@ -1,0 +1,93 @@
+"""What a run reached: its held-out bits per byte beside compressors, and a sample."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from hg_scale.checkpoint.find import find_latest
+from hg_scale.checkpoint.load import read_parameters
+from hg_scale.errors import UserError
+from hg_scale.config.load import load_config
+from hg_scale.config.schema import Config
+from hg_scale.data.evaluation import split_text
+from hg_scale.data.index import read_index
+from hg_scale.data.tokenizer import load_tokenizer
+from hg_scale.model.hourglass import Hourglass
+
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip -9": lambda text: gzip.compress(text, 9),
+    "bzip2 -9": lambda text: bz2.compress(text, 9),
+    "xz -9e": lambda text: lzma.compress(text, preset=9 | lzma.PRESET_EXTREME),
+}
+TEMPERATURE = 0.8
+
+
+def comparison(run: Path, with_compressors: bool) -> Table:
+    """Bits per byte of the held-out text, the run's last validation first."""
+    config = load_config(run / "config.json")
+    record = last_validation(run / "metrics.jsonl")
+    table = Table(title="held-out text, bits per byte (less is better)")
+    table.add_column("what")
+    table.add_column("bits per byte", justify="right")
+    name = f"hourglass {config.model.hierarchy}, step {record['step']}"
+    table.add_row(name, f"{record['validation_bits_per_byte']:.3f}", style="bold")
+    if with_compressors:
+        text = split_text(read_index(str(config.data.path)), "validation")
+        for compressor, compress in COMPRESSORS.items():
+            table.add_row(compressor, f"{8 * len(compress(text)) / len(text):.3f}")
+        table.caption = f"{len(text):,} bytes that were not trained on"
+    return table
+
+
+def last_validation(metrics: Path) -> dict[str, Any]:
+    """The last validation record of a run."""
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    for line in reversed(lines):
+        record = json.loads(line)
+        if "validation_bits_per_byte" in record:
+            return record
+    raise UserError(f"{metrics} holds no validation: train to the end, or set validate_every")
+
+
+def sample_text(run: Path, tokens: int, seed: int) -> str:
+    """Text that the last checkpoint writes, one token at a time, from an empty beginning."""
+    config = load_config(run / "config.json")
+    checkpoint = find_latest(run / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"{run / 'checkpoints'} holds no whole checkpoint")
+    model = load_model(config, checkpoint)
+    tokenizer = load_tokenizer(read_index(str(config.data.path)).tokenizer)
+    start = tokenizer.eod or 0
+    ids = sample(model, [start], tokens, TEMPERATURE, seed, config.model.sequence_length)
+    text = tokenizer.decode(torch.tensor([i for i in ids if i != tokenizer.eod]).numpy())
+    return text.decode("utf-8", errors="replace")
+
+
+def load_model(config: Config, checkpoint: Path) -> Hourglass:
+    """The plain model with a checkpoint's weights, in fp32."""
+    model = Hourglass(config.model)
+    model.load_state_dict(dict(read_parameters(checkpoint)))
+    return model.eval()
+
+
+@torch.inference_mode()
+def sample(
+    model: Hourglass, prompt: list[int], tokens: int, temperature: float, seed: int, window: int
+) -> list[int]:
+    """The ids that follow the prompt, each drawn from the model's distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = list(prompt)
+    for _ in range(tokens):
+        logits = model(torch.tensor([ids[-window:]]))[0, -1, : model.config.vocab_size]
+        probabilities = (logits.float() / temperature).softmax(0)
+        ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+    return ids[len(prompt) :]

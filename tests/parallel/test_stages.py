@@ -1,0 +1,79 @@
+"""The pipeline's cut: balanced by FLOPs, complete, and better than cuts by layers."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hg_scale.config.schema import ModelConfig
+from hg_scale.model.costs import TRAINING_FACTOR, layer_costs
+from hg_scale.model.plan import boundary_shapes, layer_plan
+from hg_scale.parallel.stages import cut_pipeline
+
+
+def model(hierarchy: str, **changes: object) -> ModelConfig:
+    """Widths large enough for traffic not to decide."""
+    sizes = {"d_model": 4096, "heads": 32, "d_ff": 16384, "sequence_length": 4096}
+    return ModelConfig(hierarchy=hierarchy, **{**sizes, **changes})  # type: ignore[arg-type]
+
+
+def test_equal_blocks_are_cut_evenly() -> None:
+    cut = cut_pipeline(model("8@1"), 4)
+    assert cut.imbalance < 1.02
+    assert [b - a for a, b in pairwise(cut.parts)] == [3, 2, 2, 4]  # embedding, norm and head too
+
+
+def test_short_blocks_count_for_less() -> None:
+    """Half of the layers is no half of the work: `2@1 12@4 2@1` has 4 of 16 blocks outside."""
+    hourglass = model("2@1 12@4 2@1", pooling="average", upsampling="repeat")
+    cut = cut_pipeline(hourglass, 2)
+    flops = [TRAINING_FACTOR * cost.flops for cost in layer_costs(hourglass)]
+    assert sum(cut.flops) == sum(flops)
+    assert cut.imbalance < 1.1
+    by_layers = max(sum(flops[: len(flops) // 4]), sum(flops[len(flops) // 4 :]))
+    assert max(cut.flops) < by_layers
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(["6@1", "2@1 3@3 1@1", "1@1 1@2 2@4 1@2 2@1", "0@1 4@2 1@1"]),
+    st.integers(1, 4),
+)
+def test_it_is_the_best_of_all_cuts(hierarchy: str, stages: int) -> None:
+    """Against every other cut with a block in each stage, where traffic costs nothing."""
+    config = model(hierarchy)
+    costs = layer_costs(config)
+    flops = [TRAINING_FACTOR * cost.flops for cost in costs]
+    cut = cut_pipeline(config, stages, bytes_per_element=0)
+    assert cut.parts[0] == 0 and cut.parts[-1] == len(costs)
+    best = None
+    for inner in combinations(range(1, len(costs)), stages - 1):
+        parts = list(pairwise((0, *inner, len(costs))))
+        if all(any(c.layer.kind == "block" for c in costs[a:b]) for a, b in parts):
+            slowest = max(sum(flops[a:b]) for a, b in parts)
+            best = slowest if best is None else min(best, slowest)
+    assert max(cut.flops) == best
+
+
+def test_a_boundary_inside_the_valley_carries_the_open_skips() -> None:
+    config = model("1@1 1@2 2@4 1@2 1@1", d_model=[8, 16, 32], heads=[2, 2, 2], sequence_length=20)
+    plan = layer_plan(config)
+    deepest = next(i for i, layer in enumerate(plan) if layer.name == "level1.stack.1")
+    shapes = boundary_shapes(config, plan, deepest, 20, (2, 2))
+    assert shapes == [(5, 32), (20, 8), (10, 16)]
+    ragged = boundary_shapes(config, plan, deepest, 19, (3, 2))
+    assert ragged == [(4, 32), (19, 8), (7, 16)]
+    assert boundary_shapes(config, plan, 0, 20, (2, 2)) == [(20, 8)]
+
+
+def test_bubble_of_one_forward_one_backward() -> None:
+    cut = cut_pipeline(model("8@1"), 4)
+    assert cut.bubble(8) == pytest.approx(3 / 11)
+
+
+def test_more_stages_than_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 pipeline stages"):
+        cut_pipeline(model("4@1"), 5)

@@ -1,0 +1,207 @@
+"""What a person sees: plain lines, the live line of a real terminal, and nothing of libraries."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from hg_scale.training.console import Console, step_figures, validation_line
+
+RECORD = {
+    "step": 120,
+    "loss": 1.43127,
+    "bits_per_byte": 2.06489,
+    "grad_norm": 0.8127,
+    "learning_rate": 3.98e-4,
+    "tokens_per_second": 31_234.5,
+    "mfu": 0.4123,
+}
+
+
+FIGURES = "loss 1.4313  bpb 2.0649  grad 0.813  lr 3.98e-04  31.2k tok/s  mfu 41.2%"
+
+
+def test_a_logged_step_is_one_line():
+    assert step_figures(RECORD, eta=192.4) == FIGURES + "  eta 0:03:12"
+
+
+def test_what_a_record_lacks_is_left_out():
+    assert step_figures({"step": 1, "loss": float("nan"), "mfu": None}, None) == "loss nan"
+
+
+@pytest.mark.parametrize(
+    ("rate", "shown"),
+    [(812.4, "812"), (999.6, "1k"), (31_234, "31.2k"), (4.05e6, "4.05M"), (2e13, "2e+04G")],
+)
+def test_rates_have_three_digits(rate, shown):
+    assert step_figures({"tokens_per_second": rate}, None) == f"{shown} tok/s"
+
+
+def test_a_validation_is_one_line():
+    record = {"step": 50, "validation_loss": 1.25, "validation_bits_per_byte": 1.80337}
+    assert validation_line(record) == "validation at step 50  loss 1.2500  bpb 1.8034"
+
+
+def test_the_time_left_does_not_count_the_first_step():
+    times = iter([100.0, 110.0, 4100.0])
+    stream = io.StringIO()
+    console = Console(100_000, stream=stream, clock=lambda: next(times))
+    for step in (10, 20, 50):
+        console.step({"step": step})
+    first, second, third = stream.getvalue().splitlines()
+    assert "eta" not in first
+    assert second.endswith("eta 1d 03:46")  # 99,980 steps of 1 s
+    assert third.endswith("eta 115d 16:23")  # 99,950 steps of 100 s
+
+
+def test_without_a_terminal_there_are_plain_lines_only():
+    stream = io.StringIO()
+    with Console(1000, stream=stream) as console:
+        console.print("[bold] stays as it is")
+        console.advance(119)
+        console.step(RECORD)
+        console.validation({"step": 120, "validation_loss": 1.0})
+    assert stream.getvalue().splitlines() == [
+        "[bold] stays as it is",
+        f"step  120/1000  {FIGURES}",
+        "validation at step 120  loss 1.0000",
+    ]
+
+
+def test_other_ranks_only_warn():
+    stream = io.StringIO()
+    with Console(1000, rank=3, tty=True, stream=stream) as console:
+        console.print("hello")
+        console.advance(1)
+        console.step(RECORD)
+        console.validation({"step": 120})
+        console.warn("shard 7 is broken")
+    assert stream.getvalue() == "warning (rank 3): shard 7 is broken\n"
+
+
+def in_terminal(code: str, columns: int) -> str:
+    """What `code` shows on stdout, a terminal this many columns wide."""
+    controller, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, columns))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.DEVNULL,
+        stdout=terminal,
+        stderr=terminal,
+        env={**os.environ, "TERM": "xterm"},
+    )
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            block = os.read(controller, 65536)
+        except OSError:  # the other end is closed
+            break
+        shown += block
+        if not block:
+            break
+    os.close(controller)
+    assert process.wait() == 0, shown.decode()
+    return shown.decode()
+
+
+def test_a_terminal_has_one_live_line():
+    shown = in_terminal(
+        "import time; from hg_scale.training.console import Console\n"
+        "with Console(40) as console:\n"
+        "    for step in range(1, 41):\n"
+        "        console.step({'step': step, 'loss': 1.5, 'grad_norm': 0.25})\n"
+        "        if step == 20: console.validation({'step': step, 'validation_loss': 1.0})\n",
+        columns=100,
+    )
+    assert "\x1b[2K" in shown  # a line is drawn over itself
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    lines = [line.rstrip("\r").split("\r")[-1].strip() for line in plain.split("\n")]
+    assert "validation at step 20  loss 1.0000" in lines
+    assert sum("step 40/40" in line for line in lines) == 1  # what is left when all is drawn
+    assert "loss 1.5000  grad 0.250" in plain
+
+
+@pytest.mark.parametrize("columns", [50, 160])
+def test_the_live_line_takes_the_width_of_the_terminal(tmp_path, columns):
+    shown = in_terminal(
+        "from pathlib import Path; from hg_scale.training.console import Console, quiet_libraries\n"
+        f"with quiet_libraries(Path({str(tmp_path)!r}, 'log')) as stream:\n"
+        f"    with Console(1000, stream=stream) as console: console.step({RECORD})",
+        columns,
+    )
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    assert all(len(line.rstrip()) <= columns for line in re.split(r"[\r\n]+", plain))
+    assert ("mfu 41.2%" in plain) == (columns == 160)
+
+
+QUIET = """
+import logging, os, sys, warnings
+from pathlib import Path
+from hg_scale.training.console import Console, quiet_libraries
+print("before")
+with quiet_libraries(Path(sys.argv[1])) as stream, Console(10, stream=stream) as console:
+    print("noise: print"); os.write(1, b"noise: C stdout\\n"); os.write(2, b"noise: C stderr\\n")
+    warnings.warn("noise: warning"); logging.getLogger("DeepSpeed").warning("noise: log")
+    os.system("echo noise: child")
+    console.step({"step": 1, "loss": 2.0})
+    %s
+print("after")
+"""
+
+
+def quiet(log: Path, last: str = "pass") -> subprocess.CompletedProcess[str]:
+    """A process whose libraries are noisy, and which ends with the statement `last`."""
+    command = [sys.executable, "-c", QUIET % last, str(log)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_libraries_speak_to_their_file_and_the_run_to_the_terminal(tmp_path):
+    log = tmp_path / "logs" / "rank-0.log"
+    done = quiet(log)
+    assert done.stdout == "before\nstep  1/10  loss 2.0000\nafter\n"
+    assert done.stderr == ""
+    written = log.read_text()
+    for kind in ("print", "C stdout", "C stderr", "warning", "log", "child"):
+        assert f"noise: {kind}" in written
+    assert "before" not in written and "after" not in written
+
+
+def test_an_error_is_on_the_terminal_and_in_the_file(tmp_path):
+    log = tmp_path / "rank-0.log"
+    done = quiet(log, "raise RuntimeError('shapes differ')")
+    assert done.returncode == 1
+    assert "RuntimeError: shapes differ" in done.stderr and str(log) in done.stderr
+    assert "noise" not in done.stdout + done.stderr
+    assert "RuntimeError: shapes differ" in log.read_text()
+
+
+def test_a_plain_exit_says_nothing_more(tmp_path):
+    done = quiet(tmp_path / "rank-0.log", "sys.exit(3)")
+    assert done.returncode == 3 and done.stderr == ""
+
+
+def test_a_crash_below_python_shows_where_it_was(tmp_path):
+    done = quiet(tmp_path / "rank-0.log", "os.abort()")
+    assert done.returncode == -6
+    assert "Fatal Python error: Aborted" in done.stderr
+
+
+def test_a_killed_run_leaves_its_noise_in_the_file(tmp_path):
+    log = tmp_path / "rank-0.log"
+    assert quiet(log, "os.kill(os.getpid(), 9)").returncode == -9
+    assert "noise: print" in log.read_text()
+
+
+def test_a_restart_appends_to_the_file(tmp_path):
+    log = tmp_path / "rank-0.log"
+    quiet(log), quiet(log)
+    assert log.read_text().count("noise: print") == 2

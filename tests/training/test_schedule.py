@@ -1,0 +1,89 @@
+"""Learning rates, number by number."""
+
+from __future__ import annotations
+
+from math import cos, pi, sqrt
+
+import pytest
+
+from hg_scale.training.schedule import Schedule
+
+
+@pytest.mark.parametrize("kind", ["cosine", "rsqrt", "wsd"])
+def test_warm_up_is_a_line_from_zero_to_the_peak(kind):
+    schedule = Schedule(kind, peak=8e-4, total_steps=100, warmup_steps=8, decay_steps=0)
+    # A cosine counts from the end of the warm-up and is at its top until then.
+    assert [schedule(step) for step in (1, 2, 4, 8)] == pytest.approx([1e-4, 2e-4, 4e-4, 8e-4])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "rsqrt", "wsd"])
+def test_without_a_warm_up_the_first_step_has_the_peak(kind):
+    assert Schedule(kind, peak=1.0, total_steps=10**9)(1) == pytest.approx(1.0)
+
+
+def test_cosine_of_the_paper_counts_after_the_warm_up_and_ends_above_zero():
+    # enwik8: peak 4e-4, 4k of warm-up, a cycle of all 200k steps.
+    schedule = Schedule("cosine", peak=4e-4, total_steps=200_000, warmup_steps=4_000)
+    assert schedule(4_000) == 4e-4
+    assert schedule(104_000) == pytest.approx(2e-4)
+    assert schedule(200_000) == pytest.approx(4e-4 * 0.5 * (1 + cos(pi * 0.98)))
+    assert schedule(200_000) > 0
+
+
+def test_cosine_of_a_cycle_of_its_own_ends_at_the_minimum_and_stays():
+    schedule = Schedule(
+        "cosine", peak=1.0, total_steps=100, warmup_steps=20, cycle_steps=60, minimum_ratio=0.1
+    )
+    assert [schedule(s) for s in (20, 50, 80, 90, 100)] == pytest.approx([1, 0.55, 0.1, 0.1, 0.1])
+
+
+def test_rsqrt_of_imagenet32_then_a_cosine_to_zero():
+    peak = 0.0442 / sqrt(8_000)
+    schedule = Schedule(
+        "rsqrt", peak=peak, total_steps=470_000, warmup_steps=8_000, decay_steps=70_000
+    )
+    assert schedule(8_000) == pytest.approx(4.94e-4, rel=1e-3)
+    assert schedule(32_000) == pytest.approx(peak / 2)
+    assert schedule(400_000) == pytest.approx(0.0442 / sqrt(400_000))
+    assert schedule(435_000) == pytest.approx(0.0442 / sqrt(400_000) / 2)
+    assert schedule(470_000) == pytest.approx(0.0)
+
+
+def test_rsqrt_without_a_decay_is_cut_off_at_the_minimum():
+    schedule = Schedule("rsqrt", peak=1.0, total_steps=1000, warmup_steps=10, minimum_ratio=0.25)
+    assert [schedule(s) for s in (40, 90, 160, 1000)] == pytest.approx([1 / 2, 1 / 3, 1 / 4, 1 / 4])
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [("linear", [1, 0.75, 0.5, 0]), ("sqrt", [1, 0.5, 1 - sqrt(0.5), 0])]
+)
+def test_wsd_is_stable_and_then_decays(shape, expected):
+    schedule = Schedule(
+        "wsd", peak=1.0, total_steps=100, warmup_steps=10, decay_steps=20, decay_shape=shape
+    )
+    assert [schedule(step) for step in (10, 50, 79)] == [1, 1, 1]
+    assert [schedule(step) for step in (80, 85, 90, 100)] == pytest.approx(expected)
+
+
+def test_wsd_ends_at_the_minimum():
+    schedule = Schedule("wsd", peak=2.0, total_steps=10, decay_steps=4, minimum_ratio=0.1)
+    assert [schedule(step) for step in (6, 8, 10, 99)] == pytest.approx([2.0, 1.1, 0.2, 0.2])
+
+
+def test_a_decay_branches_off_any_step():
+    long = Schedule("wsd", peak=1.0, total_steps=1000, warmup_steps=10, decay_steps=100)
+    branch = long.branch(400, decay_steps=50)
+    assert branch.total_steps == 450
+    assert all(branch(step) == long(step) for step in range(1, 401))
+    assert [branch(step) for step in (425, 450)] == pytest.approx([0.5, 0.0])
+    assert long(450) == 1.0
+
+
+def test_a_decay_does_not_branch_off_a_cosine():
+    with pytest.raises(ValueError, match="branches off wsd or rsqrt"):
+        Schedule("cosine", peak=1.0, total_steps=10).branch(5, 5)
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="'step' is not one of"):
+        Schedule("step", peak=1.0, total_steps=10)(1)  # type: ignore[arg-type]
