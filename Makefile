@@ -21,8 +21,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 quickstart: setup
 	$(BIN)/python data_prep/prepare_bytes.py --output corpora/quickstart \
-	  $(if $(CORPUS),--input "$(CORPUS)",--input "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" --include '*.py' --exclude 'site-packages/*')
-	$(BIN)/deepspeed --num_gpus 2 hg_scale/train.py --config configs/quickstart.json --run $(RUN)
+	  $(if $(CORPUS),--input "$(CORPUS)",--input "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" --include '*.py' --exclude 'site-packages/*' --exclude '*test*' --exclude 'encodings/*' --exclude 'pydoc_data/*')
+	$(BIN)/deepspeed --log_level error --num_gpus 2 hg_scale/train.py --config configs/quickstart.json --run $(RUN)
 	$(BIN)/hg-scale summary $(RUN) --compare --sample 400
 
 lint: setup

@@ -4,4 +4,4 @@ from hg_scale.errors import UserError
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written or read: names the file, rank or tensor and the remedy."""
+    """A checkpoint that cannot be written or read: names the file, rank or tensor, and a remedy."""

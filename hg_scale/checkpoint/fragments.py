@@ -91,9 +91,7 @@ class Fragment:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Fragment:
         """The inverse of `to_json`."""
-        piece = Slice(
-            data["name"], tuple(data["shape"]), data["dim"], data["index"], data["count"]
-        )
+        piece = Slice(data["name"], tuple(data["shape"]), data["dim"], data["index"], data["count"])
         return cls(piece, data["start"], data["length"])
 
 

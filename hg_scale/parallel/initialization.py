@@ -17,7 +17,6 @@ from hg_scale.config.schema import ModelConfig
 from hg_scale.model.context import name_seed
 from hg_scale.parallel.sharding import shard_of
 
-NORMAL_STD = 0.02  # GPT-2's
 PAPER_BIAS_STD = 1e-6
 
 
@@ -46,7 +45,7 @@ def _draw(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> T
         return _paper(name, whole, generator)
     if kind in ("bias", "u", "v"):
         return whole.zero_()
-    std = NORMAL_STD
+    std = 1 / sqrt(shape[-1])  # fan-in; 0.02 of GPT-2 at its widths, larger at narrow levels
     if name.endswith(("out.weight", "down.weight")):  # the last matrix of a residual branch
         std /= sqrt(2 * model.parsed.blocks)
     return whole.normal_(0.0, std, generator=generator)

@@ -35,6 +35,14 @@ class Launch:
                 )
         return cls()
 
+    @property
+    def processes_here(self) -> int:
+        """Processes on this node, as far as the launcher says."""
+        for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "LOCAL_SIZE"):
+            if name in os.environ:
+                return int(os.environ[name])
+        return self.world_size
+
     def export(self) -> None:
         """Say it in the variables that torch and DeepSpeed read."""
         os.environ["RANK"] = str(self.rank)

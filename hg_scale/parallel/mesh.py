@@ -84,6 +84,9 @@ def start_processes(launch: Launch, timeout_minutes: float = 30) -> torch.device
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         device = torch.device("cpu")
+        if "OMP_NUM_THREADS" not in os.environ:  # or each process would take all cores
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // launch.processes_here))
     if not dist.is_initialized():
         options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
         if "MASTER_ADDR" not in os.environ:

@@ -23,9 +23,7 @@ def fragments_of(draw: Any, shape: tuple[int, ...], dim: int, label: str) -> lis
         piece = Slice("w", shape, cut, index, count)
         inner = draw(st.lists(st.integers(0, piece.size), max_size=4), label=f"{label}: cuts")
         edges = sorted({0, piece.size, *inner})
-        result += [
-            Fragment(piece, a, b - a) for a, b in zip(edges, edges[1:], strict=False)
-        ]
+        result += [Fragment(piece, a, b - a) for a, b in zip(edges, edges[1:], strict=False)]
     return result
 
 

@@ -1,0 +1,103 @@
+"""`docs/config.md` and the JSON Schema, from the schema: `python -m hg_scale.config.docs`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from hg_scale.config.load import section_models
+from hg_scale.config.schema import SCHEMA_VERSION, Config
+
+DOCS = Path(__file__).parents[2] / "docs"
+_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", NoneType: "null"}
+
+HEADER = f"""# Configuration
+
+Every key of `configs/*.json`, schema version {SCHEMA_VERSION}. This page is generated from \
+`hg_scale/config/schema.py` by `make docs`.
+
+- `"extends": "other.json"` lays a file over another one, relative to itself, key by key.
+- `"notes"` is free text; `"$schema"` may name `docs/config.schema.json` for editors.
+- `--set section.key=value` overrides any key; the value is JSON, or else text.
+- *By level*: one value, or a list with one value a level, full length first.
+- Unknown keys are refused, and all faults are listed at once.
+"""
+
+
+def markdown() -> str:
+    """The page: a table for each section."""
+    parts = [HEADER]
+    for name, model in section_models().items():
+        summary = (model.__doc__ or "").split("\n")[0]
+        parts.append(f"## {name}\n\n{summary}\n\n| key | type | default | meaning |\n| - | - | - | - |")
+        for key, field in model.model_fields.items():
+            parts[-1] += "\n" + _row(f"{name}.{key}", field)
+        parts[-1] += "\n"
+    rest = [_row(k, f) for k, f in Config.model_fields.items() if k not in section_models()]
+    head = "## Outside the sections\n\n| key | type | default | meaning |\n| - | - | - | - |\n"
+    parts.append(head + "\n".join(rest) + "\n")
+    return "\n".join(parts)
+
+
+def _row(path: str, field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True, validated_data={})
+    shown = "" if default is PydanticUndefined else f"`{json.dumps(default)}`"
+    kind = " or ".join(dict.fromkeys(_kinds(field.annotation, field.metadata)))
+    cells = (f"`{path}`", kind, shown, field.description or "")
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _kinds(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> list[str]:
+    """A type in words, its limits included."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        inner, *extra = get_args(annotation)
+        limits = [m for e in extra for m in (e.metadata if isinstance(e, FieldInfo) else [e])]
+        return _kinds(inner, limits)
+    if origin in (Union, UnionType):
+        return [kind for choice in get_args(annotation) for kind in _kinds(choice)]
+    if origin is Literal:
+        return [f"`{json.dumps(value)}`" for value in get_args(annotation)]
+    if origin is list:
+        return ["list of " + " or ".join(dict.fromkeys(_kinds(get_args(annotation)[0])))]
+    if origin is dict:
+        return ["object"]
+    return [_NAMES.get(annotation, str(annotation)) + _limits(metadata)]
+
+
+def _limits(metadata: list[Any] | tuple[Any, ...]) -> str:
+    signs = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+    found = [
+        f"{sign} {getattr(limit, name)}"
+        for limit in metadata
+        for name, sign in signs
+        if getattr(limit, name, None) is not None
+    ]
+    return f" {', '.join(found)}" if found else ""
+
+
+def json_schema() -> str:
+    """The JSON Schema for editors, with the keys that only files have."""
+    schema = Config.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "hg_scale configuration"
+    text = {"type": "string"}
+    schema["properties"]["extends"] = text | {"description": "The file that this one lies over."}
+    schema["properties"]["$schema"] = text | {"description": "For editors."}
+    for key in ("pooling", "upsampling"):  # the short form that the loader accepts
+        schema["$defs"]["ModelConfig"]["properties"][key]["enum"].append("attention")
+    return json.dumps(schema, indent=1) + "\n"
+
+
+def main() -> None:
+    (DOCS / "config.md").write_text(markdown(), encoding="utf-8")
+    (DOCS / "config.schema.json").write_text(json_schema(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
