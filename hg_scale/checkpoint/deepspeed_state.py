@@ -50,9 +50,7 @@ def local_states(engine: Any, slices: Slices) -> Iterator[LocalState]:
         yield LocalState(parameter, Fragment(piece, start, length), tensors)
 
 
-def _locate(
-    engine: Any, parameter: nn.Parameter, piece: Slice
-) -> tuple[Tensor, int, int, int] | None:
+def _locate(engine: Any, parameter: Any, piece: Slice) -> tuple[Tensor, int, int, int] | None:
     """(optimizer's tensor, offset in it, start in the slice, length) of what this rank holds."""
     if hasattr(parameter, "ds_tensor"):  # ZeRO 3
         zero = engine.optimizer

@@ -64,4 +64,6 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {version}, expected {FORMAT_VERSION}")
+    if not isinstance(manifest.get("files"), list):
+        raise CheckpointError(f"{path}: lists no files; use another checkpoint")
     return manifest

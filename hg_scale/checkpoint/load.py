@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import damage, read_manifest
-from hg_scale.checkpoint.fragments import Array, Fragment, Slice, assemble
+from hg_scale.checkpoint.fragments import (
+    KINDS,
+    Array,
+    Fragment,
+    Slice,
+    assemble,
+    cover_problems,
+)
 
 
 class Reader:
@@ -84,16 +91,20 @@ def read_parameters(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def verify(checkpoint: Path) -> None:
-    """Check that every element of everything is there exactly once and finite.
+    """Check that every byte is as written, every element there exactly once, and all are finite.
 
-    Raises CheckpointError naming the first tensor that is not.
+    Raises CheckpointError naming the first file or tensor that is not.
     """
     reader = Reader(checkpoint)
-    for name, fragments in reader.written.items():
-        total = sum(fragment.length for fragment in fragments)
-        size = int(np.prod(reader.shapes[name]))
-        if total != size:
-            raise CheckpointError(f"{checkpoint}: {name}: {total} elements written of {size}")
-        for kind in ("fp32", "exp_avg", "exp_avg_sq"):
+    for file in reader.manifest["files"]:
+        path = checkpoint / file["name"]
+        with path.open("rb") as data:
+            if hashlib.file_digest(data, "sha256").hexdigest() != file["sha256"]:
+                raise CheckpointError(f"{path}: changed since it was written (sha256 differs)")
+    problems = cover_problems(f for fragments in reader.written.values() for f in fragments)
+    if problems:
+        raise CheckpointError(f"{checkpoint}: {problems[0]}")
+    for name in reader.written:
+        for kind in KINDS:
             if not torch.isfinite(reader.whole(name, kind)).all():
                 raise CheckpointError(f"{checkpoint}: {kind} of {name} is not finite")

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import FORMAT_VERSION, MANIFEST, folder_name
+from hg_scale.checkpoint.fragments import Fragment, cover_problems
 
 
 def save(folder: Path, step: int, states: Iterable[LocalState], meta: dict[str, Any]) -> Path:
@@ -33,21 +34,23 @@ def save(folder: Path, step: int, states: Iterable[LocalState], meta: dict[str, 
     rank, world = dist.get_rank(), dist.get_world_size()
     final = folder / folder_name(step)
     temporary = folder / f".{final.name}.tmp"
-    _agree(lambda: _fresh(temporary) if rank == 0 else None, "prepare the folder")
-    entry = _agree(lambda: _write_rank(temporary, rank, states), "write its file")
-    entries: list[Any] = [None] * world
-    dist.all_gather_object(entries, entry)
+    try:
+        _agree(lambda: _fresh(temporary) if rank == 0 else None, "prepare the folder")
+        entry = _agree(lambda: _write_rank(temporary, rank, states), "write its file")
+        entries: list[Any] = [None] * world
+        dist.all_gather_object(entries, entry)
 
-    def commit() -> None:
-        if rank == 0:
-            _write_manifest(temporary, step, entries, meta)
-            if final.exists():  # this step was saved before, by a run that died after it
-                shutil.rmtree(final)
-            os.rename(temporary, final)
-            _sync_folder(folder)
-            _replace(folder / "latest", final.name + "\n")
+        def commit() -> None:
+            if rank == 0:
+                _write_manifest(temporary, step, entries, meta)
+                _put_in_place(temporary, final)
+                _replace(folder / "latest", final.name + "\n")
 
-    _agree(commit, "finish the manifest")
+        _agree(commit, "finish the manifest")
+    except CheckpointError:
+        if rank == 0:  # every rank is through with it
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return final
 
 
@@ -100,9 +103,23 @@ def _write_rank(folder: Path, rank: int, states: Iterable[LocalState]) -> dict[s
 def _write_manifest(
     folder: Path, step: int, files: list[dict[str, Any]], meta: dict[str, Any]
 ) -> None:
+    problems = cover_problems(Fragment.from_json(f) for file in files for f in file["fragments"])
+    if problems:
+        raise ValueError(f"parameters are not written whole and once: {'; '.join(problems[:3])}")
     manifest = {"format_version": FORMAT_VERSION, "step": step, **meta, "files": files}
     _replace(folder / MANIFEST, json.dumps(manifest))
     _sync_folder(folder)
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """Rename the folder; one of this step, by a run that died after it, goes only then."""
+    older = temporary.with_suffix(".old")
+    if final.exists():
+        shutil.rmtree(older, ignore_errors=True)
+        os.rename(final, older)
+    os.rename(temporary, final)
+    _sync_folder(final.parent)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,0 +1,102 @@
+"""The contract with DeepSpeed: what of its private state is read, and that it is still there.
+
+When one of these fails after an update, DeepSpeed has moved that attribute; `deepspeed_state.py`
+is the only file to mend.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.training.models import PAPER, layout
+from tests.world import Worlds
+
+ENGINES = {
+    # (tensor, pipeline, ZeRO stage, precision): the optimizer that DeepSpeed chooses
+    (1, 1, 0, "fp32"): "AdamW",
+    (1, 1, 1, "fp32"): "DeepSpeedZeroOptimizer",
+    (1, 1, 2, "bf16"): "DeepSpeedZeroOptimizer",
+    (1, 1, 3, "bf16"): "DeepSpeedZeroOptimizer_Stage3",
+    (1, 1, 1, "bf16"): "BF16_Optimizer",
+    (1, 2, 1, "fp32"): "DeepSpeedZeroOptimizer",
+    (1, 2, 1, "bf16"): "BF16_Optimizer",
+    (1, 2, 0, "fp32"): "AdamW",
+}
+
+
+def engine_of(tree: dict[str, Any]) -> Any:
+    import deepspeed
+
+    from hg_scale.config.load import parse_config
+    from hg_scale.parallel.mesh import make_mesh
+    from hg_scale.training.engine import make_engine
+
+    deepspeed.init_distributed()
+    config = parse_config(tree, world_size=dist.get_world_size())
+    mesh, parts = make_mesh(config.parallel)
+    return make_engine(config, mesh, parts, torch.device("cpu"))
+
+
+def inspect(tree: dict[str, Any], stage: int) -> dict[str, Any]:
+    """The optimizer's class, what is missing of the contract, and what the fragments cover."""
+    from hg_scale.checkpoint.deepspeed_state import local_states, optimizer_step
+
+    engine = engine_of(tree)
+    deep = engine.deepspeed
+    missing = []
+
+    def need(owner: Any, path: str) -> Any:
+        for name in path.split("."):
+            if not hasattr(owner, name):
+                missing.append(f"{type(owner).__name__}.{name}")
+                return None
+            owner = getattr(owner, name)
+        return owner
+
+    need(deep, "basic_optimizer.param_groups")
+    need(deep, "basic_optimizer.state")
+    for parameter in engine.slices:
+        if stage == 3:
+            need(parameter, "ds_tensor")
+            need(parameter, "ds_process_group")
+            for name in ("grad_position", "get_param_id", "fp32_partitioned_groups_flat"):
+                need(deep.optimizer, name)
+        elif stage > 0 and need(parameter, "_hp_mapping") is not None:
+            for name in ("param_group_index", "hp_fragment_address.start"):
+                need(parameter, f"_hp_mapping.{name}")
+            for name in ("start", "numel"):
+                need(parameter, f"_hp_mapping.lp_fragment_address.{name}")
+    held = 0
+    for local in [] if missing else local_states(deep, engine.slices):
+        held += local.fragment.length
+        for kind, tensor in local.tensors.items():
+            if (tensor.dtype, tensor.shape) != (torch.float32, (local.fragment.length,)):
+                missing.append(f"{kind}: flat fp32 of {local.fragment.length}")
+            if kind == "fp32" and not bool(tensor.isfinite().all()):
+                missing.append(f"{local.fragment.slice.name}: finite masters")
+    return {
+        "optimizer": type(deep.optimizer).__name__,
+        "missing": missing,
+        "held": held,
+        "step": optimizer_step(deep),
+    }
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "stage", "precision"), ENGINES)
+def test_the_contract(
+    worlds: Worlds, tensor: int, pipeline: int, stage: int, precision: str
+) -> None:
+    tree = layout(PAPER, tensor, pipeline, stage, precision)
+    tree["optimizer"] = {**tree["optimizer"], "name": "adamw"}
+    found = worlds.run(2, inspect, tree, stage)
+    assert [rank["missing"] for rank in found] == [[], []]
+    chosen = ENGINES[tensor, pipeline, stage, precision]
+    assert {rank["optimizer"] for rank in found} == {chosen}
+    assert {rank["step"] for rank in found} == {0}
+    assert all(rank["held"] for rank in found)
+    if stage > 0 and pipeline == 1:  # the two data-parallel ranks share the work evenly
+        assert abs(found[0]["held"] - found[1]["held"]) < 100

@@ -1,0 +1,228 @@
+"""Writing, finding and verifying, without an engine: two ranks and one small parameter."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import nn
+
+from hg_scale.checkpoint.deepspeed_state import LocalState
+from hg_scale.checkpoint.errors import CheckpointError
+from hg_scale.checkpoint.find import find_latest, read_manifest
+from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
+from hg_scale.checkpoint.load import Reader, read_parameters, verify
+from hg_scale.checkpoint.save import save
+from tests.world import Worlds
+
+META = {"optimizer_step": 7, "layout": {"tensor": 2}}
+WHOLE = torch.arange(24.0).reshape(4, 6)
+
+
+def held(rank: int, fault: str) -> Iterator[LocalState]:
+    """A matrix cut by columns; each rank holds its half, in two fragments."""
+    piece = Slice("head.weight", (4, 6), 1, rank, 2)
+    flat = WHOLE.chunk(2, 1)[rank].reshape(-1)
+    for start, length in ((0, 5), (5, 7)):
+        if fault == "disk" and rank == 1 and start:
+            raise OSError(errno.ENOSPC, "No space left on device", "rank-00001.safetensors")
+        if fault == "hole" and rank == 1 and start:
+            return
+        values = flat[start : start + length]
+        if fault == "nan" and rank == 1:
+            values = values / 0 * 0
+        tensors = {kind: values * 10**i for i, kind in enumerate(KINDS)}
+        yield LocalState(nn.Parameter(flat), Fragment(piece, start, length), tensors)
+
+
+def write(folder: Path, step: int, fault: str = "") -> str:
+    """Save from this rank; the error, if there was one."""
+    try:
+        save(folder, step, held(dist.get_rank(), fault), META)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def written(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the checkpoints of steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("written")
+    for step in (1, 2):
+        assert worlds.run(2, write, folder, step) == ["", ""]
+    return folder
+
+
+@pytest.fixture
+def folder(written: Path, tmp_path: Path) -> Path:
+    """A copy of it to be damaged."""
+    return Path(shutil.copytree(written, tmp_path / "checkpoints"))
+
+
+def test_what_is_written(written: Path) -> None:
+    assert sorted(p.name for p in written.iterdir()) == ["latest", "step-00000001", "step-00000002"]
+    assert (written / "latest").read_text() == "step-00000002\n"
+    path = find_latest(written)
+    assert path == written / "step-00000002"
+    manifest = read_manifest(path)
+    assert manifest["step"] == 2
+    assert manifest["optimizer_step"] == 7
+    assert [f["name"] for f in manifest["files"]] == [f"rank-0000{r}.safetensors" for r in (0, 1)]
+    verify(path)
+
+
+def test_files_are_plain_safetensors(written: Path) -> None:
+    with safe_open(written / "step-00000001" / "rank-00001.safetensors", framework="pt") as file:
+        assert {str(file.get_tensor(key).dtype) for key in file.keys()} == {"torch.float32"}  # noqa: SIM118
+
+
+def test_read_whole(written: Path) -> None:
+    path = written / "step-00000002"
+    assert torch.equal(dict(read_parameters(path))["head.weight"], WHOLE)
+    assert torch.equal(Reader(path).whole("head.weight", "exp_avg_sq"), WHOLE * 100)
+
+
+def test_reading_needs_no_cluster_library() -> None:
+    code = (
+        "import sys, hg_scale.checkpoint.load, hg_scale.checkpoint.save\n"
+        "print([m for m in ('deepspeed', 'megatron') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("disk", "rank 1 could not write its file: No space left on device"),
+        ("hole", "head.weight: slice 1 of 2, of 12 elements, is covered by"),
+    ],
+)
+def test_a_failed_save_is_given_up_by_all(
+    worlds: Worlds, folder: Path, fault: str, message: str
+) -> None:
+    """No rank hangs, nothing half is left, older checkpoints stay, the next save works."""
+    before = sorted(folder.iterdir())
+    errors = worlds.run(2, write, folder, 3, fault)
+    assert errors[0] == errors[1]
+    assert message in errors[0]
+    assert sorted(folder.iterdir()) == before
+    assert find_latest(folder) == folder / "step-00000002"
+    assert worlds.run(2, write, folder, 3) == ["", ""]
+    assert find_latest(folder) == folder / "step-00000003"
+
+
+def test_a_folder_that_cannot_be_made(worlds: Worlds, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    errors = worlds.run(2, write, tmp_path / "file" / "checkpoints", 1)
+    assert all("rank 0 could not prepare the folder: Not a directory" in e for e in errors)
+
+
+def test_a_step_saved_again_replaces_the_first(worlds: Worlds, folder: Path) -> None:
+    (folder / "step-00000002" / "manifest.json").unlink()
+    assert worlds.run(2, write, folder, 2) == ["", ""]
+    assert find_latest(folder) == folder / "step-00000002"
+    assert not list(folder.glob(".*"))
+
+
+def damage_missing(path: Path) -> None:
+    (path / "rank-00001.safetensors").unlink()
+
+
+def damage_truncated(path: Path) -> None:
+    file = path / "rank-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def damage_no_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+def damage_half_manifest(path: Path) -> None:
+    file = path / "manifest.json"
+    file.write_text(file.read_text()[:100])
+
+
+def damage_empty_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text('{"format_version": 1}')
+
+
+def damage_version(path: Path) -> None:
+    file = path / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 9}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_missing, "rank-00001.safetensors is missing"),
+        (damage_truncated, "bytes, expected"),
+        (damage_no_manifest, "the save was never finished"),
+        (damage_half_manifest, "cannot be read"),
+        (damage_empty_manifest, "lists no files"),
+        (damage_version, "format version 9, expected 1"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    folder: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    newest = folder / "step-00000002"
+    damage(newest)
+    lines: list[str] = []
+    assert find_latest(folder, lines.append) == folder / "step-00000001"
+    assert len(lines) == 1
+    assert str(newest) in lines[0]
+    assert message in lines[0]
+    with pytest.raises(CheckpointError, match=message):
+        Reader(newest)
+
+
+def test_leftovers_and_strangers_are_no_checkpoints(folder: Path) -> None:
+    shutil.move(folder / "step-00000002", folder / ".step-00000002.tmp")
+    (folder / "latest").write_text("")
+    (folder / "step-best").mkdir()
+    lines: list[str] = []
+    assert find_latest(folder, lines.append) == folder / "step-00000001"
+    assert lines == []
+    assert find_latest(folder / "nowhere") is None
+
+
+def test_verify_finds_a_flipped_byte(folder: Path) -> None:
+    path = folder / "step-00000002" / "rank-00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="rank-00000.safetensors: changed since"):
+        verify(path.parent)
+
+
+def test_verify_finds_what_is_not_finite(worlds: Worlds, folder: Path) -> None:
+    worlds.run(2, write, folder, 3, "nan")
+    with pytest.raises(CheckpointError, match="fp32 of head.weight is not finite"):
+        verify(folder / "step-00000003")
+
+
+def test_verify_finds_a_hole(folder: Path) -> None:
+    path = folder / "step-00000002" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"][1]["fragments"][0]["length"] = 4
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="head.weight: slice 1 of 2"):
+        verify(path.parent)
+
+
+def test_another_shape_and_another_name_are_refused(written: Path) -> None:
+    reader = Reader(written / "step-00000002")
+    with pytest.raises(CheckpointError, match=r"head.weight has shape \(4, 6\), the model needs"):
+        reader.read("fp32", Fragment(Slice("head.weight", (6, 4)), 0, 24))
+    with pytest.raises(CheckpointError, match="tail.weight: 0 elements are there of the 24"):
+        reader.read("fp32", Fragment(Slice("tail.weight", (4, 6)), 0, 24))

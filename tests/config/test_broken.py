@@ -1,0 +1,198 @@
+"""Sixty broken configurations: each names its key and what would do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hg_scale.config import ConfigError, load_config, parse_config
+
+# (dotted key the message must start with, what the message must say, the broken tree)
+BROKEN: list[tuple[str, str, dict[str, Any]]] = [
+    # wrong type
+    ("model.d_model", "whole|integer", {"model": {"d_model": "512"}}),
+    ("model.d_model", "integer", {"model": {"d_model": 51.5}}),
+    ("model.heads", "integer", {"model": {"heads": None}}),
+    ("model.heads", "integer", {"model": {"heads": [8, "8"]}}),
+    ("model.hierarchy", "string", {"model": {"hierarchy": 6}}),
+    ("model.bias", "boolean", {"model": {"bias": "yes"}}),
+    ("model.dropout", "number", {"model": {"dropout": "0.1"}}),
+    ("model.window", "integer", {"model": {"window": "all"}}),
+    ("model", "dictionary|object", {"model": 3}),
+    ("data.path", "string", {"data": {"path": 5}}),
+    ("optimizer.betas", "list", {"optimizer": {"betas": 0.9}}),
+    ("optimizer.learning_rate", "number", {"optimizer": {"learning_rate": "4e-4"}}),
+    ("training.steps", "integer", {"training": {"steps": 1e5 + 0.5}}),
+    ("training.activation_checkpointing", "boolean", {"training": {"activation_checkpointing": 1}}),
+    ("logging.wandb_project", "string", {"logging": {"wandb_project": True}}),
+    ("deepspeed", "dictionary|object", {"deepspeed": []}),
+    ("notes", "string", {"notes": ["a"]}),
+    # wrong range
+    ("model.d_model", "greater", {"model": {"d_model": 0}}),
+    ("model.heads", "greater", {"model": {"heads": -1}}),
+    ("model.d_ff", "greater", {"model": {"d_ff": [64, 0]}}),
+    ("model.dropout", "less", {"model": {"dropout": 1.0}}),
+    ("model.dropout", "greater", {"model": {"dropout": -0.1}}),
+    ("model.norm_eps", "greater", {"model": {"norm_eps": 0.0}}),
+    ("model.sequence_length", "greater", {"model": {"sequence_length": 0}}),
+    ("model.window", "greater", {"model": {"window": 0}}),
+    ("optimizer.learning_rate", "greater", {"optimizer": {"learning_rate": 0.0}}),
+    ("optimizer.betas", "less", {"optimizer": {"betas": [0.9, 1.0]}}),
+    ("optimizer.betas", "at least 2", {"optimizer": {"betas": [0.9]}}),
+    ("optimizer.weight_decay", "greater", {"optimizer": {"weight_decay": -1.0}}),
+    ("parallel.zero_stage", "less", {"parallel": {"zero_stage": 4}}),
+    ("parallel.tensor", "greater", {"parallel": {"tensor": 0}}),
+    ("training.steps", "greater", {"training": {"steps": 0}}),
+    ("training.seed", "greater", {"training": {"seed": -1}}),
+    ("logging.every", "greater", {"logging": {"every": 0}}),
+    ("schema_version", "1", {"schema_version": 2}),
+    # wrong name
+    ("modle", "did you mean model?", {"modle": {}}),
+    ("model.d_modle", "did you mean model.d_model?", {"model": {"d_modle": 8}}),
+    ("training.d_model", "did you mean model.d_model?", {"training": {"d_model": 8}}),
+    ("model.learning_rate", "optimizer.learning_rate", {"model": {"learning_rate": 1e-3}}),
+    ("parallel.zero", "parallel.zero_stage", {"parallel": {"zero": 1}}),
+    ("optimiser", "did you mean optimizer?", {"optimiser": {}}),
+    ("model.pooling", "'average'", {"model": {"pooling": "max"}}),
+    ("model.upsampling", "'repeat'", {"model": {"upsampling": "nearest"}}),
+    ("model.norm", "'rmsnorm'", {"model": {"norm": "batchnorm"}}),
+    ("schedule.kind", "'wsd'", {"schedule": {"kind": "cosin"}}),
+    ("training.precision", "'bf16'", {"training": {"precision": "fp16"}}),
+    ("deepspeed.zero_optimisation", "zero_optimization", {"deepspeed": {"zero_optimisation": {}}}),
+    # wrong hierarchy
+    ("model.hierarchy", "blocks@factor", {"model": {"hierarchy": "2@1 8"}}),
+    ("model.hierarchy", "factor 1", {"model": {"hierarchy": "2@2 8@3 2@1"}}),
+    ("model.hierarchy", "both ways", {"model": {"hierarchy": "2@1 1@2 4@4 2@2 2@1"}}),
+    ("model.hierarchy", "both ways", {"model": {"hierarchy": "2@1 2@1"}}),
+    ("model.hierarchy", "multiple", {"model": {"hierarchy": "1@1 1@2 2@3 1@2 1@1"}}),
+    ("model.hierarchy", "empty", {"model": {"hierarchy": ""}}),
+    # wrong combination
+    ("model.heads", "6 or 8", {"model": {"heads": 7, "d_model": 48}}),
+    ("model.d_model", "needs 2 entries", {"model": {"d_model": [512, 512, 512]}}),
+    ("model.sequence_length", "2046 or 2049", {"model": {"sequence_length": 2048}}),
+    ("parallel.zero_stage", "pipeline", {"parallel": {"pipeline": 2, "zero_stage": 2}}),
+    ("parallel.zero_stage", "stage 1", {"parallel": {"zero_stage": 0}}),
+    ("parallel.pipeline", "12 blocks", {"parallel": {"pipeline": 13}}),
+    ("model.heads", "parallel.tensor 3", {"parallel": {"tensor": 3}}),
+    ("model.vocab_multiple", "multiple", {"parallel": {"tensor": 8}, "model": {"vocab_multiple": 4,
+     "vocab_size": 12}}),
+    ("training.global_batch_size", "6 or 9", {"training": {"micro_batch_size": 3}}),
+    ("schedule.warmup_steps", "less than", {"schedule": {"warmup_steps": 1000}}),
+    ("schedule.decay_steps", "at most", {"schedule": {"kind": "wsd", "decay_steps": 2000}}),
+    ("schedule.decay_steps", "tenth", {"schedule": {"kind": "wsd"}}),
+    ("schedule.cycle_steps", "cosine", {"schedule": {"kind": "rsqrt", "cycle_steps": 5}}),
+    ("optimizer.weight_decay", "adamw", {"optimizer": {"name": "adam"}}),
+    ("model.shorten_factor_choices", "average", {"model": {"shorten_factor_choices": [2, 3],
+     "pooling": "linear"}}),
+    ("model.shorten_factor_choices", "flat", {"model": {"shorten_factor_choices": [2],
+     "hierarchy": "2@1"}}),
+    ("model.positions", "rotary", {"model": {"sequence_length": 30_000}}),
+    ("model.shared_position_bias", "false", {"model": {"shared_position_bias": True,
+     "positions": "rotary"}}),
+    ("deepspeed.bf16.enabled", "training.precision", {"deepspeed": {"bf16": {"enabled": False}}}),
+    ("deepspeed.optimizer", "section optimizer", {"deepspeed": {"optimizer": {"type": "Adam"}}}),
+    ("deepspeed.zero_optimization.stage", "zero_stage",
+     {"deepspeed": {"zero_optimization": {"stage": 3}}}),
+]  # fmt: skip
+
+
+def sound(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with a length that suits the default hierarchy, unless it is about that."""
+    model = tree.get("model", {})
+    if isinstance(model, dict) and "sequence_length" not in model and "hierarchy" not in model:
+        return {**tree, "model": {"sequence_length": 2049, **model}}
+    return tree
+
+
+@pytest.mark.parametrize(("key", "words", "tree"), BROKEN)
+def test_it_names_the_key_and_the_remedy(key: str, words: str, tree: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(sound(tree))
+    lines = [str(problem) for problem in caught.value.problems]
+    about = [line for line in lines if line.startswith((f"{key}:", f"{key} ="))]
+    assert about, lines
+    assert any(word in line for line in about for word in words.split("|")), lines
+
+
+def test_there_are_sixty() -> None:
+    assert len(BROKEN) >= 60
+
+
+def test_the_sound_tree_is_sound() -> None:
+    parse_config(sound({}))
+
+
+def test_every_broken_file_ends_the_command_with_2(tmp_path: Path) -> None:
+    """One process checks them all as `train.py` does: exit code, key in the message, no torch."""
+    for number, (_, _, tree) in enumerate(BROKEN):
+        (tmp_path / f"{number}.json").write_text(json.dumps(sound(tree)))
+    script = (
+        "import runpy, sys, io, contextlib, json\n"
+        "results = []\n"
+        f"for number in range({len(BROKEN)}):\n"
+        f"    sys.argv = ['train.py', '--config', rf'{tmp_path}/{{number}}.json']\n"
+        "    told = io.StringIO()\n"
+        "    with contextlib.redirect_stderr(told):\n"
+        "        try:\n"
+        "            runpy.run_path('hg_scale/train.py', run_name='__main__')\n"
+        "        except SystemExit as end:\n"
+        "            results.append((end.code, told.getvalue()))\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(json.dumps(results))\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    for (key, _, _), (code, told) in zip(BROKEN, results, strict=True):
+        assert code == 2
+        assert key in told and "Traceback" not in told
+
+
+def test_all_faults_are_listed_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps({"model": {"heads": 7, "width": 3}, "training": {"steps": 0}}))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["parallel.zero_stage=3", "parallel.pipeline=2", "model.d_ff"])
+    text = str(caught.value)
+    for key in ("model.heads", "model.width", "training.steps", "parallel.zero_stage", "--set"):
+        assert f"\n  {key}" in text
+
+
+def test_extends_lays_one_file_over_another(tmp_path: Path) -> None:
+    (tmp_path / "base.json").write_text('{"model": {"d_model": 64, "sequence_length": 30}}')
+    (tmp_path / "over.json").write_text('{"extends": "base.json", "model": {"heads": 4}}')
+    config = load_config(tmp_path / "over.json", ["model.heads=2", "notes=hello"])
+    assert (config.model.d_model, config.model.heads, config.notes) == (64, 2, "hello")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "line 1"),
+        ("[]", "object"),
+        ('{"extends": "a.json"}', "extends itself"),
+        ('{"extends": 3}', "file name"),
+        ('{"extends": "b.json"}', "no such file; did you mean"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_config(path)
+
+
+@pytest.mark.parametrize(("world", "fits"), [(8, True), (4, True), (6, False)])
+def test_the_world_must_hold_the_mesh(world: int, fits: bool) -> None:
+    tree = sound({"parallel": {"tensor": 2, "pipeline": 2}})
+    if fits:
+        assert parse_config(tree, world_size=world).data_parallel(world) == world // 4
+        return
+    with pytest.raises(ConfigError, match="4 or 8"):
+        parse_config(tree, world_size=world)
