@@ -26,14 +26,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
         help="override a key, as in model.d_model=256; repeatable")  # fmt: skip
     add("--run", type=Path, metavar="DIR", dest="run_folder",
-        help="run folder; one that holds checkpoints is resumed (default: runs/<config name>)")  # fmt: skip
+        help="run folder; resumed if it has checkpoints (default: runs/<config>)")  # fmt: skip
     add("--stop-at", type=int, metavar="STEP",
         help="save and end cleanly after this step, the schedule unchanged")  # fmt: skip
     add("--profile", type=int, metavar="STEP", help="write a profiler trace of this step")
     add("--dry-run", action="store_true",
         help="check the configuration, print layers, costs and stages, and end")  # fmt: skip
     add("--world-size", type=int, metavar="N",
-        help="with --dry-run: processes to plan for (default: the launcher's, or the fewest)")  # fmt: skip
+        help="with --dry-run: processes to plan for (default: the fewest)")  # fmt: skip
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher injects it
 
 
@@ -43,9 +43,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         if options.dry_run:
             return dry_run(options, launch)
-        config = load_config(
-            options.config, options.overrides, world_size=launch.world_size
-        )
+        config = load_config(options.config, options.overrides, world_size=launch.world_size)
     except ConfigError as error:
         if launch.rank == 0:
             print(error, file=sys.stderr)

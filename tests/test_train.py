@@ -30,7 +30,9 @@ TINY = {
 }
 
 
-def train(*arguments: str, environment: dict[str, str] | None = None, launcher: tuple[str, ...] = ()):  # type: ignore[no-untyped-def]
+def train(
+    *arguments: str, environment: dict[str, str] | None = None, launcher: tuple[str, ...] = ()
+):  # type: ignore[no-untyped-def]
     command = [*(launcher or (PYTHON,)), str(ROOT / "hg_scale" / "train.py"), *arguments]
     return subprocess.run(
         command,
@@ -70,7 +72,7 @@ def config(tmp_path: Path, corpus: Path) -> Path:
 def test_a_dry_run_is_quick_and_imports_no_torch() -> None:
     script = (
         "import runpy, sys\n"
-        f"sys.argv = ['train.py', '--config', 'configs/hg_1b_bytes.json', '--dry-run']\n"
+        "sys.argv = ['train.py', '--config', 'configs/hg_1b_bytes.json', '--dry-run']\n"
         "try:\n    runpy.run_path('hg_scale/train.py', run_name='__main__')\n"
         "except SystemExit as end:\n    assert end.code == 0\n"
         "assert not {'torch', 'deepspeed', 'megatron'} & sys.modules.keys()\n"

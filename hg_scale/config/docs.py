@@ -14,7 +14,13 @@ from hg_scale.config.load import section_models
 from hg_scale.config.schema import SCHEMA_VERSION, Config
 
 DOCS = Path(__file__).parents[2] / "docs"
-_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", NoneType: "null"}
+_NAMES = {
+    int: "whole number",
+    float: "number",
+    str: "text",
+    bool: "true or false",
+    NoneType: "null",
+}
 
 HEADER = f"""# Configuration
 
@@ -34,7 +40,9 @@ def markdown() -> str:
     parts = [HEADER]
     for name, model in section_models().items():
         summary = (model.__doc__ or "").split("\n")[0]
-        parts.append(f"## {name}\n\n{summary}\n\n| key | type | default | meaning |\n| - | - | - | - |")
+        parts.append(
+            f"## {name}\n\n{summary}\n\n| key | type | default | meaning |\n| - | - | - | - |"
+        )
         for key, field in model.model_fields.items():
             parts[-1] += "\n" + _row(f"{name}.{key}", field)
         parts[-1] += "\n"

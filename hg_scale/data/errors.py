@@ -1,6 +1,5 @@
 """The one error of this package."""
 
-
 from hg_scale.errors import UserError
 
 

@@ -106,7 +106,10 @@ class Attention(nn.Module):
     def _self_projections(self, x: Tensor, unit: int) -> tuple[Tensor, ...]:
         """Queries, keys and values of a stack; queries and keys are treated in one go."""
         fused = self.qkv(x).unflatten(2, (self.heads, 3, self.d_head))
-        qk, v = fused[..., :2, :], fused[..., 2, :]  # (B, n, heads, 2, d_head), (B, n, heads, d_head)
+        qk, v = (
+            fused[..., :2, :],
+            fused[..., 2, :],
+        )  # (B, n, heads, 2, d_head), (B, n, heads, d_head)
         if self.qk_norm:
             scale = torch.stack((self.q_scale, self.k_scale), 1)  # (heads, 2, d_head)
             qk = F.rms_norm(qk, (self.d_head,), eps=self.eps) * scale
@@ -142,7 +145,8 @@ class Attention(nn.Module):
 
     def _attend(self, scores: Tensor, visible: Tensor, v: Tensor, context: Context) -> Tensor:
         scores = (scores / sqrt(self.d_head)).masked_fill(~visible, float("-inf"))
-        probabilities = scores.float().softmax(-1).to(v.dtype)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        probabilities = scores.softmax(-1, dtype=wide).to(v.dtype)
         return self.dropout(probabilities, context) @ v
 
     def _embed_distances(self, first: int, count: int, step: int, like: Tensor) -> Tensor:

@@ -136,7 +136,10 @@ class HeldOut:
         self.bytes = split_bytes(index, split) * self.tokens / tokens if tokens else 0.0
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor] | None]:
-        """(ids, labels), each (micro_batch_size, L), as many on every rank; None as in `Batches`."""
+        """(ids, labels), each (micro_batch_size, L), as many on every rank.
+
+        None on ranks that need no tokens.
+        """
         length, rows = self.config.model.sequence_length, self.config.training.micro_batch_size
         if not (self.mesh.is_first_stage or self.mesh.is_last_stage):
             yield from [None] * -(-self.tokens // (length * rows * self.mesh.data))

@@ -41,7 +41,7 @@ class Parts:
     learning_rate: Callable[[int], float]
     log: Callable[[Record], None]
     advance: Callable[[int], None]
-    save: Callable[[Progress], None]
+    save: Callable[[Progress], object]
     profiler: StepProfiler
     bytes_per_token: float
     peak: Peak

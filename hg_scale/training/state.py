@@ -83,4 +83,3 @@ def refuse_other_model(config: Config, checkpoint: Path) -> None:
     ]
     if problems:
         raise ConfigError(problems)
-

@@ -15,12 +15,12 @@ from rich.table import Table
 
 from hg_scale.checkpoint.find import find_latest
 from hg_scale.checkpoint.load import read_parameters
-from hg_scale.errors import UserError
 from hg_scale.config.load import load_config
 from hg_scale.config.schema import Config
 from hg_scale.data.evaluation import split_text
 from hg_scale.data.index import read_index
 from hg_scale.data.tokenizer import load_tokenizer
+from hg_scale.errors import UserError
 from hg_scale.model.hourglass import Hourglass
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {

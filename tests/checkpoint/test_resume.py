@@ -17,7 +17,7 @@ from hg_scale.config.load import parse_config
 from tests.training.models import BY_LEVEL, PAPER, layout, random_batch
 from tests.world import Worlds
 
-BEFORE, AFTER = 3, 3  # steps before and after the save
+BEFORE, AFTER = 2, 2  # steps before and after the save
 BOUND = {"fp32": 1e-4, "bf16": 1e-2}  # relative
 MODELS = {"paper": PAPER, "by_level": BY_LEVEL}
 
@@ -53,25 +53,21 @@ def parse(text: str) -> Layout:
     return Layout(*map(int, sizes), zero, precision, "by_level" if "by_level" in words else "paper")
 
 
-LAYOUTS = [
-    *("1 1 1 zero0", "1 1 1 zero1", "2 1 1", "2 1 1 zero0", "1 2 1", "1 2 1 zero0", "2 2 1 zero0"),
-    *("1 1 2 zero0", "1 1 2 zero1", "1 1 2 zero2", "1 1 2 zero3", "1 2 2", "2 2 1"),
-    *("2 1 2 zero0", "2 1 2 zero1", "2 1 2 zero2", "2 1 2 zero3", "2 2 2"),
-    *("1 1 1 bf16", "1 1 2 bf16", "1 1 2 zero2 bf16", "1 1 2 zero3 bf16", "1 2 1 bf16"),
-    *("2 1 2 bf16", "2 1 2 zero2 bf16", "2 1 2 zero3 bf16", "2 2 2 bf16"),
-    *("1 1 1 by_level", "2 2 1 by_level", "2 1 2 zero3 by_level", "2 1 2 zero3 bf16 by_level"),
+SAME = [
+    *("1 1 1 zero0", "1 2 1 zero0", "1 1 2 zero1", "1 1 2 zero2", "2 1 2 zero3", "2 2 2"),
+    *("1 1 2 zero3 bf16", "2 1 2 bf16", "2 1 2 zero2 bf16", "2 2 2 bf16"),
+    "2 1 2 zero3 by_level",
 ]
+"""Each of DeepSpeed's optimizers, with and without tensor parallelism and stages."""
 PAIRS = [
-    *(("2 2 2", other) for other in LAYOUTS[:17]),
-    *((other, "1 1 1 zero1") for other in LAYOUTS[:17]),
-    *(("2 2 2 bf16", other) for other in LAYOUTS if other.endswith("bf16")),
-    *(("2 1 2 zero3 bf16", other) for other in ("1 1 1 bf16", "2 2 2 bf16", "1 1 2 zero2 bf16")),
-    *(("1 1 2 zero2 bf16", other) for other in ("2 1 2 zero3 bf16", "1 2 1 bf16")),
-    *(("2 2 1 by_level", other) for other in ("1 1 1 by_level", "2 1 2 zero3 by_level")),
-    ("2 1 2 zero3 by_level", "2 2 1 by_level"),
+    *(("2 2 2", reader) for reader in ("1 1 1 zero0", "1 1 2 zero2", "2 1 2 zero3", "1 2 2")),
+    *((writer, "2 1 1") for writer in ("1 2 1 zero0", "1 1 2 zero2")),
     ("2 1 2 zero3", "2 2 2"),
-    ("1 1 2 zero0", "2 1 2 zero3"),
+    ("2 2 2 bf16", "2 1 2 zero3 bf16"),
+    ("1 1 2 zero3 bf16", "1 2 1 bf16"),
+    ("2 1 2 zero3 by_level", "2 2 1 by_level"),
 ]
+"""Writer and reader: each optimizer reads and is read, across tensor, pipeline and data sizes."""
 
 
 class Run:
@@ -161,7 +157,7 @@ def assert_same_contents(a: Path, b: Path) -> None:
             assert torch.equal(first.whole(name, kind), second.whole(name, kind)), (name, kind)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", SAME)
 def test_bit_equal_in_the_same_layout(
     worlds: Worlds, source: Any, tmp_path: Path, name: str
 ) -> None:

@@ -1,0 +1,155 @@
+"""No leak and no staleness: what each output depends on, exactly, from the model's gradients.
+
+Ids are shifted already: position t holds the token before the one that it predicts, so output t
+may depend on positions 0 .. t, and with full-length blocks it must depend on all of them.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from hg_scale.config.schema import ModelConfig
+from hg_scale.model.grouping import FixedGroups
+from hg_scale.model.hourglass import Hourglass
+from hg_scale.parallel.initialization import initialize
+
+POOLINGS = ("average", "linear", "attention+average", "attention+linear")
+UPSAMPLINGS = ("repeat", "linear", "attention+repeat", "attention+linear", "attention+none")
+VOCAB = 16
+
+
+def make(hierarchy: str, **changes: object) -> Hourglass:
+    """A small model in float64 whose weights are nowhere special."""
+    settings = {"d_model": 8, "heads": 2, "d_ff": 16, "vocab_size": VOCAB, "vocab_multiple": 1}
+    config = ModelConfig(hierarchy=hierarchy, **{**settings, **changes})  # type: ignore[arg-type]
+    model = Hourglass(config)
+    initialize(list(model.named_parameters()), config, seed=3)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model.double().eval()
+
+
+def dependence(model: Hourglass, length: int) -> Tensor:
+    """(length, length) bool: whether output t moves with the embedding of position s."""
+    ids = torch.randint(0, VOCAB, (1, length), generator=torch.Generator().manual_seed(1))
+    embedded: list[Tensor] = []
+
+    def keep(_: object, __: object, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[0]
+
+    handle = model.embedding.table.register_forward_hook(keep)
+    logits = model(ids)[0]
+    handle.remove()
+    rows = []
+    weights = torch.randn(logits.shape[1], dtype=logits.dtype)
+    for t in range(length):
+        (gradient,) = torch.autograd.grad(logits[t] @ weights, embedded[0], retain_graph=True)
+        rows.append(gradient[0].abs().sum(-1) > 1e-12)
+    return torch.stack(rows)
+
+
+def assert_causal_and_fresh(model: Hourglass, length: int) -> None:
+    expected = torch.ones(length, length, dtype=torch.bool).tril()
+    seen = dependence(model, length)
+    assert not (seen & ~expected).any(), "an output depends on what comes after it"
+    assert (seen == expected).all(), "an output does not depend on something before it"
+
+
+@pytest.mark.parametrize(("pooling", "upsampling"), list(product(POOLINGS, UPSAMPLINGS)))
+def test_every_pair_of_resampling(pooling: str, upsampling: str) -> None:
+    model = make("1@1 1@3 1@1", pooling=pooling, upsampling=upsampling)
+    for length in (1, 2, 9, 11):
+        assert_causal_and_fresh(model, length)
+
+
+@pytest.mark.parametrize(("pooling", "upsampling"), list(product(POOLINGS[:3], UPSAMPLINGS[:3])))
+def test_nested_and_ragged(pooling: str, upsampling: str) -> None:
+    model = make("1@1 1@2 1@6 1@2 1@1", pooling=pooling, upsampling=upsampling, positions="rotary")
+    for length in (6, 13):
+        assert_causal_and_fresh(model, length)
+
+
+@pytest.mark.parametrize(
+    ("hierarchy", "changes"),
+    [
+        ("2@1", {}),
+        ("2@1", {"positions": "rotary"}),
+        ("1@1 1@1 1@1", {}),  # k = 1
+        ("1@1 1@2 1@2 1@4 1@2 1@2 1@1", {"pooling": "average", "upsampling": "repeat"}),
+        ("1@1 1@2 1@4 1@8 1@4 1@2 1@1", {}),
+        ("2@1 1@3 0@1", {}),
+        ("0@1 1@3 2@1", {}),
+        ("1@1 0@3 1@1", {}),
+        ("1@1 1@3 1@1", {"d_model": [8, 12], "heads": [2, 3], "skip": "learned"}),
+        ("1@1 1@3 1@1", {"norm": "rmsnorm", "activation": "swiglu", "qk_norm": True}),
+    ],
+)
+def test_shapes_of_hierarchies(hierarchy: str, changes: dict[str, object]) -> None:
+    model = make(hierarchy, **changes)
+    for length in (7, 12):
+        assert_causal_and_fresh(model, length)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_without_full_length_blocks_only_the_group_and_the_token_itself(k: int) -> None:
+    """Paper, appendix A.1: output t sees position t (the residual) and the groups up to its own."""
+    model = make(f"0@1 1@{k} 0@1", pooling="average", upsampling="repeat")
+    length = 3 * k + 1
+    t, s = torch.arange(length)[:, None], torch.arange(length)
+    assert (dependence(model, length) == ((s == t) | (s <= t // k * k))).all()
+
+
+@pytest.mark.parametrize(("wrong", "fault"), [(-1, "after it"), (1, "before it")])
+def test_another_shift_would_be_noticed(
+    monkeypatch: pytest.MonkeyPatch, wrong: int, fault: str
+) -> None:
+    """k-2 leaks; k is causal but stale, which shows where the group is a position's only source."""
+
+    def shift(self: FixedGroups, x: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(x, (0, 0, self.k - 1 + wrong, self.k))
+        return padded[:, : self.count * self.k]
+
+    monkeypatch.setattr(FixedGroups, "shift", shift)
+    if wrong < 0:
+        with pytest.raises(AssertionError, match=fault):
+            assert_causal_and_fresh(make("1@1 1@3 1@1"), 9)
+    else:
+        model = make("0@1 1@3 0@1", pooling="average", upsampling="repeat")
+        t, s = torch.arange(9)[:, None], torch.arange(9)
+        seen = dependence(model, 9)
+        assert not (seen & (s > t)).any()
+        assert (seen != ((s == t) | (s <= t // 3 * 3))).any()
+
+
+@pytest.mark.parametrize("positions", ["rotary", "relative"])
+@pytest.mark.parametrize("length", [4, 10, 12, 13])
+def test_a_window_is_full_attention_under_a_mask(positions: str, length: int) -> None:
+    """Block-local products against every pair; dependence reaches w - 1 back, and no further."""
+    w = 4
+    windowed = make("1@1", positions=positions, window=w)
+    t, s = torch.arange(length)[:, None], torch.arange(length)
+    assert (dependence(windowed, length) == ((s <= t) & (s > t - w))).all()
+    full = make("1@1", positions=positions)
+    full.load_state_dict(windowed.state_dict())
+    ids = torch.randint(0, VOCAB, (2, length))
+    with torch.no_grad():
+        ours = windowed(ids)
+        for end in range(1, length + 1):  # the last position of a window sees all of it
+            alone = full(ids[:, max(0, end - w) : end])[:, -1]
+            torch.testing.assert_close(ours[:, end - 1], alone, rtol=0, atol=1e-10)
+
+
+def test_appending_changes_nothing_before() -> None:
+    model = make("1@1 1@2 2@6 1@2 1@1")
+    ids = torch.randint(0, VOCAB, (2, 23))
+    with torch.no_grad():
+        whole = model(ids)
+        for length in range(1, 23):
+            torch.testing.assert_close(model(ids[:, :length]), whole[:, :length], rtol=0, atol=1e-9)
