@@ -64,7 +64,8 @@ def dry_run(options: argparse.Namespace, launch: Launch) -> int:
         from hg_scale.training.dry_run import print_plan
 
         fewest = config.parallel.tensor * config.parallel.pipeline
-        print_plan(config, known or fewest, Console())
+        width = None if sys.stdout.isatty() else 120  # a pipe has no width of its own
+        print_plan(config, known or fewest, Console(width=width))
     return 0
 
 

@@ -85,6 +85,7 @@ def _run(rank: int, size: int, store: str, job: Callable[..., Any], arguments: A
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     import deepspeed
     import torch
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
 
@@ -107,4 +108,7 @@ def _run(rank: int, size: int, store: str, job: Callable[..., Any], arguments: A
             dist.destroy_process_group()
         # ZeRO-3 replaces it for good; ranks with and without it reduce gradients in other orders.
         torch.nn.functional.linear = linear
-        Init.param_id = 0  # it numbers parameters since the process began, and compares numbers
+        # It numbers parameters and modules since the process began, and compares the numbers.
+        Init.param_id = 0
+        count: Any = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+        count[0][0] = 0

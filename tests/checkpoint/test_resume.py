@@ -74,13 +74,10 @@ class Run:
     """A training run in this world, step by step."""
 
     def __init__(self, tree: dict[str, Any]) -> None:
-        import deepspeed
 
         from hg_scale.parallel.mesh import make_mesh
         from hg_scale.training.engine import make_engine
 
-        deepspeed.init_distributed()  # adopts the process group that is there
-        restart_numbering()
         self.config = parse_config(tree, world_size=dist.get_world_size())
         self.mesh, parts = make_mesh(self.config.parallel)
         self.engine = make_engine(self.config, self.mesh, parts, torch.device("cpu"))
@@ -102,14 +99,6 @@ class Run:
         from hg_scale.training.state import save_state
 
         return save_state(self.engine, folder, Progress(step, 17, 0), self.config)
-
-
-def restart_numbering() -> None:
-    """ZeRO 3 numbers modules since the process began, and compares the numbers between ranks."""
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-
-    count: Any = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
-    count[0][0] = 0
 
 
 def undisturbed(tree: dict[str, Any], folder: Path) -> tuple[Path, list[tuple[float, float]]]:
