@@ -3,7 +3,8 @@
 Three ways to compute it, all exact: torch's fused kernel where the sides are equal and nothing
 else is asked for; the fused kernel with an explicit mask for windows (cut into blocks, so that a
 window saves time) and for resampling; plain matrix products for relative scores and for dropout
-of probabilities, which the fused kernels cannot reproduce from a given key.
+of probabilities, which the fused kernels cannot reproduce from a given key. On a CPU `banded.py`
+takes the place of the fused kernel inside stacks.
 
 `is_causal` is never used with sides of different lengths: torch aligns that mask at the top left.
 """
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hg_scale.config.schema import ModelConfig
+from hg_scale.model import banded
 from hg_scale.model.context import Context
 from hg_scale.model.grouping import Alignment
 from hg_scale.model.layers import PlainLayers
@@ -93,7 +95,10 @@ class Attention(nn.Module):
             q, k, v = self._cross_projections(x, source, unit, align)
         # q: (B, heads, n, d_head); k, v: (B, heads, m, d_head)
         explicit = not self.rotary or self.dropout.active(context)
-        if source is None and self.window is not None and self.window < x.shape[1]:
+        window = self.window if self.window and self.window < x.shape[1] else None
+        if source is None and not explicit and banded.suits(q, window):
+            y = banded.attention(q, k, v, window)
+        elif window is not None:
             y = self._windowed(q, k, v, context, unit, explicit)
         elif explicit:
             y = self._explicit(q, k, v, context, unit, align)
@@ -103,33 +108,30 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=align.visible(x.device))
         return self.out(y.transpose(1, 2).flatten(2))  # (B, n, heads * d_head)
 
-    def _self_projections(self, x: Tensor, unit: int) -> tuple[Tensor, ...]:
-        """Queries, keys and values of a stack; queries and keys are treated in one go."""
-        fused = self.qkv(x).unflatten(2, (self.heads, 3, self.d_head))
-        qk, v = (
-            fused[..., :2, :],
-            fused[..., 2, :],
-        )  # (B, n, heads, 2, d_head), (B, n, heads, d_head)
-        if self.qk_norm:
-            scale = torch.stack((self.q_scale, self.k_scale), 1)  # (heads, 2, d_head)
-            qk = F.rms_norm(qk, (self.d_head,), eps=self.eps) * scale
-        if self.rotary:
-            qk = rotate(qk, unit, self.rotary_base)
-        return tuple(t.transpose(1, 2) for t in (*qk.unbind(3), v))
+    def _self_projections(self, x: Tensor, unit: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of a stack."""
+        q, k, v = self.qkv(x).unflatten(2, (self.heads, 3, self.d_head)).unbind(3)
+        return self._placed(q, k, v, unit, unit)
 
     def _cross_projections(
         self, x: Tensor, source: Tensor, unit: int, align: Alignment
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of one scale, keys and values of another."""
         q = self.q(x).unflatten(2, (self.heads, self.d_head))
         k, v = self.kv(source).unflatten(2, (self.heads, 2, self.d_head)).unbind(3)
+        return self._placed(q, k, v, unit * align.query_step, unit * align.key_step)
+
+    def _placed(
+        self, q: Tensor, k: Tensor, v: Tensor, query_unit: int, key_unit: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys normalised and turned; all (B, n, heads, d_head), heads put first."""
         if self.qk_norm:
             q = F.rms_norm(q, (self.d_head,), eps=self.eps) * self.q_scale
             k = F.rms_norm(k, (self.d_head,), eps=self.eps) * self.k_scale
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if self.rotary:
-            q = rotate(q, unit * align.query_step, self.rotary_base)
-            k = rotate(k, unit * align.key_step, self.rotary_base)
-        return tuple(t.transpose(1, 2) for t in (q, k, v))
+            q, k = rotate(q, query_unit, self.rotary_base), rotate(k, key_unit, self.rotary_base)
+        return q, k, v
 
     def _explicit(
         self, q: Tensor, k: Tensor, v: Tensor, context: Context, unit: int, align: Alignment
