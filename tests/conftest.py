@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+from tests.runs import TINY  # noqa: E402
+from tests.shared import ROOT  # noqa: E402
 from tests.world import Worlds  # noqa: E402
 
 
@@ -20,3 +26,25 @@ def worlds() -> Iterator[Worlds]:
     pool = Worlds()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of documents, prepared by the script."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(40):
+        text = f"document {number} says: " + "the quick brown fox jumps over the lazy dog. " * 40
+        (folder / f"{number:02}.txt").write_text(text)
+    output = folder.parent / "shards"
+    script = ROOT / "data_prep" / "prepare_bytes.py"
+    command = [sys.executable, str(script), "--input", str(folder), "--output", str(output)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return output
+
+
+@pytest.fixture
+def config(tmp_path: Path, corpus: Path) -> Path:
+    """A file with the tiny configuration, on the corpus."""
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps({**TINY, "data": {"path": str(corpus)}}))
+    return path

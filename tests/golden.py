@@ -2,8 +2,9 @@
 
     python tests/golden.py FILE [FILE ...] [--tensor-parallel 2]
 
-Prints the largest difference of the logits of each file and, past the bound, the first activation
-that differs. Exits 1 when any file is past the bound.
+Prints the largest difference of the logits of each file and, where one is past the bound, the first
+activation that differs; a line, too, for what is no file of this format. Exits 1 when any file is
+past the bound or cannot be read.
 """
 
 from __future__ import annotations
@@ -12,14 +13,21 @@ import argparse
 import os
 import socket
 import sys
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from hg_scale.checkpoint.reference import reference_config, reference_weights
+from hg_scale.checkpoint.errors import CheckpointError
+from hg_scale.checkpoint.reference import Array, reference_config, reference_weights
+from hg_scale.config.schema import ModelConfig
+from hg_scale.errors import UserError
 from hg_scale.model.block import State
 from hg_scale.model.context import Context
 from hg_scale.model.hourglass import Hourglass
@@ -30,30 +38,73 @@ from hg_scale.parallel.sharding import shard_of
 BOUND = 1e-5  # absolute, on logits in float32
 
 
-def load_model(file: np.lib.npyio.NpzFile, layers: PlainLayers | None = None) -> Hourglass:
+@dataclass(frozen=True)
+class Golden:
+    """What is in a file; weights under our names, ids (B, L) shifted already."""
+
+    model: ModelConfig
+    weights: dict[str, Array]
+    ids: torch.Tensor
+    logits: Array
+    activations: dict[str, Array]
+
+
+def read_golden(path: Path, tensor: int = 1) -> Golden:
+    """Read a file, for a model in `tensor` slices. Raises CheckpointError naming what is amiss."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            entries: dict[str, Any] = {name: file[name] for name in file.files}
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror or error}") from None
+    except (AttributeError, BadZipFile, EOFError, TypeError, ValueError, zlib.error):
+        raise CheckpointError("not a golden file: expected numpy's .npz, without pickles") from None
+    for name in ("config", "input/tokens_shifted", "output/logits"):
+        if name not in entries:
+            raise CheckpointError(f"not a golden file: has no {name}")
+    model = reference_config(str(entries["config"]), tensor)
+    weights = _under(entries, "weight/")
+    ids, logits = entries["input/tokens_shifted"], entries["output/logits"]
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
+        raise CheckpointError(f"input/tokens_shifted: expected ids (B, L), got {_kind(ids)}")
+    if ids.min() < 0 or ids.max() >= model.vocab_size:
+        raise CheckpointError(f"input/tokens_shifted: expected ids under {model.vocab_size}")
+    if logits.shape != (*ids.shape, model.vocab_size):
+        expected = (*ids.shape, model.vocab_size)
+        raise CheckpointError(f"output/logits: expected {expected}, got {_kind(logits)}")
+    ids = torch.from_numpy(ids.astype(np.int64))
+    ours = reference_weights(weights, model)
+    return Golden(model, ours, ids, logits, _under(entries, "act/"))
+
+
+def _under(entries: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
+
+
+def _kind(array: np.ndarray) -> str:
+    return f"{array.dtype} {array.shape}"
+
+
+def load_model(golden: Golden, layers: PlainLayers | None = None) -> Hourglass:
     """The model of a golden file with its weights (this rank's slices of them)."""
-    model = reference_config(str(file["config"]))
-    hourglass = Hourglass(model, layers)
-    theirs = {k.removeprefix("weight/"): file[k] for k in file.files if k.startswith("weight/")}
-    ours = reference_weights(theirs, model)
+    hourglass = Hourglass(golden.model, layers)
     parameters = dict(hourglass.named_parameters())
-    missing, unused = parameters.keys() - ours.keys(), ours.keys() - parameters.keys()
-    if missing or unused:
-        raise SystemExit(f"weights do not fit: missing {missing}, unused {unused}")
+    assert parameters.keys() == golden.weights.keys()
     with torch.no_grad():
         for name, parameter in parameters.items():
-            whole = torch.from_numpy(np.ascontiguousarray(ours[name]))
+            whole = torch.from_numpy(np.ascontiguousarray(golden.weights[name], np.float32))
             parameter.copy_(shard_of(parameter).take(whole))
     return hourglass
 
 
 def differences(path: Path, layers: PlainLayers | None = None) -> tuple[float, str]:
-    """Largest difference of the logits, and the first activation past the bound in words."""
-    file = np.load(path, allow_pickle=False)
-    hourglass = load_model(file, layers)
+    """Largest difference of the logits, and the first activation that is off, in words.
+
+    Raises CheckpointError where the file is not of the format.
+    """
+    golden = read_golden(path, layers.size if layers else 1)
+    hourglass = load_model(golden, layers)
     model, seen = hourglass.config, {}
-    state = State(torch.from_numpy(file["input/tokens_shifted"]).long())
-    context = Context(model.parsed.factors)
+    state, context = State(golden.ids), Context(golden.model.parsed.factors)
     with torch.no_grad():
         for plan, layer in zip(layer_plan(model), hourglass._sequence, strict=True):
             if plan.kind == "upsample":
@@ -61,16 +112,34 @@ def differences(path: Path, layers: PlainLayers | None = None) -> tuple[float, s
             state = layer(state, context)
             seen[_activation(plan.name)] = state.x
     logits = _gather(state.x, hourglass.parts)[..., : model.vocab_size]
-    worst = np.abs(logits.numpy() - file["output/logits"]).max()
-    first = ""
-    for name, value in seen.items():
-        key = f"act/{name}"
-        if key in file.files:
-            difference = np.abs(value.numpy() - file[key]).max()
-            if not difference <= 2 * BOUND:
-                first = f"first activation off: {name} by {difference:.2e}"
-                break
-    return float(worst), first
+    worst = _difference("output/logits", logits, golden.logits)
+    off = {
+        name: _difference(f"act/{name}", value, golden.activations[name])
+        for name, value in seen.items()
+        if name in golden.activations
+    }
+    return worst, _first_off(off, failed=not worst <= BOUND)
+
+
+def _difference(name: str, ours: torch.Tensor, theirs: Array) -> float:
+    if ours.shape != theirs.shape:
+        raise CheckpointError(f"{name}: expected {tuple(ours.shape)}, got {_kind(theirs)}")
+    return float(np.abs(ours.numpy() - theirs).max())
+
+
+def _first_off(off: dict[str, float], failed: bool) -> str:
+    """The first activation that differs, in the order of the forward pass; "" where none does.
+
+    Rounding moves an activation by more than a logit: it counts from twice the bound, or from the
+    bound where logits that are off have no other cause.
+    """
+    for bound in (2 * BOUND, BOUND) if failed else (2 * BOUND,):
+        for name, difference in off.items():
+            if not difference <= bound:
+                return f"first activation off: {name} by {difference:.2e}"
+    if failed:
+        return "no activation off" if off else "no activation in the file"
+    return ""
 
 
 def _upsampled(layer, state: State, context: Context, level: int) -> dict[str, torch.Tensor]:
@@ -99,46 +168,54 @@ def _gather(logits: torch.Tensor, layers: PlainLayers) -> torch.Tensor:
 
 
 def compare(paths: list[Path], layers: PlainLayers | None = None, report: bool = True) -> int:
-    """Print a line a file; the number of files past the bound."""
+    """Print a line a file; the number of files past the bound, or not of the format."""
     failed = 0
     for path in paths:
-        worst, first = differences(path, layers)
-        ok = worst <= BOUND
+        try:
+            worst, first = differences(path, layers)
+        except UserError as error:
+            ok, line = False, str(error)
+        else:
+            ok = worst <= BOUND
+            verdict = "ok" if ok else f"PAST THE BOUND {BOUND:.0e}"
+            line = f"largest difference of the logits {worst:.2e}  {verdict}  {first}".rstrip()
         failed += not ok
         if report:
-            verdict = "ok" if ok else f"PAST THE BOUND {BOUND:.0e}"
-            print(f"{path.name}: largest difference of the logits {worst:.2e}  {verdict}  {first}")
+            print(f"{path.name}: {line}", flush=True)
     return failed
 
 
-def _worker(rank: int, size: int, port: int, paths: list[Path]) -> None:
+def _worker(rank: int, size: int, port: int, paths: list[Path], failures: Any) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=size)
     from hg_scale.parallel import megatron
 
     megatron.initialize(size, 1)
     failed = compare(paths, megatron.MegatronLayers(), report=rank == 0)
+    if rank == 0:
+        failures.put(failed)
     dist.destroy_process_group()
-    if failed and rank == 0:
-        raise SystemExit(1)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N")
+    parser.add_argument("--tensor-parallel", type=_size, default=1, metavar="N")
     arguments = parser.parse_args()
     if arguments.tensor_parallel == 1:
         return 1 if compare(arguments.files) else 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    size = arguments.tensor_parallel
-    try:
-        mp.start_processes(_worker, (size, port, arguments.files), size, start_method="spawn")
-    except mp.ProcessExitedException:
-        return 1
-    return 0
+    size, failures = arguments.tensor_parallel, mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_worker, (size, port, arguments.files, failures), size)
+    return 1 if failures.get() else 0
+
+
+def _size(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of processes, got '{text}'")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -8,64 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+import numpy as np
 
-ROOT = Path(__file__).parent.parent
+from tests.runs import curve, records, train, train_in
+from tests.shared import ROOT
+from tests.world import Worlds
+
 PYTHON = sys.executable
-
-TINY = {
-    "model": {
-        "hierarchy": "1@1 1@2 1@1",
-        "d_model": 32,
-        "heads": 2,
-        "d_ff": 64,
-        "vocab_size": 257,
-        "sequence_length": 32,
-        "pooling": "average",
-        "upsampling": "repeat",
-    },
-    "training": {"steps": 6, "global_batch_size": 4, "precision": "fp32", "validation_windows": 8},
-    "logging": {"every": 1},
-}
-
-
-def train(
-    *arguments: str, environment: dict[str, str] | None = None, launcher: tuple[str, ...] = ()
-):  # type: ignore[no-untyped-def]
-    command = [*(launcher or (PYTHON,)), str(ROOT / "hg_scale" / "train.py"), *arguments]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=ROOT,
-        env={**os.environ, **(environment or {})},
-    )
-
-
-def records(run: Path) -> list[dict]:  # type: ignore[type-arg]
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of documents, prepared by the script."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(40):
-        text = f"document {number} says: " + "the quick brown fox jumps over the lazy dog. " * 40
-        (folder / f"{number:02}.txt").write_text(text)
-    output = folder.parent / "shards"
-    script = ROOT / "data_prep" / "prepare_bytes.py"
-    command = [PYTHON, str(script), "--input", str(folder), "--output", str(output)]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    return output
-
-
-@pytest.fixture
-def config(tmp_path: Path, corpus: Path) -> Path:
-    path = tmp_path / "tiny.json"
-    path.write_text(json.dumps({**TINY, "data": {"path": str(corpus)}}))
-    return path
 
 
 def test_a_dry_run_imports_no_torch() -> None:
@@ -107,25 +56,45 @@ def test_missing_data_is_told_in_one_line(config: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr + done.stdout
 
 
-def test_two_processes_under_deepspeed_stop_and_resume(config: Path, tmp_path: Path) -> None:
-    """The launcher's `--local_rank` is accepted; the resumed curve is that of one process."""
-    run, alone = tmp_path / "run", tmp_path / "alone"
-    launcher = (str(Path(PYTHON).parent / "deepspeed"), "--num_gpus", "2")
-    launcher += ("--master_port", str(20000 + os.getpid() % 20000))
-    common = ("--config", str(config), "--set", "checkpoint.every=2")
-    first = train(*common, "--run", str(run), "--stop-at", "3", launcher=launcher)
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert (run / "checkpoints" / "latest").read_text().strip() == "step-00000003"
-    second = train(*common, "--run", str(run), launcher=launcher)
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert "resumed at step 3" in second.stdout
-    third = train(*common, "--run", str(alone))
-    assert third.returncode == 0, third.stdout + third.stderr
-    curve = [(r["step"], r["loss"], r["grad_norm"]) for r in records(run) if "loss" in r]
-    expected = [(r["step"], r["loss"], r["grad_norm"]) for r in records(alone) if "loss" in r]
-    assert [row[0] for row in curve] == [1, 2, 3, 4, 5, 6]
-    for here, there in zip(curve, expected, strict=True):
-        assert here == pytest.approx(there, rel=1e-4)
+def launchers() -> dict[str, tuple[str, ...]]:
+    """Commands that start two processes, of those that are installed beside this Python."""
+    beside, port = Path(PYTHON).parent, str(20000 + os.getpid() % 20000)
+    known = {
+        "torchrun": ("--nproc_per_node", "2", "--master_port", port, "--"),
+        "deepspeed": ("--num_gpus", "2", "--master_port", port),
+        "mpirun": ("-n", "2", "--allow-run-as-root", "--oversubscribe", PYTHON),
+    }
+    return {k: (str(beside / k), *words) for k, words in known.items() if (beside / k).exists()}
+
+
+def test_two_processes_under_every_launcher_stop_and_resume(
+    worlds: Worlds, config: Path, tmp_path: Path
+) -> None:
+    """One run, each launcher going on where another stopped: the curve is that of one process.
+
+    And at wandb, offline, it is one run, with its configuration.
+    """
+    run, found = tmp_path / "run", launchers()
+    assert {"deepspeed", "torchrun"} <= found.keys()
+    common = ["--config", str(config), "--set", "checkpoint.every=2"]
+    stops, before = [2, 4, 6] if "mpirun" in found else [2, 6], 0
+    for (name, launcher), stop in zip(found.items(), stops, strict=True):
+        place = ("--run", str(run), "--set", "logging.wandb_project=hg", "--stop-at", str(stop))
+        done = train(*common, *place, launcher=launcher)
+        assert done.returncode == 0, name + done.stdout + done.stderr
+        assert (f"resumed at step {before} from" in done.stdout) == (before > 0), name
+        assert (run / "checkpoints" / "latest").read_text() == f"step-{stop:08}\n"
+        before = stop
+    alone = train_in(worlds, 1, tmp_path, *common, "--run", str(tmp_path / "alone"))
+    assert alone.code == 0, alone.told
+    here, there = curve(run), curve(tmp_path / "alone")
+    assert [step for step, _, _ in here] == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(here, there, rtol=1e-4)
+    identity = (run / "wandb_id").read_text().strip()
+    files = list((run / "wandb").glob("offline-run-*/*.wandb"))
+    assert {file.name for file in files} == {f"run-{identity}.wandb"}
+    assert all(b"sequence_length" in file.read_bytes() for file in files)
+
     keys = {"tokens", "tokens_per_second", "mfu", "learning_rate", "bits_per_byte", "data_seconds"}
     assert keys <= records(run)[0].keys()
     held_out = [r for r in records(run) if "validation_bits_per_byte" in r]
@@ -133,6 +102,6 @@ def test_two_processes_under_deepspeed_stop_and_resume(config: Path, tmp_path: P
     resolved = json.loads((run / "config.json").read_text())
     assert resolved["checkpoint"]["every"] == 2
 
-    other = train(*common, "--run", str(run), "--set", "model.d_ff=128")
-    assert other.returncode == 2
-    assert "model.d_ff" in other.stderr and "checkpoint" in other.stderr
+    other = train_in(worlds, 1, tmp_path, *common, "--run", str(run), "--set", "model.d_ff=128")
+    assert other.code == 2
+    assert "model.d_ff" in other.told and "checkpoint" in other.told

@@ -104,8 +104,10 @@ def _run(rank: int, size: int, store: str, job: Callable[..., Any], arguments: A
         forget_groups()
         if deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()
-        else:
+        elif dist.is_initialized():
             dist.destroy_process_group()
+        else:  # the job took it down, as `train.py` does at its end
+            groups._release_process_group_references(group=None)
         # ZeRO-3 replaces it for good; ranks with and without it reduce gradients in other orders.
         torch.nn.functional.linear = linear
         # It numbers parameters and modules since the process began, and compares the numbers.

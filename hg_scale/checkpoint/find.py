@@ -25,15 +25,28 @@ def folder_name(step: int) -> str:
 
 
 def find_latest(folder: Path, report: Callable[[str], None] = lambda _: None) -> Path | None:
-    """The newest whole checkpoint, or None; damaged ones are reported by name and passed over."""
+    """The newest whole checkpoint; damaged ones are reported by name and passed over.
+
+    None where the folder holds no checkpoint at all. Raises CheckpointError where it holds some and
+    none is whole: to begin anew then would throw the run away.
+    """
     if not folder.is_dir():
         return None
     steps = {int(m[1]): p for p in folder.iterdir() if (m := _FOLDER.fullmatch(p.name))}
+    faults: list[tuple[Path, str]] = []
     for step in sorted(steps, reverse=True):
         fault = damage(steps[step])
         if fault is None:
+            for path, known in faults:
+                report(f"passing over {path}: {known}")
             return steps[step]
-        report(f"passing over {steps[step]}: {fault}")
+        faults.append((steps[step], fault))
+    if faults:
+        newest, fault = faults[0]
+        raise CheckpointError(
+            f"{folder}: none of the checkpoints here is whole (the newest, {newest.name}: {fault})"
+            "; bring one back, or begin anew in another run folder"
+        )
     return None
 
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
+from math import lcm
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.config.errors import ConfigError
+from hg_scale.config.hierarchy import Hierarchy
 from hg_scale.config.load import parse_config
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.plan import LayerPlan, layer_plan, model_scales
@@ -20,107 +24,133 @@ from hg_scale.model.plan import LayerPlan, layer_plan, model_scales
 Array = NDArray[np.float32]
 
 _KINDS = {"avg": "average", "attention+avg": "attention+average"}
+_ONLY = {"activation": "gelu_tanh", "attention": "relative"}  # what the format can say of these
+_SIZES = {"d_model": "d_model", "heads": "heads", "d_ff": "d_ff", "vocab": "vocab_size"}
 
 
-def reference_config(text: str) -> ModelConfig:
-    """The model of a file's `config` entry. Raises ConfigError where it is not one of ours."""
-    config = json.loads(text)
-    model = {
-        "hierarchy": config["hierarchy"],
-        "d_model": config["d_model"],
-        "heads": config["heads"],
-        "d_ff": config["d_ff"],
-        "vocab_size": config["vocab"],
-        "norm_eps": config["norm_eps"],
+def reference_config(text: str, tensor: int = 1) -> ModelConfig:
+    """The model of a file's `config` entry, to be cut into `tensor` slices.
+
+    Raises CheckpointError where it is not one of ours, or cannot be cut so.
+    """
+    try:
+        config = json.loads(text)
+        model = {ours: config[theirs] for theirs, ours in _SIZES.items()}
+        hierarchy = config["hierarchy"]
+        for key, only in _ONLY.items():
+            if config.get(key, only) != only:
+                raise CheckpointError(f"config: {key} is {config[key]!r}, expected {only!r}")
+    except (ValueError, TypeError, AttributeError):
+        raise CheckpointError(f"config: expected a JSON object, got {text[:40]!r}") from None
+    except KeyError as error:
+        raise CheckpointError(f"config: has no {error}") from None
+    model |= {
+        "hierarchy": hierarchy,
+        "norm_eps": config.get("norm_eps", 1e-6),
+        "positions": "relative",
         "shared_position_bias": True,
+        "vocab_multiple": lcm(64, tensor),
     }
     for key in ("pooling", "upsampling"):
         if config.get(key) not in (None, "none"):
             model[key] = _KINDS.get(config[key], config[key])
-    tree = {"model": model | {"sequence_length": 2**20, "positions": "relative"}}
+    with suppress(ValueError, AttributeError):  # a faulty hierarchy is told of below
+        model["sequence_length"] = Hierarchy.parse(hierarchy).total_factor  # the files' may be any
     try:
-        return parse_config(_fit(tree)).model
+        return parse_config({"model": model, "parallel": {"tensor": tensor}}).model
     except ConfigError as error:
-        raise ConfigError(error.problems, "the reference file's config") from None
-
-
-def _fit(tree: dict) -> dict:
-    """A training length that suits the hierarchy; the reference files' own may be any."""
-    factors = [int(word.split("@")[1]) for word in tree["model"]["hierarchy"].split()]
-    tree["model"]["sequence_length"] = max(factors)
-    return tree
+        by_key = {problem.key: str(problem) for problem in reversed(error.problems)}
+        raise CheckpointError("config: " + "; ".join(reversed(by_key.values()))) from None
 
 
 def reference_weights(weights: Mapping[str, Array], model: ModelConfig) -> dict[str, Array]:
-    """Their weights (names without the leading `weight/`) under our names, vocabulary padded."""
+    """Their weights (names without the leading `weight/`) under our names, vocabulary padded.
+
+    Raises CheckpointError naming the first that is missing, of another shape, or left over.
+    """
     reader = _Reader(weights, model)
     result: dict[str, Array] = {}
     for layer in layer_plan(model):
         for name, value in reader.layer(layer).items():
             result[f"{layer.name}.{name}"] = value
+    heads, d = reader.scales[0].heads, reader.scales[0].d_model
     for ours, theirs in (("u", "pos_bias_u"), ("v", "pos_bias_v")):
-        result[f"position_bias.{ours}"] = weights[theirs]
+        result[f"position_bias.{ours}"] = reader.weight(theirs, heads, d // heads)
+    left = sorted(weights.keys() - reader.used)
+    if left:
+        raise CheckpointError(f"weight/{left[0]}: '{model.hierarchy}' has no use for it")
     return result
 
 
 class _Reader:
     def __init__(self, weights: Mapping[str, Array], model: ModelConfig) -> None:
         self.weights, self.model, self.scales = weights, model, model_scales(model)
+        self.used: set[str] = set()
+
+    def weight(self, name: str, *shape: int) -> Array:
+        if name not in self.weights:
+            raise CheckpointError(f"weight/{name} is missing")
+        value = self.weights[name]
+        if value.shape != shape:
+            raise CheckpointError(f"weight/{name} has shape {value.shape}, expected {shape}")
+        self.used.add(name)
+        return value
 
     def layer(self, layer: LayerPlan) -> dict[str, Array]:
-        path, pad = layer.name.replace(".", "/"), self.model.padded_vocab - self.model.vocab_size
+        path, model, scale = layer.name.replace(".", "/"), self.model, self.scales[layer.scale]
+        d, vocab = scale.d_model, model.vocab_size
+        pad = model.padded_vocab - vocab
         match layer.kind:
             case "embedding":
-                return {"table.weight": np.pad(self.weights["embed/table"], ((0, pad), (0, 0)))}
+                table = self.weight("embed/table", vocab, d)
+                return {"table.weight": np.pad(table, ((0, pad), (0, 0)))}
             case "head":
-                dense = self.dense("head", "linear")
+                dense = self.dense("head", "linear", d, vocab)
                 return {
                     "linear.weight": np.pad(dense["linear.weight"], ((0, pad), (0, 0))),
                     "linear.bias": np.pad(dense["linear.bias"], (0, pad)),
                 }
             case "norm":
-                return self.norm(path.removesuffix("norm") + "final_norm", "norm")
+                return self.norm(path.removesuffix("norm") + "final_norm", "norm", d)
             case "block":
-                heads = self.scales[layer.scale].heads
                 return {
-                    **self.norm(f"{path}/attn_norm", "attention_norm"),
-                    **self.attention(f"{path}/attn", "attention", heads, "qkv"),
-                    **self.feed_forward(path, ""),
+                    **self.norm(f"{path}/attn_norm", "attention_norm", d),
+                    **self.attention(f"{path}/attn", "attention", scale.heads, "qkv", d),
+                    **self.feed_forward(path, "", d, scale.d_ff),
                 }
             case "shorten":
-                heads = self.scales[layer.scale + 1].heads
-                return self.resampling(path, "pool", self.model.pooling, heads)
+                k = self.scales[layer.scale + 1].factor // scale.factor
+                return self.resampling(path, ("pool", k * d, d), model.pooling, layer.scale + 1)
             case "upsample":
+                k = self.scales[layer.scale + 1].factor // scale.factor
                 level = path.removesuffix("/upsample")
                 return {
-                    **self.norm(f"{level}/upsample_norm", "norm"),
-                    **self.resampling(
-                        path, "expand", self.model.upsampling, self.scales[layer.scale].heads
-                    ),
+                    **self.norm(f"{level}/upsample_norm", "norm", d),
+                    **self.resampling(path, ("expand", d, k * d), model.upsampling, layer.scale),
                 }
 
-    def dense(self, theirs: str, ours: str) -> dict[str, Array]:
+    def dense(self, theirs: str, ours: str, d_in: int, d_out: int) -> dict[str, Array]:
         return {
-            f"{ours}.weight": self.weights[f"{theirs}/kernel"].T,
-            f"{ours}.bias": self.weights[f"{theirs}/bias"],
+            f"{ours}.weight": self.weight(f"{theirs}/kernel", d_in, d_out).T,
+            f"{ours}.bias": self.weight(f"{theirs}/bias", d_out),
         }
 
-    def norm(self, theirs: str, ours: str) -> dict[str, Array]:
+    def norm(self, theirs: str, ours: str, d: int) -> dict[str, Array]:
         return {
-            f"{ours}.weight": self.weights[f"{theirs}/scale"],
-            f"{ours}.bias": self.weights[f"{theirs}/bias"],
+            f"{ours}.weight": self.weight(f"{theirs}/scale", d),
+            f"{ours}.bias": self.weight(f"{theirs}/bias", d),
         }
 
-    def feed_forward(self, theirs: str, ours: str) -> dict[str, Array]:
+    def feed_forward(self, theirs: str, ours: str, d: int, d_ff: int) -> dict[str, Array]:
         return {
-            **self.norm(f"{theirs}/ff_norm", f"{ours}ff_norm"),
-            **self.dense(f"{theirs}/ff1", f"{ours}ff.up"),
-            **self.dense(f"{theirs}/ff2", f"{ours}ff.down"),
+            **self.norm(f"{theirs}/ff_norm", f"{ours}ff_norm", d),
+            **self.dense(f"{theirs}/ff1", f"{ours}ff.up", d, d_ff),
+            **self.dense(f"{theirs}/ff2", f"{ours}ff.down", d_ff, d),
         }
 
-    def attention(self, theirs: str, ours: str, heads: int, fused: str) -> dict[str, Array]:
+    def attention(self, theirs: str, ours: str, heads: int, fused: str, d: int) -> dict[str, Array]:
         """`fused`: "qkv", or "kv" beside a separate q."""
-        parts = [self.dense(f"{theirs}/{part}", part) for part in fused]
+        parts = [self.dense(f"{theirs}/{part}", part, d, d) for part in fused]
         result = {
             f"{ours}.{fused}.{kind}": _interleave(
                 [part[f"{name}.{kind}"] for name, part in zip(fused, parts, strict=True)], heads
@@ -128,18 +158,25 @@ class _Reader:
             for kind in ("weight", "bias")
         }
         for name in ("pos", "out") if fused == "qkv" else ("q", "pos", "out"):
-            result |= self.dense(f"{theirs}/{name}", f"{ours}.{name}")
+            result |= self.dense(f"{theirs}/{name}", f"{ours}.{name}", d, d)
         return result
 
-    def resampling(self, theirs: str, linear: str, kind: str, heads: int) -> dict[str, Array]:
+    def resampling(
+        self, theirs: str, linear: tuple[str, int, int], kind: str, queries: int
+    ) -> dict[str, Array]:
+        """`linear`: name, input and output width of the linear one; `queries`: their scale."""
+        scale = self.scales[queries]
         result: dict[str, Array] = {}
         if "linear" in kind:
-            result |= self.dense(f"{theirs}/{linear}", linear)
+            name, d_in, d_out = linear
+            result |= self.dense(f"{theirs}/{name}", name, d_in, d_out)
         if kind.startswith("attention"):
             for name in ("in_norm", "base_norm"):
-                result |= self.norm(f"{theirs}/{name}", f"attend.{name}")
-            result |= self.attention(f"{theirs}/attn", "attend.attention", heads, "kv")
-            result |= self.feed_forward(theirs, "attend.")
+                result |= self.norm(f"{theirs}/{name}", f"attend.{name}", scale.d_model)
+            result |= self.attention(
+                f"{theirs}/attn", "attend.attention", scale.heads, "kv", scale.d_model
+            )
+            result |= self.feed_forward(theirs, "attend.", scale.d_model, scale.d_ff)
         return result
 
 

@@ -266,7 +266,7 @@ def _parallel(config: Config, world_size: int | None) -> Iterator[Problem]:
             ("training.precision",),
         )
     hierarchy = config.model.parsed
-    if stages > hierarchy.blocks:
+    if stages > max(1, hierarchy.blocks):
         yield Problem(
             "parallel.pipeline",
             f"more stages than the {hierarchy.blocks} blocks of '{config.model.hierarchy}'",

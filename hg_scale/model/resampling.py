@@ -132,7 +132,10 @@ class Upsample(Layer):
             source = self.attend.in_norm(z)
             base = torch.zeros_like(x) if self.base == "none" else self._resize(source, groups)
             base = self.attend.base_norm(base) + x
-            unit = total_factor(context, self.level)
+            # Relative distances are counted in positions of x here, not in tokens, as in the
+            # authors' code; at k = 1 nothing else tells this attention from one inside a stack.
+            rotary = self.attend.attention.rotary
+            unit = total_factor(context, self.level) if rotary else 1
             y = self.attend(base, source, context, unit, groups.upsampling)
         skip = x if self.gain is None else x * self.gain
         return State(skip + self.norm(y), state.skips[:-1])

@@ -89,9 +89,9 @@ def start_processes(launch: Launch, timeout_minutes: float = 30) -> torch.device
             torch.set_num_threads(max(1, cores // launch.processes_here))
     if not dist.is_initialized():
         options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
-        if "MASTER_ADDR" not in os.environ:
-            if launch.world_size > 1:
-                raise RuntimeError("MASTER_ADDR and MASTER_PORT are not set; start with a launcher")
+        if launch.world_size > 1:
+            launch.find_first()
+        elif "MASTER_ADDR" not in os.environ:
             options["store"] = dist.HashStore()
         dist.init_process_group(
             "nccl" if gpu else "gloo",

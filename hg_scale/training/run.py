@@ -9,8 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hg_scale.checkpoint.find import find_latest
-from hg_scale.config.errors import ConfigError
+from hg_scale.checkpoint.find import damage, find_latest
+from hg_scale.config.errors import ConfigError, Problem
 from hg_scale.config.schema import Config
 from hg_scale.data.index import Index
 from hg_scale.errors import UserError
@@ -41,7 +41,7 @@ def train(
     """Train, or go on where the run folder stands. Returns the exit code.
 
     A fault that a person can mend ends in one line: a faulty configuration, which all ranks see
-    alike, is told by the first; a broken file by the rank that met it.
+    alike, is told by the first; a broken file by the rank that met it, at the start by one a node.
     """
     fault: Exception | None = None
     with quiet_libraries(folder / "logs" / f"rank-{launch.rank}.log") as terminal:
@@ -58,9 +58,12 @@ def train(
                 dist.destroy_process_group()
     if fault is None:
         return 0
-    if launch.rank == 0 or not isinstance(fault, ConfigError):
+    usage = isinstance(fault, ConfigError)
+    # Before the processes join, all of a node see the same files.
+    alone = not usage and (dist.is_initialized() or launch.local_rank == 0)
+    if launch.rank == 0 or alone:
         print(fault, file=sys.stderr)
-    return USAGE_ERROR if isinstance(fault, ConfigError) else FAILED
+    return USAGE_ERROR if usage else FAILED
 
 
 def _train(
@@ -91,6 +94,8 @@ def _train(
     if progress.step >= last:
         console.print(f"nothing to do: step {progress.step} of {last} is reached")
         return
+    if profile is not None and not progress.step < profile <= last:
+        console.print(f"no profile: step {profile} is not among {progress.step + 1} to {last}")
     log = RunLog(config, folder, console, progress.step, launch.rank)
     with log, Batches(config, index, mesh, device, progress.position) as batches:
         train_split = index.split("train")
@@ -102,7 +107,7 @@ def _train(
             log=log.write,
             advance=console.advance,
             save=lambda progress: save_state(engine, checkpoints, progress, config),
-            profiler=StepProfiler(folder, profile, launch.rank),
+            profiler=StepProfiler(folder, profile, launch.rank, console.warn),
             bytes_per_token=train_split.text_bytes / train_split.tokens,
             peak=peak,
         )
@@ -113,11 +118,15 @@ def _train(
 def find_source(config: Config, checkpoints: Path, console: Console) -> Path | None:
     """The checkpoint to begin from: the run's newest whole one, or `checkpoint.start_from`.
 
-    Raises where it holds another model.
+    Raises CheckpointError where the run's are all damaged, ConfigError where `start_from` is no
+    whole checkpoint, or where either holds another model.
     """
     source = find_latest(checkpoints, report=console.print)
     if source is None and config.checkpoint.start_from:
         source = Path(config.checkpoint.start_from)
+        if fault := damage(source):
+            message = f"not a whole checkpoint, such as RUN/checkpoints/step-00001000: {fault}"
+            raise ConfigError([Problem("checkpoint.start_from", message, str(source))])
     if source:
         refuse_other_model(config, source)
     return source

@@ -186,6 +186,18 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
         Reader(newest)
 
 
+def test_a_folder_whose_checkpoints_are_all_damaged_is_refused(folder: Path) -> None:
+    damage_missing(folder / "step-00000001")
+    damage_no_manifest(folder / "step-00000002")
+    lines: list[str] = []
+    with pytest.raises(CheckpointError) as caught:
+        find_latest(folder, lines.append)
+    message = str(caught.value)
+    assert message.startswith(f"{folder}: none of the checkpoints here is whole (the newest, step")
+    assert "the save was never finished" in message and "another run folder" in message
+    assert "\n" not in message and lines == []
+
+
 def test_leftovers_and_strangers_are_no_checkpoints(folder: Path) -> None:
     shutil.move(folder / "step-00000002", folder / ".step-00000002.tmp")
     (folder / "latest").write_text("")

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hg_scale.errors import UserError
 from hg_scale.parallel.launch import Launch
 from hg_scale.parallel.mesh import Mesh, compare_group
 
@@ -56,3 +57,11 @@ def test_another_librarys_group_that_differs_is_refused() -> None:
 )
 def test_the_launchers_variables(environment: dict[str, str], expected: Launch) -> None:
     assert Launch.from_environment(environment) == expected
+
+
+def test_processes_that_cannot_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.delenv("OMPI_COMM_WORLD_RANK", raising=False)
+    with pytest.raises(UserError, match="2 processes .* set MASTER_ADDR and MASTER_PORT"):
+        Launch(0, 2, 0).find_first()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from hg_scale.config import load_config
+from tests.runs import records, train
 from tests.shared import ROOT, shared
-from tests.test_train import records, train
 from tests.training.models import run_layout
 from tests.world import Worlds
 

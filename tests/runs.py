@@ -1,0 +1,91 @@
+"""Runs of `hg_scale/train.py`: as a command of their own, or in a world of the tests' processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.shared import ROOT
+from tests.world import Worlds
+
+TINY: dict[str, Any] = {
+    "model": {
+        "hierarchy": "1@1 1@2 1@1",
+        "d_model": 32,
+        "heads": 2,
+        "d_ff": 64,
+        "vocab_size": 257,
+        "sequence_length": 32,
+        "pooling": "average",
+        "upsampling": "repeat",
+    },
+    "training": {"steps": 6, "global_batch_size": 4, "precision": "fp32", "validation_windows": 8},
+    "logging": {"every": 1},
+}
+"""A configuration that trains in a second; it lacks `data.path`."""
+
+
+def train(
+    *arguments: str, environment: dict[str, str] | None = None, launcher: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """The command, under a launcher or plain."""
+    command = [*(launcher or (sys.executable,)), str(ROOT / "hg_scale" / "train.py"), *arguments]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+    )
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a run in a world ended: the first rank's exit code, and what all ranks' terminals saw."""
+
+    code: int
+    told: str
+
+
+def train_in(worlds: Worlds, size: int, folder: Path, *arguments: str) -> Finished:
+    """All that the command does, but without starting processes; `folder` keeps its output."""
+    number = len(list(folder.glob("terminal-*")))
+    output = folder / f"terminal-{number:03}"
+    code = worlds.run(size, train_here, list(arguments), output)[0]
+    told = "".join(p.read_text() for p in sorted(folder.glob(f"{output.name}-*")))
+    return Finished(code, told)
+
+
+def train_here(arguments: list[str], output: Path) -> int:
+    """`train.py` on this rank of a world; file descriptors 1 and 2 lead to `output-RANK`."""
+    from hg_scale.train import add_options, run
+
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    saved = os.dup(1), os.dup(2)
+    with open(f"{output}-{os.environ['RANK']}", "wb", buffering=0) as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        try:
+            return run(parser.parse_args(arguments))
+        finally:
+            for descriptor, original in enumerate(saved, start=1):
+                os.dup2(original, descriptor)
+                os.close(original)
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run: Path) -> list[tuple[int, float, float]]:
+    """(step, loss, gradient norm) of every logged step."""
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in records(run) if "loss" in r]
