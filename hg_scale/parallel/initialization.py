@@ -45,6 +45,9 @@ def _draw(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> T
         return _paper(name, whole, generator)
     if kind in ("bias", "u", "v"):
         return whole.zero_()
+    if name == "embedding.table.weight":
+        # As large as what a norm gives: smaller, and the first block drowns which token it was.
+        return whole.normal_(0.0, 1.0, generator=generator)
     std = 1 / sqrt(shape[-1])  # fan-in; 0.02 of GPT-2 at its widths, larger at narrow levels
     if name.endswith(("out.weight", "down.weight")):  # the last matrix of a residual branch
         std /= sqrt(2 * model.parsed.blocks)
