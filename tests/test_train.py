@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from hg_scale.commands.main import main
 from tests.runs import curve, records, train, train_in
 from tests.shared import ROOT
 from tests.world import Worlds
@@ -99,6 +101,11 @@ def test_two_processes_under_every_launcher_stop_and_resume(
     assert keys <= records(run)[0].keys()
     held_out = [r for r in records(run) if "validation_bits_per_byte" in r]
     assert held_out[-1]["step"] == 6
+    score = tmp_path / "score.json"
+    place = ("--split", "validation", "--windows", "8", "--json", str(score))
+    assert main(["evaluate", str(run), *place]) == 0
+    bits = json.loads(score.read_text())["bits_per_byte"]
+    assert bits == pytest.approx(held_out[-1]["validation_bits_per_byte"], rel=1e-5)
     resolved = json.loads((run / "config.json").read_text())
     assert resolved["checkpoint"]["every"] == 2
 

@@ -108,8 +108,8 @@ class ModelConfig(Section):
     initialization: Literal["paper", "scaled_normal"] = Field(
         "paper",
         description="`paper`: Glorot-uniform matrices, biases of 1e-6, as the authors' code. "
-        "`scaled_normal`: embeddings normal of 1, matrices normal of 1 / sqrt(fan-in), the last one "
-        "of each residual branch divided by sqrt(2 x blocks).",
+        "`scaled_normal`: embeddings normal of 1, matrices normal of 1 / sqrt(fan-in), the last "
+        "one of each residual branch divided by sqrt(2 x blocks).",
     )
 
     @field_validator("pooling", mode="before")
