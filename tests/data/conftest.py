@@ -48,7 +48,7 @@ def global_batches(
 ) -> NDArray[np.int64]:
     """Global batches (count, rows, L + 1), joined from the streams of all ranks."""
     ranks = [
-        stream(of, rows=rows, data_rank=rank, data_size=data_size, **options)
+        stream(of, rows=rows, data_rank=rank, data_size=data_size, batches=count, **options)
         for rank in range(data_size)
     ]
     try:
