@@ -190,8 +190,8 @@ class DataConfig(Section):
     )
     sources: Annotated[list[SourceConfig], Field(min_length=1)] | None = Field(
         None,
-        description="Several corpora instead of `data.path`; windows are drawn in exact proportion to "
-        "their weights.",
+        description="Several corpora instead of `data.path`; windows are drawn in exact "
+        "proportion to their weights.",
     )
     tokenizer: str | None = Field(
         None,

@@ -28,9 +28,10 @@ def evaluation_windows(
     """(inputs, labels), int64 (rows, L) each: the tokens of a split as labels, each once.
 
     An input is the token before its label, also at the start of a window; the first of the split
-    is the end-of-document id, or 0 where there is none, and so is that of every document where a
-    window is one (images). Labels past the end are IGNORED. Each rank has consecutive windows, and
-    all ranks have the same number of batches, so that collective operations match. `limit_windows` takes the first windows of the split only.
+    is the end-of-document id, or 0 where there is none; where a window is a document (images), the
+    first of every window is. Labels past the end are IGNORED. Each rank has consecutive windows,
+    and all ranks have the same number of batches, so that collective operations match.
+    `limit_windows` takes the first windows of the split only.
     Raises DataError where the split is empty or a shard cannot be read.
     """
     reader = SplitReader(index, split, patience)

@@ -109,8 +109,15 @@ class Schedule:
         tokenizer = self._one_tokenizer(state)
         if state is None:
             state = fresh
-        elif (state.sequence_length, state.mixture) != (sequence_length, mixture):
-            state = replace(fresh, before=state.histories(), skipped=state.skipped)
+        known = {identity for identity, *_ in state.mixture} | state.before.keys()
+        self.new_sources = [  # that the run had never seen, where it has a state
+            source.name
+            for source, identity in zip(sources, self._identities, strict=True)
+            if identity not in known
+        ]
+        if (state.sequence_length, state.mixture) != (sequence_length, mixture):
+            before = state.histories()
+            state = DataState(sequence_length, mixture, before=before, skipped=state.skipped)
         self._state = replace(state, tokenizer=tokenizer)
         self.begin = state.windows  # the first window to serve
         histories = [state.before.get(identity, []) for identity in self._identities]
@@ -145,6 +152,13 @@ class Schedule:
             if len(mine):
                 parts[:, mine] = order.turns(done + int(numbers[mine[0]]), len(mine))
         return Places(sources, *parts)
+
+    def shard_name(self, window: int) -> str:
+        """Source and file of the shard that a window lies in."""
+        source, *place = (int(part[0]) for part in self.places(window, 1))
+        index = self.sources[source].index
+        shard = index.split("train").shards[self.orders[source].block(*place).shard]
+        return f"{self.sources[source].name}/{shard.file}"
 
     def window_of_run(self, window: int) -> int:
         """The number of a window among all of the run."""

@@ -116,6 +116,7 @@ def test_another_length_and_other_weights_repeat_nothing_within_an_epoch(pair):
     alone = schedule(mixed(pair)[0], length=32, state=state)
     labels_served(counts, alone, 0, 50)
     of = schedule(*mixed(pair), length=32, state=through_json(alone.state(50, [])))
+    assert of.new_sources == []
     assert of.tokens(0) == consumed + 50 * 32
     assert of.window_of_run(0) == 300 + 120 + 100 + 90 + 50
     labels_served(counts, of, 0, 60)
@@ -140,7 +141,7 @@ def test_another_length_goes_on_where_the_tokens_are(index):
     """One source, no change: the position is the one number that grows."""
     state = through_json(schedule(index).state(700, []))
     assert state.before == {} and state.windows == 700
-    other = schedule(index, length=128, state=state)
+    other = schedule(index, length=128, state=state, position=700 * 64)
     assert other.begin == 0 and other.tokens(0) == 700 * 64
     assert other.epochs(0)["s0"] == pytest.approx(700 / 1350, abs=0.02)
     same = schedule(index, position=700 * 64)
@@ -167,6 +168,13 @@ def test_a_tokenizer_that_differs(pair, index):
         DataError, match="is not that of the checkpoint, name bytes, vocab_size 300"
     ):
         schedule(pair[0], state=state)
+
+
+def test_data_that_the_run_had_not_seen_begins_at_its_first_window(pair):
+    state = through_json(schedule(mixed(pair)[0]).state(100, []))
+    of = schedule(*mixed(pair), state=state)
+    assert of.new_sources == ["b"]
+    assert of.epochs(0)["b"] == 0 < of.epochs(0)["a"]
 
 
 def documents(index: Index, tokens: int) -> Index:
