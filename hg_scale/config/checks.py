@@ -22,6 +22,7 @@ def cross_checks(config: Config, world_size: int | None = None) -> list[Problem]
         *_tensor_parallel(config),
         *_batches(config, world_size),
         *_parallel(config, world_size),
+        *_data(config),
         *_schedule(config),
         *deepspeed_problems(config),
     ]
@@ -282,6 +283,18 @@ def _parallel(config: Config, world_size: int | None) -> Iterator[Problem]:
             f"{stages} x data; start a multiple of {fit}, such as {near}",
             parallel.tensor,
             ("parallel.pipeline",),
+        )
+
+
+def _data(config: Config) -> Iterator[Problem]:
+    data = config.data
+    if data.path is not None and data.sources is not None:
+        yield Problem("data.path", "is set beside data.sources; keep one of the two", data.path)
+    labels = [source.label for source in data.sources or []]
+    for label in dict.fromkeys(label for label in labels if labels.count(label) > 1):
+        yield Problem(
+            "data.sources",
+            f"{labels.count(label)} sources are called {label!r}; give each a `name` of its own",
         )
 
 

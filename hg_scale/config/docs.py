@@ -7,6 +7,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -45,11 +46,20 @@ def markdown() -> str:
         )
         for key, field in model.model_fields.items():
             parts[-1] += "\n" + _row(f"{name}.{key}", field)
+            for inner, of in _entries(field.annotation).items():
+                parts[-1] += "\n" + _row(f"{name}.{key}[].{inner}", of)
         parts[-1] += "\n"
     rest = [_row(k, f) for k, f in Config.model_fields.items() if k not in section_models()]
     head = "## Outside the sections\n\n| key | type | default | meaning |\n| - | - | - | - |\n"
     parts.append(head + "\n".join(rest) + "\n")
     return "\n".join(parts)
+
+
+def _entries(annotation: Any) -> dict[str, FieldInfo]:
+    """The keys of the objects in a list of sections; of other types, none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation.model_fields
+    return {key: of for inner in get_args(annotation) for key, of in _entries(inner).items()}
 
 
 def _row(path: str, field: FieldInfo) -> str:
@@ -73,7 +83,7 @@ def _kinds(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> list[
         return [f"`{json.dumps(value)}`" for value in get_args(annotation)]
     if origin is list:
         return ["list of " + " or ".join(dict.fromkeys(_kinds(get_args(annotation)[0])))]
-    if origin is dict:
+    if origin is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
         return ["object"]
     return [_NAMES.get(annotation, str(annotation)) + _limits(metadata)]
 

@@ -169,9 +169,12 @@ def _lookup(tree: Any, path: str) -> Any:
 
 
 def _in_words(path: str, items: list[dict[str, Any]], tree: dict[str, Any]) -> Problem:
-    kinds = {item["type"] for item in items}
     *parents, last = path.split(".")
     value = _lookup(tree, path)
+    entries = [item for item in items if len(item["loc"]) > len(parents) + 2]
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value) and entries:
+        return Problem(path, "; ".join(_entry_in_words(i, len(parents) + 1) for i in entries))
+    kinds = {item["type"] for item in items}
     if "extra_forbidden" in kinds:
         model: Any = Config
         for part in parents:
@@ -205,6 +208,14 @@ def _in_words(path: str, items: list[dict[str, Any]], tree: dict[str, Any]) -> P
     if all(item["type"] == "value_error" for item in items):
         return Problem(path, allowed, value)
     return Problem(path, f"expected {allowed}", value)
+
+
+def _entry_in_words(item: dict[str, Any], depth: int) -> str:
+    """A fault of one key of an object in a list, whose location starts after `depth` keys."""
+    number, key = item["loc"][depth], item["loc"][-1]
+    messages = {"extra_forbidden": "unknown key", "missing": "missing"}
+    message = messages.get(item["type"], item["msg"].replace("Input should be", "expected"))
+    return f"entry {number + 1}, {key}: {message}"
 
 
 def section_models() -> dict[str, type[BaseModel]]:

@@ -158,15 +158,75 @@ def by_level(value: Any, scales: int) -> list[Any]:
     return list(value) if isinstance(value, list) else [value] * scales
 
 
+class SourceConfig(Section):
+    """One of several corpora."""
+
+    path: str = Field(description="As `data.path`.")
+    weight: PositiveFloat = Field(
+        1.0, description="Share of the windows, in proportion to the other sources' weights."
+    )
+    when_exhausted: Literal["repeat", "retire"] = Field(
+        "repeat",
+        description="After its last window: begin again, or leave its share to the others.",
+    )
+    name: str | None = Field(
+        None, description="What it is called in the logs; null: the last part of its path."
+    )
+
+    @property
+    def label(self) -> str:
+        """The source's name."""
+        return self.name or self.path.rstrip("/").rpartition("/")[2]
+
+
 class DataConfig(Section):
-    """Where the tokens come from."""
+    """Where the tokens come from, and how they are read."""
 
     path: str | None = Field(
         None,
-        description="Folder with `index.json` and the shards, as written by "
-        "`data_prep/prepare_bytes.py`. A relative path counts from the current folder.",
+        description="Folder with `index.json` and the shards, as written by `data_prep/*.py`; or "
+        "an `http(s)://` URL, or `pipe:COMMAND {}`, where `{}` stands for the file. A relative "
+        "path counts from the current folder.",
     )
-    prefetch_batches: Positive = Field(4, description="Global batches read ahead by each reader.")
+    sources: Annotated[list[SourceConfig], Field(min_length=1)] | None = Field(
+        None,
+        description="Several corpora instead of `data.path`; windows are drawn in exact "
+        "proportion to their weights.",
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="What the data must have been made with: the tokenizer's name in the index, or "
+        "the beginning of its checksum. null: whatever the index says.",
+    )
+    workers: NonNegative = Field(
+        0, description="Processes that read ahead for each rank that reads; 0: a thread."
+    )
+    prefetch_mb: NonNegative = Field(
+        64,
+        description="Megabytes of tokens that each rank reads ahead, in their stored size (1, 2 or "
+        "4 bytes each); 0: only what the next batches need.",
+    )
+    retries: NonNegative = Field(
+        3, description="How often a read that fails is tried again, after longer and longer pauses."
+    )
+    timeout: PositiveFloat = Field(
+        60.0, description="Seconds without a byte after which a read from a URL or pipe has failed."
+    )
+    on_fault: Literal["stop", "skip"] = Field(
+        "stop",
+        description="What a shard that is missing, truncated or corrupt does: `stop` the run, or "
+        "`skip` the windows it touches, which are masked out of the loss and written down.",
+    )
+    max_skipped: NonNegative = Field(
+        1000, description="`skip`: windows that a run may skip before it stops all the same."
+    )
+
+    @property
+    def corpora(self) -> list[SourceConfig]:
+        """The sources, one where `path` names it; none where nothing does."""
+        if self.sources is not None:
+            return self.sources
+        return [] if self.path is None else [SourceConfig(path=self.path)]  # type: ignore[call-arg]
 
 
 class OptimizerConfig(Section):

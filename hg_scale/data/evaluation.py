@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hg_scale.data.index import Index
-from hg_scale.data.shards import SplitReader
+from hg_scale.data.shards import Patience, SplitReader
 from hg_scale.data.tokenizer import load_tokenizer
 
 IGNORED = -1  # label of a position that does not count
@@ -23,21 +23,23 @@ def evaluation_windows(
     data_rank: int = 0,
     data_size: int = 1,
     limit_windows: int | None = None,
+    patience: Patience = Patience(),  # noqa: B008 - it is immutable
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """(inputs, labels), int64 (rows, L) each: the tokens of a split as labels, each once.
 
     An input is the token before its label, also at the start of a window; the first of the split
-    is the end-of-document id, or 0 where there is none. Labels past the end are IGNORED. Each
-    rank has consecutive windows, and all ranks have the same number of batches, so that
-    collective operations match. `limit_windows` takes the first windows of the split only.
+    is the end-of-document id, or 0 where there is none; where a window is a document (images), the
+    first of every window is. Labels past the end are IGNORED. Each rank has consecutive windows,
+    and all ranks have the same number of batches, so that collective operations match.
+    `limit_windows` takes the first windows of the split only.
     Raises DataError where the split is empty or a shard cannot be read.
     """
-    reader = SplitReader(index, split)
+    reader = SplitReader(index, split, patience)
     length, tokens = sequence_length, index.split(split).tokens
     if limit_windows is not None:
         tokens = min(tokens, limit_windows * length)
     batches = -(-tokens // (length * rows * data_size))
-    previous = index.eod or 0
+    previous = start = index.eod or 0
     place = data_rank * batches * rows * length
     if 0 < place < tokens:
         previous = int(reader.read(place - 1, place)[0])
@@ -50,6 +52,8 @@ def evaluation_windows(
             inputs[0], inputs[1:here] = previous, labels[: here - 1]
             previous = int(labels[here - 1])
         place += len(labels)
+        if index.document_tokens == length:
+            inputs[::length] = start
         yield inputs.reshape(rows, length), labels.reshape(rows, length)
 
 

@@ -90,6 +90,7 @@ class Index(_Part):
     tool_version: str
     tokenizer: TokenizerIdentity
     chunk_tokens: int = Field(ge=1)  # tokens of a member; the last one of a shard may have fewer
+    document_tokens: int | None = None  # of every document, where all are equal (images)
     source: dict[str, Any]  # the source and the arguments: equal sources give equal shards
     splits: dict[str, Split]
 

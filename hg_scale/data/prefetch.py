@@ -1,78 +1,63 @@
-"""Reading ahead of the training loop, in one background thread."""
+"""Reading ahead of need: blocks are loaded in the background, one thread a reader."""
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from hg_scale.data.stream import TrainingStream
+from hg_scale.data.blocks import Reader, Request
+from hg_scale.data.shards import Loaded
 
 
-@dataclass(frozen=True)
-class _Item:
-    batch: NDArray[np.int64]
-    position: int
+class BlockKey(NamedTuple):
+    """The block of a source whose first window is the `first` of a stream in an epoch."""
+
+    source: int
     epoch: int
+    stream: int
+    first: int
 
 
-class Prefetcher:
-    """Keeps up to `depth` batches of a stream ready.
+class BlockLoader:
+    """Loads the blocks asked for in the order asked; a slot stays with one reader.
 
-    `position` and `epoch` count the batches handed out, not those read ahead: they are what a
-    checkpoint stores.
+    `held` counts the bytes of all blocks asked for and not dropped yet.
     """
 
-    def __init__(self, stream: TrainingStream, *, depth: int) -> None:
-        self.position, self.epoch = stream.position, stream.epoch
-        self._stream = stream
-        self._items: queue.Queue[_Item | BaseException] = queue.Queue(maxsize=max(depth, 1))
-        self._stop = threading.Event()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="data-prefetch", daemon=True)
-        self._thread.start()
+    def __init__(self, readers: Sequence[Reader]) -> None:
+        self.held = 0
+        self._readers = readers
+        self._threads = [ThreadPoolExecutor(1, "data-reader") for _ in readers]
+        self._homes: dict[tuple[int, int], int] = {}  # slots are dealt out as they appear
+        self._blocks: dict[BlockKey, tuple[Future[Loaded], int]] = {}
 
-    def next(self) -> tuple[NDArray[np.int64], float]:
-        """The next batch and the seconds that the caller waited for it.
+    def ask(self, key: BlockKey, request: Request, size: int) -> None:
+        """Have a block of `size` bytes loaded."""
+        home = self._homes.setdefault(request.slot, len(self._homes) % len(self._readers))
+        future = self._threads[home].submit(self._readers[home].read, request)
+        self._blocks[key] = future, size
+        self.held += size
 
-        What went wrong while reading is raised here, once the batches before it are served.
-        """
-        if self._stop.is_set():
-            raise RuntimeError("the prefetcher is closed")
-        if self._error is not None:
-            raise self._error
+    def get(self, key: BlockKey) -> tuple[Loaded, float]:
+        """A block, and the seconds waited for it. What its reader raised is raised here."""
+        future, _ = self._blocks[key]
+        if future.done():
+            return future.result(), 0.0
         start = time.perf_counter()
-        item = self._items.get()
-        waited = time.perf_counter() - start
-        if isinstance(item, BaseException):
-            self._error = item
-            raise item
-        self.position, self.epoch = item.position, item.epoch
-        return item.batch, waited
+        return future.result(), time.perf_counter() - start
+
+    def drop(self, key: BlockKey) -> None:
+        """A block is not needed any more."""
+        self.held -= self._blocks.pop(key)[1]
 
     def close(self) -> None:
-        """Stop the thread and wait until it is gone. May be called more than once."""
-        self._stop.set()
-        while self._thread.is_alive():  # it may be waiting for room in the queue
-            try:
-                self._items.get_nowait()
-            except queue.Empty:
-                self._thread.join(0.01)
-
-    def __enter__(self) -> Prefetcher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _work(self) -> None:
-        try:
-            while not self._stop.is_set():
-                batch = self._stream.next_batch()
-                self._items.put(_Item(batch, self._stream.position, self._stream.epoch))
-        except BaseException as error:  # noqa: B036 - raised again in the caller
-            self._items.put(error)
+        """End the readers and their threads; may be called more than once."""
+        for thread in self._threads:
+            thread.shutdown(wait=False, cancel_futures=True)
+        for reader in self._readers:
+            reader.close()
+        for thread in self._threads:
+            thread.shutdown(wait=True)
+        self._blocks.clear()

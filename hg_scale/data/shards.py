@@ -2,6 +2,10 @@
 
 A member is a `.npy` array of `chunk_tokens` ids, so `webdataset.WebDataset(url).decode()` reads
 the shards too. Headers are plain ustar with every varying field zero: equal tokens, equal bytes.
+
+Reading enters a local file at any member; what comes from a URL or a pipe is read from its
+beginning. Every member is checked against the index. Nothing is ever unpacked to disk, and a
+member counts only under the name that the index gives it.
 """
 
 from __future__ import annotations
@@ -10,11 +14,15 @@ import contextlib
 import hashlib
 import io
 import os
+import select
+import subprocess
 import tarfile
+import threading
+import time
 import zlib
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +42,7 @@ from hg_scale.data.tokenizer import Tokenizer, token_dtype
 PARTIAL = ".partial"  # a file that is still being written ends so
 _BLOCK = tarfile.BLOCKSIZE
 _REMEDY = "copy the shard again or prepare the data again"
+_BACK_OFF = 0.5, 30.0  # seconds before the first retry, doubled for each further one, and at most
 
 
 class SplitWriter:
@@ -171,72 +180,156 @@ def commit(partial: Path, path: Path) -> None:
         os.close(folder)
 
 
-def read_members(index: Index, shard: Shard, first: int = 0) -> Iterator[NDArray[Any]]:
-    """The ids (n,) of each member of a shard, from member number `first` on.
+@dataclass(frozen=True)
+class Patience:
+    """How often a read that fails is tried again, and how many seconds it may stand still."""
 
-    A local file is entered at that member; from a URL or a pipe the ones before are read and
-    dropped. Raises DataError, naming shard and member, where the content is not what the index
-    says.
-    """
-    from webdataset.gopen import gopen  # imports torch, which preparing does without
-    from webdataset.tariterators import tar_file_iterator
+    retries: int = 0
+    timeout: float = 60.0
 
-    url, number = index.url(shard), 0
-    dtype = token_dtype(index.vocab_size)
-    try:
-        with contextlib.closing(_Quiet(gopen(url))) as stream:
-            if is_local(url):
-                stream.file.seek(shard.members.offsets[first])
-                number = first
-            for entry in tar_file_iterator(stream.file):
-                if number == len(shard.members.tokens):
-                    break
-                if number >= first:
-                    yield _checked(entry, index, shard, number, dtype)
-                number += 1
-    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        raise _unreadable(error, url, shard, f" at member {number}") from None
-    if number < len(shard.members.tokens):
-        raise DataError(
-            f"{url}: ends after {number} of {len(shard.members.tokens)} members; the file should "
-            f"have {shard.file_bytes} bytes: {_REMEDY}"
-        )
+
+@dataclass(frozen=True)
+class ShardFile:
+    """What reading needs to know of a shard; small, so that it can be sent to a worker."""
+
+    url: str
+    name: str
+    file_bytes: int
+    vocab_size: int
+    members: Members
+
+    @classmethod
+    def of(cls, index: Index, shard: Shard) -> ShardFile:
+        """A shard of an index."""
+        return cls(index.url(shard), shard.file, shard.file_bytes, index.vocab_size, shard.members)
+
+
+class Fault(NamedTuple):
+    """Tokens [start, stop) that cannot be used, and why: one line naming shard and member."""
+
+    start: int
+    stop: int
+    message: str
+
+
+class Loaded(NamedTuple):
+    """Ids (n,) in the shard's dtype, and which of them cannot be used (they are zeros)."""
+
+    tokens: NDArray[Any]
+    faults: list[Fault]
 
 
 class ShardReader:
-    """Spans of the tokens of one shard, cheap when asked for front to back."""
+    """Spans of the tokens of one shard, cheap when asked for front to back.
 
-    def __init__(self, index: Index, shard: Shard) -> None:
-        self._index, self._shard = index, shard
-        self._starts = np.cumsum([0, *shard.members.tokens])
-        self._members: Iterator[NDArray[Any]] | None = None
-        self._start = 0  # position of the first held token
-        self._held: NDArray[Any] = np.empty(0, token_dtype(index.vocab_size))
+    Behind a URL or a pipe every fault is tried again, in a local file those of the file system:
+    `patience.retries` times in a row, each time after a longer pause. `closing` ends that early.
+    """
+
+    def __init__(
+        self,
+        file: ShardFile,
+        patience: Patience = Patience(),  # noqa: B008 - it is immutable
+        closing: threading.Event | None = None,
+    ) -> None:
+        self.file, self._patience = file, patience
+        self._closing = closing or threading.Event()
+        self._starts = np.cumsum([0, *file.members.tokens])
+        self._archive: _Archive | None = None
+        self._tries = patience.retries  # left; a member that reads well gives all of them back
+        self._last: tuple[int, NDArray[Any] | str] = -1, ""  # a member, or what is wrong with it
+        self._lost: tuple[int, str] | None = None  # no way past this member
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """The ids of positions [start, stop) of the shard, in the shard's dtype."""
-        if self._members is None or start < self._start:
-            first = int(np.searchsorted(self._starts, start, side="right")) - 1
-            self._members = read_members(self._index, self._shard, first)
-            self._start, self._held = int(self._starts[first]), self._held[:0]
-        parts, end = [self._held], self._start + len(self._held)
-        try:
-            while end < stop:
-                parts.append(next(self._members))
-                end += len(parts[-1])
-        except DataError:
-            self._members = None  # the next read opens the shard again
-            raise
-        self._held = np.concatenate(parts)[start - self._start :]
-        self._start = start
-        return self._held[: stop - start]
+        """The ids of positions [start, stop). Raises DataError at the first one not usable."""
+        loaded = self.load(start, stop)
+        if loaded.faults:
+            raise DataError(loaded.faults[0].message)
+        return loaded.tokens
+
+    def load(self, start: int, stop: int) -> Loaded:
+        """The same as far as it can be used; faults count from `start`."""
+        tokens = np.zeros(stop - start, token_dtype(self.file.vocab_size))
+        faults: list[Fault] = []
+        first, last = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
+        for number in range(int(first), int(last) + 1):
+            begin, end = int(self._starts[number]), int(self._starts[number + 1])
+            here = slice(max(begin, start) - start, min(end, stop) - start)
+            content = self._member(number)
+            if isinstance(content, str):
+                faults.append(Fault(here.start, here.stop, content))
+            else:
+                tokens[here] = content[max(start - begin, 0) : stop - begin]
+        return Loaded(tokens, faults)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._archive is not None:
+            self._archive.close()
+            self._archive = None
+
+    def kill(self) -> None:
+        """End the process behind a pipe, from another thread; what reads from it then fails."""
+        if (archive := self._archive) is not None:
+            archive.stream.kill()
+
+    def _member(self, number: int) -> NDArray[Any] | str:
+        """The ids of a member, or what is wrong with it."""
+        if self._last[0] != number:
+            if self._lost and number >= self._lost[0]:
+                return self._lost[1]
+            self._last = number, self._fetch(number)
+        return self._last[1]
+
+    def _fetch(self, number: int) -> NDArray[Any] | str:
+        """Read a member, again and again where that may help."""
+        remote, tried = not is_local(self.file.url), 0
+        pause, longest = _BACK_OFF
+        while True:
+            tried += 1
+            try:
+                content = self._open_at(number).member(number)
+                self._tries = self._patience.retries
+                return content
+            except _WrongMember as error:
+                message, again, lost = str(error), remote, False
+            except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+                message, lost = _unreadable(error, self.file, f" at member {number}"), remote
+                again = remote or isinstance(error, OSError)
+                self.close()
+            if not again or tried > self._tries or self._closing.is_set():
+                break
+            self.close()
+            self._closing.wait(pause)
+            pause = min(2 * pause, longest)
+        if again:
+            self._tries = 0  # until a member reads well, the next ones get one try each
+        if tried > 1:
+            message += f" (tried {tried} times)"
+        if lost:
+            self._lost = number, message
+        return message
+
+    def _open_at(self, number: int) -> _Archive:
+        """The archive, open at a member or on the way to it."""
+        archive = self._archive
+        if archive is not None and archive.number != number and not archive.leads_to(number):
+            self.close()
+        if self._archive is None:
+            self._archive = _Archive(self.file, number, self._patience.timeout)
+        return self._archive
 
 
 class SplitReader:
     """Spans of the tokens of a split, across its shards, cheap when asked for front to back."""
 
-    def __init__(self, index: Index, split: str) -> None:
-        self._index, self._shards = index, index.split(split).shards
+    def __init__(
+        self,
+        index: Index,
+        split: str,
+        patience: Patience = Patience(),  # noqa: B008 - it is immutable
+    ) -> None:
+        self._index, self._shards, self._patience = index, index.split(split).shards, patience
         self._starts = np.cumsum([0] + [shard.tokens for shard in self._shards])
         self._number = -1  # of the open shard
         self._reader: ShardReader
@@ -248,7 +341,8 @@ class SplitReader:
             number = int(np.searchsorted(self._starts, start, side="right")) - 1
             if number != self._number:
                 self._number = number
-                self._reader = ShardReader(self._index, self._shards[number])
+                file = ShardFile.of(self._index, self._shards[number])
+                self._reader = ShardReader(file, self._patience)
             begin, end = int(self._starts[number]), min(stop, int(self._starts[number + 1]))
             parts.append(self._reader.read(start - begin, end - begin))
             start = end
@@ -257,68 +351,140 @@ class SplitReader:
 
 def check_shard(index: Index, shard: Shard) -> None:
     """Compare a whole shard with its checksum. Raises DataError where it is not the one written."""
-    from webdataset.gopen import gopen
-
-    url, digest, size = index.url(shard), hashlib.sha256(), 0
+    file, digest, size = ShardFile.of(index, shard), hashlib.sha256(), 0
     try:
-        with contextlib.closing(_Quiet(gopen(url))) as stream:
-            while block := stream.file.read(1 << 20):
+        with contextlib.closing(_Stream(file.url, Patience().timeout)) as stream:
+            while block := stream.read(1 << 20):
                 digest.update(block)
                 size += len(block)
     except (OSError, ValueError) as error:
-        raise _unreadable(error, url, shard) from None
+        raise DataError(_unreadable(error, file)) from None
     if digest.hexdigest() != shard.sha256:
         raise DataError(
-            f"{url}: {size} bytes with sha256 {digest.hexdigest()[:12]}..., the index says "
+            f"{file.url}: {size} bytes with sha256 {digest.hexdigest()[:12]}..., the index says "
             f"{shard.file_bytes} with {shard.sha256[:12]}...; {_REMEDY}"
         )
 
 
-class _Quiet:
-    """A stream of webdataset's that closes without complaint: a pipe left early exits with a
-    signal, and whether everything was read is checked against the index instead."""
+class _Stream:
+    """A file or pipe opened by webdataset. Closing is quick and quiet: a pipe left early exits
+    with a signal, and whether everything was read is checked against the index instead."""
 
-    def __init__(self, file: Any) -> None:
-        self.file = file
+    def __init__(self, url: str, timeout: float) -> None:
+        from webdataset.gopen import gopen  # imports torch where it may
+
+        self._opened = gopen(url, bufsize=0)  # unbuffered: what is in a pipe can be waited for
+        self._file, self._timeout = self._opened, timeout
+        self._process, self._killed = getattr(self._opened, "proc", None), False
+        self.seekable = self._process is None
+        if self._process:
+            self._file = self._opened.stream
+            self._poll = select.poll()
+            self._poll.register(self._file, select.POLLIN)
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to `size` bytes. Raises OSError where a pipe gives none for too long, or fails."""
+        if self._process:
+            self._wait()
+        data = self._file.read(size)
+        if self._process and not data and size:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if status := self._process.wait(self._timeout):
+                    command = self._process.args  # a list for curl and the like
+                    name = "the command" if isinstance(command, str) else command[0]
+                    raise OSError(f"{name} ended with exit code {status}")
+        return data
+
+    def seek(self, place: int) -> None:
+        self._file.seek(place)
+
+    def kill(self) -> None:
+        """End the process behind a pipe, and whoever waits for it."""
+        self._killed = True
+        if self._process:
+            self._process.kill()
+
+    def _wait(self) -> None:
+        """Until there is something to read. A killed shell's children may hold the pipe open."""
+        deadline = time.monotonic() + self._timeout
+        while not self._poll.poll(200):
+            if self._killed:
+                raise OSError("ended")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no data for {self._timeout:g} seconds")
 
     def close(self) -> None:
+        self.kill()
         with contextlib.suppress(OSError):
-            self.file.close()
+            self._opened.close()
 
 
-def _checked(
-    entry: dict[str, Any], index: Index, shard: Shard, number: int, dtype: np.dtype[Any]
-) -> NDArray[Any]:
+class _Archive:
+    """A shard opened at a member, or at its beginning where it cannot be entered."""
+
+    def __init__(self, file: ShardFile, number: int, timeout: float) -> None:
+        from webdataset.tariterators import tar_file_iterator
+
+        self._file, self.stream = file, _Stream(file.url, timeout)
+        self.number = number if self.stream.seekable else 0  # of the next member
+        if self.stream.seekable:
+            self.stream.seek(file.members.offsets[number])
+        self._entries = tar_file_iterator(self.stream)
+
+    def leads_to(self, number: int) -> bool:
+        """Whether the way to a member is to read on; else it is to open the shard there."""
+        return self.number < number and not self.stream.seekable
+
+    def member(self, number: int) -> NDArray[Any]:
+        """The ids of a member; those before it are read and dropped."""
+        while self.number <= number:
+            entry = next(self._entries, None)
+            if entry is None:
+                count = len(self._file.members.tokens)
+                raise EOFError(f"it ends after {self.number} of {count} members")
+            self.number += 1
+        return _checked(entry, self._file, number)
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+class _WrongMember(Exception):
+    """A member that is whole but not what the index says."""
+
+
+def _checked(entry: dict[str, Any] | None, file: ShardFile, number: int) -> NDArray[Any]:
     """The array of a tar entry, if it is the member that the index describes."""
-    where = f"{index.url(shard)}: member {number}"
-    name = member_name(shard.file, number)
+    assert entry is not None
+    where, name = f"{file.url}: member {number}", member_name(file.name, number)
+    dtype, count = token_dtype(file.vocab_size), file.members.tokens[number]
     if entry["fname"] != name:
-        raise DataError(f"{where} is {entry['fname']!r}, not {name!r}; {_REMEDY}")
-    if zlib.crc32(entry["data"]) != shard.members.crc32[number]:
-        raise DataError(f"{where}: the checksum differs from the index; {_REMEDY}")
+        raise _WrongMember(f"{where} is {entry['fname']!r}, not {name!r}; {_REMEDY}")
+    if zlib.crc32(entry["data"]) != file.members.crc32[number]:
+        raise _WrongMember(f"{where}: the checksum differs from the index; {_REMEDY}")
     try:
         tokens = np.load(io.BytesIO(entry["data"]), allow_pickle=False)
     except ValueError as error:
-        raise DataError(f"{where}: not a .npy array ({_first_line(error)}); {_REMEDY}") from None
-    if tokens.dtype != dtype or tokens.shape != (shard.members.tokens[number],):
-        raise DataError(
-            f"{where} holds {tokens.dtype} {tokens.shape}, the index says {dtype} "
-            f"({shard.members.tokens[number]},); {_REMEDY}"
+        raise _WrongMember(f"{where}: not a .npy array ({_first_line(error)}); {_REMEDY}") from None
+    if tokens.dtype != dtype or tokens.shape != (count,):
+        raise _WrongMember(
+            f"{where} holds {tokens.dtype} {tokens.shape}, the index says {dtype} ({count},); "
+            f"{_REMEDY}"
         )
-    if tokens.max(initial=0) >= index.vocab_size:
-        raise DataError(
-            f"{where} holds the id {tokens.max()}, the vocabulary ends at {index.vocab_size - 1}; "
+    if tokens.max(initial=0) >= file.vocab_size:
+        raise _WrongMember(
+            f"{where} holds the id {tokens.max()}, the vocabulary ends at {file.vocab_size - 1}; "
             "prepare the data again with the tokenizer of the index"
         )
     return tokens
 
 
-def _unreadable(error: Exception, url: str, shard: Shard, where: str = "") -> DataError:
-    if isinstance(error, FileNotFoundError) and is_local(url):
-        return DataError(f"{url}: the shard is missing; {_REMEDY}")
-    return DataError(
-        f"{url}: cannot be read{where} ({_first_line(error)}); the file should have "
-        f"{shard.file_bytes} bytes: {_REMEDY}"
+def _unreadable(error: Exception, file: ShardFile, where: str = "") -> str:
+    if isinstance(error, FileNotFoundError) and is_local(file.url):
+        return f"{file.url}: the shard is missing{where}; {_REMEDY}"
+    return (
+        f"{file.url}: cannot be read{where} ({_first_line(error)}); the file should have "
+        f"{file.file_bytes} bytes: {_REMEDY}"
     )
 
 

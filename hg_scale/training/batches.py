@@ -6,8 +6,9 @@ rank of a tensor group reads, and gives the others theirs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,100 +17,197 @@ from torch import Tensor
 
 from hg_scale.config.errors import ConfigError, Problem
 from hg_scale.config.schema import Config
-from hg_scale.data.evaluation import evaluation_windows, split_bytes
-from hg_scale.data.index import Index, read_index
-from hg_scale.data.prefetch import Prefetcher
-from hg_scale.data.stream import TrainingStream
+from hg_scale.data.blocks import make_readers
+from hg_scale.data.errors import DataError
+from hg_scale.data.schedule import DataState, Schedule, Source
+from hg_scale.data.stream import NO_TOKEN, Batch, TrainingStream, rows_of
 from hg_scale.parallel.mesh import Mesh
+from hg_scale.training.agreement import flag_of, raise_flag, stop_all
+from hg_scale.training.corpora import patience
 
-
-def open_data(config: Config) -> Index:
-    """The index that `data.path` names.
-
-    Raises ConfigError where it does not suit the model, DataError where it cannot be read.
-    """
-    path = config.data.path
-    if path is None:
-        problem = Problem("data.path", "no data: set it to a folder made by data_prep/*.py", None)
-        raise ConfigError([problem])
-    if not _is_remote(path) and not Path(path).is_dir():
-        problem = Problem(
-            "data.path",
-            "no such folder; make it with data_prep/prepare_bytes.py --input CORPUS --output "
-            f"{path}",
-            path,
-        )
-        raise ConfigError([problem])
-    index = read_index(path)
-    if index.vocab_size > config.model.vocab_size:
-        problem = Problem(
-            "model.vocab_size",
-            f"the data in {path} has ids up to {index.vocab_size - 1}; use {index.vocab_size}",
-            config.model.vocab_size,
-        )
-        raise ConfigError([problem])
-    return index
-
-
-def _is_remote(path: str) -> bool:
-    return "://" in path or path.startswith("pipe:")
+_MEGABYTE = 1 << 20
 
 
 class Batches:
     """This rank's share of the global batches, in order.
 
-    `position` counts the tokens consumed over all ranks, `epoch` the passes over the data.
+    Every rank knows the schedule, so each can say where the run stands in its data. What a rank
+    cannot read ends all ranks, or (`data.on_fault = skip`) is left out on all of them alike.
     """
 
     def __init__(
-        self, config: Config, index: Index, mesh: Mesh, device: torch.device, position: int
+        self,
+        config: Config,
+        sources: list[Source],
+        mesh: Mesh,
+        device: torch.device,
+        *,
+        steps: int,
+        position: int = 0,
+        state: dict[str, Any] | None = None,
+        warn: Callable[[str], None] = print,
     ) -> None:
-        self.mesh, self.device = mesh, device
-        rows = config.training.global_batch_size // mesh.data
-        self._shape = (rows, config.model.sequence_length + 1)
-        self._tokens = config.training.global_batch_size * config.model.sequence_length
-        self.position, self._epoch_tokens = position, index.split("train").tokens
+        """`steps` is how many batches there will be, `state` what a checkpoint carries.
+
+        Raises DataError or ConfigError where the sources cannot give them, alike on all ranks.
+        """
+        self.mesh, self.device, self._warn = mesh, device, warn
+        self._rows, self._length = config.training.global_batch_size, config.model.sequence_length
+        self._mine = self._rows // mesh.data
+        self._skips, self._most = config.data.on_fault == "skip", config.data.max_skipped
+        resumed = DataState(**state) if state else None
+        self.schedule = Schedule(
+            sources,
+            sequence_length=self._length,
+            seed=config.training.seed,
+            state=resumed,
+            position=position,
+        )
+        self._windows = self.schedule.begin
+        if self.schedule.new_sources and mesh.rank == 0:
+            new = ", ".join(self.schedule.new_sources)
+            warn(f"data new to this run begins at its first window: {new}")
+        self._check_room(steps)
+        self.skipped = list(resumed.skipped) if resumed else []  # [window of the run, shard], ...
+        self.scored = 1.0  # share of the last global batch that counts in the loss
+        self._told: set[str] = set()
+        self._waits: list[float] = []
         self.needed = mesh.is_first_stage or mesh.is_last_stage
-        self._reader = None
+        self._stream = None
         if self.needed and mesh.tensor_rank == 0:
-            stream = TrainingStream(
-                index,
-                sequence_length=config.model.sequence_length,
-                global_batch_size=config.training.global_batch_size,
-                seed=config.training.seed,
-                position=position,
+            self._stream = TrainingStream(
+                self.schedule,
+                make_readers(config.data.workers, patience(config)),
+                global_batch_size=self._rows,
                 data_rank=mesh.data_rank,
                 data_size=mesh.data,
+                batches=steps,
+                prefetch_bytes=config.data.prefetch_mb * _MEGABYTE,
             )
-            self._reader = Prefetcher(stream, depth=config.data.prefetch_batches)
 
     @property
-    def epoch(self) -> float:
-        """Passes over the training split so far."""
-        return self.position / self._epoch_tokens
+    def position(self) -> int:
+        """Tokens consumed by the run, over all ranks."""
+        return self.schedule.tokens(self._windows)
+
+    @property
+    def epochs(self) -> dict[str, float]:
+        """Passes over each source so far."""
+        return self.schedule.epochs(self._windows)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint carries."""
+        return asdict(self.schedule.state(self._windows, self.skipped))
 
     def next(self) -> Tensor | None:
-        """(rows, L + 1) int64 on the device; None where no tokens are needed."""
-        self.position += self._tokens
+        """(rows, L + 1) int64 on the device; None where no tokens are needed.
+
+        The rows of a window left out are all NO_TOKEN. Raises UserError on all ranks where one
+        cannot go on.
+        """
+        read, fault = self._read()
+        left_out = self._agree(read, fault)
+        first, self._windows = self._windows, self._windows + self._rows
+        self.scored = 1 - len(left_out) / self._rows
+        if left_out:
+            self._write_down(first, left_out)
         if not self.needed:
             return None
-        batch = torch.empty(self._shape, dtype=torch.int64, device=self.device)
-        if self._reader:
-            array, _ = self._reader.next()
-            batch.copy_(torch.from_numpy(array))
+        shape = (self._mine, self._length + 1)
+        batch = torch.empty(shape, dtype=torch.int64, device=self.device)
+        if read:
+            batch.copy_(torch.from_numpy(read.ids))
         share_in_tensor_group(self.mesh, batch)
+        begin = self.mesh.data_rank * self._mine
+        if mine := [row - begin for row in left_out if 0 <= row - begin < self._mine]:
+            batch[mine] = NO_TOKEN
         return batch
 
+    def waits(self) -> dict[str, float]:
+        """Seconds that a step waited for data since the last call, on the rank that waited most.
+
+        A collective operation of all ranks.
+        """
+        here = np.quantile(self._waits, [0.5, 0.99]) if self._waits else np.zeros(2)
+        self._waits = []
+        each = torch.zeros(dist.get_world_size(), 2, dtype=torch.float32, device=self.device)
+        each[dist.get_rank()] = torch.from_numpy(here)
+        if len(each) > 1:
+            dist.all_reduce(each)
+        worst = int(each[:, 1].argmax())
+        p50, p99 = each[worst].tolist()
+        return {"data_wait_p50": p50, "data_wait_p99": p99, "data_wait_rank": worst}
+
     def close(self) -> None:
-        """End the reading thread."""
-        if self._reader:
-            self._reader.close()
+        """End whatever reads."""
+        if self._stream:
+            self._stream.close()
 
     def __enter__(self) -> Batches:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _read(self) -> tuple[Batch | None, DataError | None]:
+        """This rank's rows where it reads, or why there are none."""
+        if not self._stream:
+            return None, None
+        try:
+            batch = self._stream.next_batch()
+        except DataError as error:
+            return None, error
+        self._waits.append(batch.waited)
+        messages = list(dict.fromkeys(batch.faults.values()))
+        if messages and not self._skips:
+            return None, DataError(messages[0])
+        for message in messages:
+            if message not in self._told:
+                self._told.add(message)
+                self._warn(f"{message}; its windows are skipped")
+        return batch, None
+
+    def _agree(self, read: Batch | None, fault: DataError | None) -> list[int]:
+        """The rows of the global batch to leave out, as all ranks that read found them.
+
+        Both ends of a pipeline read: they must leave out the same.
+        """
+        marks = torch.zeros(1 + self._rows * self._skips, dtype=torch.int32)
+        marks[0] = flag_of(fault)
+        if read and self._skips:
+            begin = 1 + self.mesh.data_rank * self._mine
+            marks[[begin + row for row in read.faults]] = 1
+        if dist.get_world_size() > 1:
+            marks = marks.to(self.device)
+            dist.all_reduce(marks, op=dist.ReduceOp.MAX)
+        flag, *rows = marks.tolist()
+        raise_flag(flag, fault)
+        return [row for row, left_out in enumerate(rows) if left_out]
+
+    def _write_down(self, first: int, rows: list[int]) -> None:
+        """Keep which windows were left out; too many end the run."""
+        places = self.schedule.places(first, self._rows)
+        for window in rows_of(places, self._rows)[0, rows].tolist():
+            name = self.schedule.shard_name(first + window)
+            self.skipped.append([self.schedule.window_of_run(first + window), name])
+        if len(self.skipped) > self._most:
+            fault = DataError(
+                f"{self.skipped[-1][1]}: {len(self.skipped)} windows skipped, more than "
+                f"data.max_skipped {self._most}: mend the shards named above, or allow more"
+            )
+            stop_all(fault, teller=0)
+
+    def _check_room(self, steps: int) -> None:
+        """Sources that all retire must last."""
+        there, windows = self.schedule.windows, steps * self._rows
+        if there is not None and there - self._windows < windows:
+            problem = Problem(
+                "data.sources",
+                f"{windows} windows are still to be trained on and all sources retire after "
+                f"{there - self._windows} more; let one repeat, or set training.steps to end "
+                f"{steps - (there - self._windows) // self._rows} steps earlier",
+            )
+            raise ConfigError([problem])
 
 
 def share_in_tensor_group(mesh: Mesh, tensor: Tensor) -> None:
@@ -118,41 +216,3 @@ def share_in_tensor_group(mesh: Mesh, tensor: Tensor) -> None:
         from hg_scale.parallel.megatron import tensor_group
 
         dist.broadcast(tensor, src=mesh.group("tensor")[0], group=tensor_group())
-
-
-class HeldOut:
-    """The validation split of one run: batches for this rank, and what they stand for."""
-
-    def __init__(
-        self, config: Config, index: Index, mesh: Mesh, device: torch.device, split: str
-    ) -> None:
-        self.config, self.index, self.mesh, self.device = config, index, mesh, device
-        self.split = split
-        length = config.model.sequence_length
-        tokens = index.split(split).tokens
-        limit = config.training.validation_windows
-        self.tokens = min(tokens, limit * length) if limit else tokens
-        # Bytes of a part of the split, by its share of the tokens.
-        self.bytes = split_bytes(index, split) * self.tokens / tokens if tokens else 0.0
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor] | None]:
-        """(ids, labels), each (micro_batch_size, L), as many on every rank.
-
-        None on ranks that need no tokens.
-        """
-        length, rows = self.config.model.sequence_length, self.config.training.micro_batch_size
-        if not (self.mesh.is_first_stage or self.mesh.is_last_stage):
-            yield from [None] * -(-self.tokens // (length * rows * self.mesh.data))
-            return
-        windows = evaluation_windows(
-            self.index,
-            self.split,
-            sequence_length=length,
-            rows=rows,
-            data_rank=self.mesh.data_rank,
-            data_size=self.mesh.data,
-            limit_windows=self.config.training.validation_windows,
-        )
-        for pair in windows:
-            both = torch.from_numpy(np.stack(pair)).to(self.device)
-            yield both[0], both[1]

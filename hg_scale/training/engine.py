@@ -83,6 +83,15 @@ def describe_slice(name: str, parameter: nn.Parameter) -> Slice:
     return Slice(name, shape, shard.dim, shard.index, shard.count)
 
 
+def inputs_and_labels(batch: Tensor) -> tuple[Tensor, Tensor]:
+    """ids (B, L + 1) as inputs and labels, (B, L) each.
+
+    A window that could not be read holds -1: no label there counts, and as an input it is id 0.
+    Losses are divided by B x L all the same, so the other windows weigh as they would have.
+    """
+    return batch[:, :-1].clamp(min=0), batch[:, 1:]
+
+
 class Engine:
     """What the loop drives. `deepspeed` is the engine inside, `model` the module."""
 
@@ -177,7 +186,7 @@ class ModuleEngine(Engine):
         for start in range(0, self.rows, self.micro_batch_size):
             micro = batch[start : start + self.micro_batch_size]
             here = Context(context.factors, context.key, context.first_sample + start)
-            loss = self.deepspeed(micro[:, :-1], micro[:, 1:], here)
+            loss = self.deepspeed(*inputs_and_labels(micro), here)
             self.deepspeed.backward(loss)
             self.deepspeed.step()
             total += loss.detach()
@@ -222,7 +231,7 @@ class PipelineEngine(Engine):
     def _micro_batches(self, batch: Tensor | None) -> Iterator[tuple[Tensor, Tensor]] | None:
         if batch is None:
             return None
-        return ((m[:, :-1], m[:, 1:]) for m in batch.split(self.micro_batch_size))
+        return map(inputs_and_labels, batch.split(self.micro_batch_size))
 
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor] | None], length: int) -> float:
         todo = list(batches)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from math import log
+from dataclasses import dataclass, field
+from math import log, nan
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from hg_scale.config.schema import Config
 from hg_scale.model.costs import training_flops_per_token
-from hg_scale.training.batches import Batches, HeldOut
+from hg_scale.training.batches import Batches
 from hg_scale.training.device import Peak
+from hg_scale.training.held_out import HeldOut
 from hg_scale.training.metrics import StepTimer, memory_usage
 from hg_scale.training.profiling import StepProfiler
 
@@ -29,6 +30,7 @@ class Progress:
     step: int = 0
     position: int = 0  # in the data, in tokens over all ranks
     skipped: int = 0  # steps whose gradients were not finite
+    data: dict[str, Any] = field(default_factory=dict)  # of the schedule: `Batches.state`
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def training_loop(config: Config, parts: Parts, progress: Progress, last_step: i
             if parts.held_out and due(step, config.training.validate_every, last):
                 parts.log({"step": step} | validate(parts.engine, parts.held_out))
             if due(step, config.checkpoint.every, last):
+                progress.data = parts.batches.state()
                 parts.save(progress)
 
 
@@ -81,15 +84,11 @@ def due(step: int, every: int, last: bool) -> bool:
 
 def validate(engine: Engine, held_out: HeldOut) -> Record:
     """Loss over held-out text, each token scored once."""
-    start = perf_counter()
-    length = engine.config.model.sequence_length
-    nats = engine.evaluate(held_out.batches(), length)
-    return {
-        "validation_loss": nats / held_out.tokens,
-        "validation_bits_per_byte": nats / LN2 / held_out.bytes,
-        "validation_tokens": held_out.tokens,
-        "validation_seconds": perf_counter() - start,
-    }
+    start, nats = perf_counter(), []
+    for part in held_out.parts:
+        nats.append(engine.evaluate(held_out.batches(part), engine.config.model.sequence_length))
+        held_out.settle()
+    return held_out.record(nats) | {"validation_seconds": perf_counter() - start}
 
 
 class Meter:
@@ -103,19 +102,23 @@ class Meter:
 
     def record(self, progress: Progress, result: StepResult, learning_rate: float) -> Record:
         """One object for `metrics.jsonl`."""
-        times = self.timer.collect()
+        times, batches = self.timer.collect(), self.parts.batches
+        loss = result.loss / batches.scored if batches.scored else nan
         flops_per_second = times["tokens_per_second"] * self.flops_per_token
         return {
             "step": progress.step,
-            "loss": result.loss,
-            "bits_per_byte": result.loss / LN2 / self.parts.bytes_per_token,
+            "loss": loss,
+            "bits_per_byte": loss / LN2 / self.parts.bytes_per_token,
             "grad_norm": result.grad_norm,
             "learning_rate": learning_rate,
             "tokens": progress.position,
-            "epoch": self.parts.batches.epoch,
+            "epoch": min(batches.epochs.values()),
+            "epochs": batches.epochs,
             **times,
+            **batches.waits(),
             "flops_per_second": flops_per_second,
             "mfu": flops_per_second / self.peak,
             "skipped_steps": progress.skipped,
+            "skipped_windows": len(batches.skipped),
             **memory_usage(),
         }

@@ -12,14 +12,17 @@ import torch.distributed as dist
 from hg_scale.checkpoint.find import damage, find_latest
 from hg_scale.config.errors import ConfigError, Problem
 from hg_scale.config.schema import Config
-from hg_scale.data.index import Index
+from hg_scale.data.schedule import Source
 from hg_scale.errors import UserError
 from hg_scale.model.costs import parameter_count
 from hg_scale.parallel.launch import Launch
 from hg_scale.parallel.mesh import Mesh, make_mesh, start_processes
-from hg_scale.training.batches import Batches, HeldOut, open_data
+from hg_scale.training.agreement import Stopped, together
+from hg_scale.training.batches import Batches
 from hg_scale.training.console import Console, quiet_libraries
+from hg_scale.training.corpora import bytes_per_token, open_sources
 from hg_scale.training.device import peak_flops
+from hg_scale.training.held_out import HeldOut
 from hg_scale.training.loop import Parts, Progress, Record, training_loop
 from hg_scale.training.metrics import MetricsLog
 from hg_scale.training.profiling import StepProfiler
@@ -40,8 +43,8 @@ def train(
 ) -> int:
     """Train, or go on where the run folder stands. Returns the exit code.
 
-    A fault that a person can mend ends in one line: a faulty configuration, which all ranks see
-    alike, is told by the first; a broken file by the rank that met it, at the start by one a node.
+    A fault that a person can mend ends in one line: the first rank that met it tells it, and the
+    others end with it.
     """
     fault: Exception | None = None
     with quiet_libraries(folder / "logs" / f"rank-{launch.rank}.log") as terminal:
@@ -58,12 +61,12 @@ def train(
                 dist.destroy_process_group()
     if fault is None:
         return 0
-    usage = isinstance(fault, ConfigError)
-    # Before the processes join, all of a node see the same files.
-    alone = not usage and (dist.is_initialized() or launch.local_rank == 0)
-    if launch.rank == 0 or alone:
+    met: object = fault
+    if isinstance(fault, Stopped):
+        met = fault.__cause__
+    else:
         print(fault, file=sys.stderr)
-    return USAGE_ERROR if usage else FAILED
+    return USAGE_ERROR if isinstance(met, ConfigError) else FAILED
 
 
 def _train(
@@ -74,10 +77,10 @@ def _train(
     stop_at: int | None,
     profile: int | None,
 ) -> None:
-    index = open_data(config)  # before any process group: a fault here ends all ranks alike
     checkpoints = folder / "checkpoints"
-    source = find_source(config, checkpoints, console)
     device = start_processes(launch)
+    source = together(lambda: find_source(config, checkpoints, console), device)
+    sources = together(lambda: open_sources(config), device)
     mesh, layers = make_mesh(config.parallel)
 
     from hg_scale.training.engine import make_engine  # imports DeepSpeed
@@ -96,19 +99,31 @@ def _train(
         return
     if profile is not None and not progress.step < profile <= last:
         console.print(f"no profile: step {profile} is not among {progress.step + 1} to {last}")
+    batches = together(
+        lambda: Batches(
+            config,
+            sources,
+            mesh,
+            device,
+            steps=last - progress.step,
+            position=progress.position,
+            state=progress.data,
+            warn=console.warn,
+        ),
+        device,
+    )
     log = RunLog(config, folder, console, progress.step, launch.rank)
-    with log, Batches(config, index, mesh, device, progress.position) as batches:
-        train_split = index.split("train")
+    with log, batches:
         parts = Parts(
             engine=engine,
             batches=batches,
-            held_out=held_out(config, index, mesh, device),
+            held_out=held_out(config, sources, mesh, device),
             learning_rate=make_schedule(config),
             log=log.write,
             advance=console.advance,
             save=lambda progress: save_state(engine, checkpoints, progress, config),
             profiler=StepProfiler(folder, profile, launch.rank, console.warn),
-            bytes_per_token=train_split.text_bytes / train_split.tokens,
+            bytes_per_token=bytes_per_token(sources),
             peak=peak,
         )
         training_loop(config, parts, progress, last)
@@ -147,11 +162,10 @@ def make_schedule(config: Config) -> Schedule:
     )
 
 
-def held_out(config: Config, index: Index, mesh: Mesh, device: Any) -> HeldOut | None:
-    """The validation split, if the corpus has one."""
-    if "validation" not in index.splits or not index.split("validation").tokens:
-        return None
-    return HeldOut(config, index, mesh, device, "validation")
+def held_out(config: Config, sources: list[Source], mesh: Mesh, device: Any) -> HeldOut | None:
+    """The validation splits, if a corpus has one."""
+    found = HeldOut(config, sources, mesh, device, "validation")
+    return found if found.parts else None
 
 
 def describe(config: Config, mesh: Mesh, console: Console, cut: Any) -> None:

@@ -41,7 +41,9 @@ def comparison(run: Path, with_compressors: bool) -> Table:
     name = f"hourglass {config.model.hierarchy}, step {record['step']}"
     table.add_row(name, f"{record['validation_bits_per_byte']:.3f}", style="bold")
     if with_compressors:
-        text = split_text(read_index(str(config.data.path)), "validation")
+        indexes = [read_index(corpus.path) for corpus in config.data.corpora]
+        held_out = [index for index in indexes if "validation" in index.splits]
+        text = b"".join(split_text(index, "validation") for index in held_out)
         for compressor, compress in COMPRESSORS.items():
             table.add_row(compressor, f"{8 * len(compress(text)) / len(text):.3f}")
         table.caption = f"{len(text):,} bytes that were not trained on"
@@ -65,7 +67,7 @@ def sample_text(run: Path, tokens: int, seed: int) -> str:
     if checkpoint is None:
         raise UserError(f"{run / 'checkpoints'} holds no whole checkpoint")
     model = load_model(config, checkpoint)
-    tokenizer = load_tokenizer(read_index(str(config.data.path)).tokenizer)
+    tokenizer = load_tokenizer(read_index(config.data.corpora[0].path).tokenizer)
     start = tokenizer.eod or 0
     ids = sample(model, [start], tokens, TEMPERATURE, seed, config.model.sequence_length)
     text = tokenizer.decode(torch.tensor([i for i in ids if i != tokenizer.eod]).numpy())

@@ -1,14 +1,20 @@
-"""Small prepared corpora: a file without documents and a folder with them."""
+"""Small prepared corpora: a file without documents and a folder with them. Streams of them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from hg_scale.data.blocks import make_readers
 from hg_scale.data.index import Index
 from hg_scale.data.prepare import Preparation, prepare_bytes
+from hg_scale.data.schedule import DataState, Schedule, Source
+from hg_scale.data.shards import Patience
+from hg_scale.data.stream import TrainingStream
 
 TEXT = np.random.default_rng(0).integers(0, 256, 100_003, np.uint8).tobytes()
 
@@ -17,6 +23,40 @@ def prepare(source: Path, output: Path, **options: object) -> Index:
     """Prepare with small chunks and shards."""
     settings = {"chunk_tokens": 512, "shard_tokens": 3000} | options
     return prepare_bytes(Preparation(source, output, **settings))[0]  # type: ignore[arg-type]
+
+
+def schedule(
+    *sources: Index | Source,
+    length: int = 64,
+    seed: int = 7,
+    state: DataState | None = None,
+    position: int = 0,
+) -> Schedule:
+    """The windows of some corpora, of equal weights where nothing else is said."""
+    named = [s if isinstance(s, Source) else Source(f"s{i}", s) for i, s in enumerate(sources)]
+    return Schedule(named, sequence_length=length, seed=seed, state=state, position=position)
+
+
+def stream(of: Schedule, workers: int = 0, rows: int = 12, **options: Any) -> TrainingStream:
+    """A rank's stream, by itself or with processes."""
+    readers = options.pop("readers", None) or make_readers(workers, Patience())
+    return TrainingStream(of, readers, global_batch_size=rows, **options)
+
+
+def global_batches(
+    of: Schedule, count: int, data_size: int = 1, rows: int = 12, **options: Any
+) -> NDArray[np.int64]:
+    """Global batches (count, rows, L + 1), joined from the streams of all ranks."""
+    ranks = [
+        stream(of, rows=rows, data_rank=rank, data_size=data_size, batches=count, **options)
+        for rank in range(data_size)
+    ]
+    try:
+        joined = [np.concatenate([s.next_batch().ids for s in ranks]) for _ in range(count)]
+        return np.stack(joined)
+    finally:
+        for rank in ranks:
+            rank.close()
 
 
 def make_folder(folder: Path, files: int = 120) -> dict[str, bytes]:

@@ -57,6 +57,19 @@ def test_documents_start_after_an_end(tmp_path):
     assert sum(map(len, texts)) == sum(map(len, documents.values()))
 
 
+def test_documents_of_equal_length_are_scored_by_themselves(index):
+    """As images are: what comes before each is nothing, 0."""
+    images = index.model_copy(update={"document_tokens": 50})
+    images._location = index.location
+    for data_size in (1, 3):
+        inputs, labels = gather(images, data_size, sequence_length=50)
+        inputs, labels = inputs[labels[:, 0] >= 0], labels[labels[:, 0] >= 0]
+        assert np.array_equal(labels, VALIDATION.reshape(100, 50))
+        assert np.array_equal(inputs[:, 1:], labels[:, :-1]) and not inputs[:, 0].any()
+    inputs, _ = gather(images, 1, sequence_length=25)
+    assert inputs[1, 0] == VALIDATION[24]
+
+
 def test_text_of_a_split(index):
     for name, text in {
         "train": TEXT[:90_003],

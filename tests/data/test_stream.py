@@ -4,125 +4,146 @@ import numpy as np
 import pytest
 
 from hg_scale.data import shards as shards_module
-from hg_scale.data import stream as stream_module
+from hg_scale.data.blocks import make_readers
 from hg_scale.data.errors import DataError
 from hg_scale.data.order import MAX_STREAMS
-from hg_scale.data.stream import TrainingStream
-from tests.data.conftest import TEXT, prepare
+from hg_scale.data.shards import Patience
+from tests.data.conftest import TEXT, global_batches, prepare, schedule, stream
 
-LENGTH, ROWS, SEED = 64, 12, 7
+LENGTH, ROWS = 64, 12
 STEP = LENGTH * ROWS
 
 
-def make(index, **options):
-    settings = {"sequence_length": LENGTH, "global_batch_size": ROWS, "seed": SEED} | options
-    return TrainingStream(index, **settings)
+class Shared:
+    """A reader that outlives the streams that it serves."""
 
+    def __init__(self, reader):
+        self.read = reader.read
 
-def global_batches(index, count, data_size, position=0):
-    """Global batches joined from the streams of all ranks."""
-    ranks = [
-        make(index, data_rank=rank, data_size=data_size, position=position)
-        for rank in range(data_size)
-    ]
-    return [np.concatenate([stream.next_batch() for stream in ranks]) for _ in range(count)]
+    def close(self):
+        pass
 
 
 @pytest.fixture(scope="module")
-def reference(index):
-    """200 global batches of one rank: nearly two epochs."""
-    return global_batches(index, 200, 1)
+def large(tmp_path_factory):
+    """400,000 tokens in 25 shards: 24,000 windows are about four epochs."""
+    source = tmp_path_factory.mktemp("large") / "text"
+    source.write_bytes(np.random.default_rng(3).bytes(410_000))
+    folder = tmp_path_factory.mktemp("large") / "shards"
+    return prepare(source, folder, split=(400_000, 5000, 5000), chunk_tokens=4096,
+                   shard_tokens=16_384)  # fmt: skip
 
 
-@pytest.mark.parametrize("data_size", [2, 3, 4, 6, 12])
-def test_same_batches_for_every_number_of_ranks(index, reference, data_size):
-    assert np.array_equal(global_batches(index, 200, data_size), reference)
+@pytest.fixture(scope="module")
+def thousand(large):
+    """The first 1,000 global batches of 24, by one rank without processes."""
+    return global_batches(schedule(large), 1000, rows=24)
 
 
-@pytest.mark.parametrize("start", [1, 57, 112, 113, 115, 190])
-@pytest.mark.parametrize("data_size", [1, 4, 6])
-def test_resumes_anywhere_on_any_number_of_ranks(index, reference, start, data_size):
-    resumed = global_batches(index, 10, data_size, position=start * STEP)
-    assert np.array_equal(resumed, reference[start : start + 10])
+@pytest.fixture(scope="module")
+def worker_pools():
+    """1 and 3 processes, which serve all layouts in turn."""
+    pools = {workers: make_readers(workers, Patience()) for workers in (1, 3)}
+    yield {0: None} | {w: [Shared(reader) for reader in pool] for w, pool in pools.items()}
+    for pool in pools.values():
+        for reader in pool:
+            reader.close()
 
 
-def test_an_epoch_covers_the_text_once(index, reference):
-    per_epoch = make(index).windows_per_epoch
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("data_size", [1, 2, 3, 4, 6, 8, 12])
+def test_same_global_batches_in_every_layout(large, thousand, worker_pools, data_size, workers):
+    readers = worker_pools[workers]
+    found = global_batches(schedule(large), 1000, data_size, rows=24, readers=readers)
+    assert found.tobytes() == thousand.tobytes()
+
+
+@pytest.mark.parametrize(("start", "data_size", "workers"), [
+    (137, 8, 0), (137, 3, 1), (500, 12, 3), (500, 1, 0), (999, 2, 3), (999, 6, 0),
+])  # fmt: skip
+def test_resumes_anywhere_on_any_layout(large, thousand, worker_pools, start, data_size, workers):
+    state = schedule(large).state(start * 24, [])
+    found = global_batches(
+        schedule(large, state=state), min(30, 1000 - start), data_size, rows=24,
+        readers=worker_pools[workers],
+    )  # fmt: skip
+    assert found.tobytes() == thousand[start : start + 30].tobytes()
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 10_000, 10**9])
+def test_any_prefetch_gives_the_same(large, thousand, prefetch):
+    found = global_batches(schedule(large), 200, 2, rows=24, prefetch_bytes=prefetch)
+    assert np.array_equal(found, thousand[:200])
+
+
+def test_an_epoch_serves_every_window_once(index):
+    of = schedule(index)
+    per_epoch = of.orders[0].windows_per_epoch
     assert per_epoch == 30 * (3000 // LENGTH - 1)  # the last shard of 3 tokens gives none
-    rows = np.concatenate(reference)[:, 1:].astype(np.uint8)
-    found = [TEXT.find(row.tobytes()) for row in rows]
-    assert min(found) >= 0
-    # Sorting by stream stays within a batch, so an epoch ends in the middle of batch 112.
-    inside = sorted(found[: per_epoch // ROWS * ROWS])
-    assert np.diff(inside).min() >= LENGTH
+    rows = global_batches(of, per_epoch // 10, 5, rows=10)
+    found = [TEXT.find(row[1:].astype(np.uint8).tobytes()) for row in rows.reshape(-1, LENGTH + 1)]
+    assert len(found) == per_epoch and min(found) >= 0
+    assert np.diff(sorted(found)).min() >= LENGTH
 
 
-def test_position_and_epoch(index):
-    stream = make(index, data_rank=1, data_size=3)
-    batch = stream.next_batch()
-    assert batch.shape == (4, LENGTH + 1) and batch.dtype == np.int64
-    assert (stream.position, stream.epoch) == (STEP, 0)
-    assert make(index, position=stream.windows_per_epoch * LENGTH).epoch == 1
+def test_inputs_are_the_tokens_before_their_labels(index):
+    for row in global_batches(schedule(index), 20)[:, 0].astype(np.uint8):
+        assert row.tobytes() in TEXT
 
 
-def test_batch_over_several_epochs(index, text_file, tmp_path):
+def test_batch_over_several_epochs(text_file, tmp_path):
     small = prepare(text_file, tmp_path / "out", split=(700, 0, 0))
-    stream = make(small)
-    assert stream.windows_per_epoch == 9
-    batch = stream.next_batch()
-    assert (stream.epoch, len(batch)) == (1, ROWS)
-    assert np.array_equal(batch, global_batches(small, 1, 4)[0])
+    of = schedule(small)
+    assert of.orders[0].windows_per_epoch == 9
+    assert of.epochs(12) == {"s0": pytest.approx(12 / 9)}
+    assert np.array_equal(global_batches(of, 5), global_batches(of, 5, 4))
 
 
-def test_length_may_change_at_any_position(index):
-    stream = make(index, sequence_length=48, position=5 * STEP + 1)
-    expected = make(index, sequence_length=48, position=5 * STEP)
-    assert np.array_equal(stream.next_batch(), expected.next_batch())
+@pytest.fixture
+def opened(monkeypatch):
+    """The shards opened, in order."""
+    names = []
+    original = shards_module._Archive.__init__
+
+    def counted(self, file, number, timeout):
+        names.append(file.name)
+        original(self, file, number, timeout)
+
+    monkeypatch.setattr(shards_module._Archive, "__init__", counted)
+    return names
 
 
-# 30 shards: late in an epoch only the 14 streams with two of them still have windows.
-@pytest.mark.parametrize(("step", "streams"), [(0, 16), (100, 14), (10_000, 14)])
-def test_a_jump_opens_one_shard_a_stream(index, monkeypatch, step, streams):
-    opened = []
-    original = shards_module.read_members
-
-    def counted(index, shard, first=0):
-        opened.append(shard.file)
-        return original(index, shard, first)
-
-    monkeypatch.setattr(shards_module, "read_members", counted)
-    make(index, global_batch_size=2 * MAX_STREAMS, position=step * STEP).next_batch()
-    assert len(opened) == len(set(opened)) == streams
+@pytest.mark.parametrize("step", [0, 100, 10_000])
+def test_a_jump_opens_at_most_one_shard_a_stream(index, opened, step):
+    of = schedule(index, position=step * STEP)
+    with stream(of, rows=2 * MAX_STREAMS, batches=1) as jumped:
+        jumped.next_batch()
+    assert len(opened) == len(set(opened)) <= MAX_STREAMS
 
 
-def test_a_rank_opens_few_streams(index, monkeypatch):
-    loads = set()
-    original = stream_module._StreamReader._load
-
-    def counted(self, block):
-        loads.add(self._stream)
-        original(self, block)
-
-    monkeypatch.setattr(stream_module._StreamReader, "_load", counted)
-    stream = make(index, global_batch_size=64, data_rank=3, data_size=16)
-    for _ in range(5):
-        stream.next_batch()
-    assert loads == {3}
+def test_a_rank_opens_few_streams(index, opened):
+    with stream(schedule(index), rows=64, data_rank=3, data_size=16, batches=5) as rank:
+        for _ in range(5):
+            rank.next_batch()
+    assert len(set(opened)) == 1
 
 
-def test_shards_are_read_front_to_back(index, monkeypatch):
+def test_shards_are_read_front_to_back(index, opened):
     """An epoch opens every shard once."""
-    opened = []
-    original = shards_module.read_members
-    monkeypatch.setattr(
-        shards_module,
-        "read_members",
-        lambda index, shard, first=0: opened.append(shard.file) or original(index, shard, first),
-    )
-    stream = make(index, global_batch_size=1)
-    for _ in range(stream.windows_per_epoch):
-        stream.next_batch()
+    of = schedule(index)
+    count = of.orders[0].windows_per_epoch
+    with stream(of, rows=1, batches=count) as alone:
+        for _ in range(count):
+            alone.next_batch()
     assert len(opened) == len(set(opened)) == 30
+
+
+def test_no_more_is_read_than_announced(index):
+    with stream(schedule(index), batches=2) as two:
+        for _ in range(2):
+            two.next_batch()
+        with pytest.raises(DataError, match="no more batches"):
+            two.next_batch()
 
 
 @pytest.mark.parametrize(
@@ -130,25 +151,61 @@ def test_shards_are_read_front_to_back(index, monkeypatch):
     [
         ({"data_size": 5}, "global_batch_size 12 does not divide among 5"),
         ({"position": -1}, "position is -1"),
-        ({"sequence_length": 3000}, "needs 3001 tokens in a row.*has 3000.*--shard-tokens"),
+        ({"length": 3000}, "needs 3001 tokens in a row.*has 3000.*--shard-tokens"),
     ],
 )
 def test_refusals(index, options, message):
+    where = {key: options.pop(key) for key in ("position", "length") if key in options}
     with pytest.raises(DataError, match=message):
-        make(index, **options)
+        stream(schedule(index, **where), **options)
 
 
-def test_a_failed_read_leaves_the_position_and_may_be_tried_again(copied):
-    stream, expected = make(copied), make(copied)
-    for _ in range(3):
-        assert np.array_equal(stream.next_batch(), expected.next_batch())
-    stream = make(copied, position=3 * STEP)
+def windows_of(batches):
+    """Every row of the global batches with its place."""
+    return batches.reshape(-1, batches.shape[-1])
+
+
+@pytest.mark.parametrize("data_size", [1, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_member_masks_its_windows_and_shifts_nothing(copied, data_size, workers):
+    """The windows that touch it are without tokens; all others are as they were."""
+    whole = windows_of(global_batches(schedule(copied), 30))
     path = Path(copied.location, "train-00001.tar")
-    content = path.read_bytes()
-    path.write_bytes(content[:700])
-    for _ in range(2):
-        with pytest.raises(DataError, match=r"train-00001\.tar: cannot be read at member"):
-            stream.next_batch()
-    assert stream.position == 3 * STEP
+    content = bytearray(path.read_bytes())
+    offset = copied.splits["train"].shards[1].members.offsets[2]
+    content[offset + 700] ^= 1
     path.write_bytes(content)
-    assert np.array_equal(stream.next_batch(), expected.next_batch())
+    bad_text = TEXT[3000 + 1024 : 3000 + 1536]
+    ranks = [
+        stream(schedule(copied), workers, data_rank=rank, data_size=data_size, batches=30)
+        for rank in range(data_size)
+    ]
+    rows, messages = [], []
+    for _ in range(30):
+        for rank in ranks:
+            batch = rank.next_batch()
+            for row in range(len(batch.ids)):
+                assert (row in batch.faults) == (batch.ids[row] == -1).all()
+            rows += list(batch.ids)
+            messages += list(batch.faults.values())
+    for rank in ranks:
+        rank.close()
+    masked = 0
+    for row, expected in zip(rows, whole, strict=True):
+        text = expected.astype(np.uint8).tobytes()
+        place = TEXT.find(text)
+        touches = place < 3000 + 1536 and place + len(text) > 3000 + 1024
+        masked += touches
+        assert np.array_equal(row, np.full_like(row, -1) if touches else expected)
+    assert masked == len(messages) > 0 and bad_text
+    assert all("train-00001.tar: member 2: the checksum differs" in m for m in messages)
+
+
+def test_a_missing_shard_masks_all_its_windows(copied):
+    whole = windows_of(global_batches(schedule(copied), 11))
+    Path(copied.location, "train-00002.tar").unlink()
+    found = windows_of(global_batches(schedule(copied), 11))
+    gone = [TEXT.find(row.astype(np.uint8).tobytes()) // 3000 == 2 for row in whole]
+    assert 0 < sum(gone) < len(gone)
+    assert np.array_equal((found == -1).all(1), gone)
+    assert np.array_equal(found[~np.array(gone)], whole[~np.array(gone)])

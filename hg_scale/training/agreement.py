@@ -1,0 +1,60 @@
+"""What one rank meets ends all ranks: none is left waiting in a collective for one that is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from hg_scale.errors import UserError
+
+T = TypeVar("T")
+
+
+class Stopped(UserError):
+    """This rank ends because another one met a fault, and that one tells it.
+
+    Its `__cause__` is this rank's own fault, if it has one too.
+    """
+
+
+def together(action: Callable[[], T], device: torch.device) -> T:
+    """What `action` returns here. Where it raises UserError on any rank, all ranks raise."""
+    fault, result = None, None
+    try:
+        result = action()
+    except UserError as error:
+        fault = error
+    agree(fault, device)
+    return result  # type: ignore[return-value]
+
+
+def agree(fault: UserError | None, device: torch.device) -> None:
+    """Raise on all ranks where one has a fault: one of these tells its own, the others `Stopped`.
+
+    A collective operation of all ranks.
+    """
+    flag = torch.tensor(flag_of(fault), device=device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    raise_flag(int(flag), fault)
+
+
+def flag_of(fault: UserError | None) -> int:
+    """A number for this rank's fault; their maximum says which rank is to tell."""
+    return dist.get_world_size() - dist.get_rank() if fault else 0
+
+
+def raise_flag(flag: int, fault: UserError | None) -> None:
+    """Raise if the maximum of all ranks' flags says that one has a fault."""
+    if flag:
+        stop_all(fault, dist.get_world_size() - flag)
+
+
+def stop_all(fault: UserError | None, teller: int) -> NoReturn:
+    """Raise `fault` on the rank that is to tell it, and `Stopped` on the others."""
+    if fault and dist.get_rank() == teller:
+        raise fault
+    raise Stopped(f"rank {teller} met a fault, and tells it") from fault

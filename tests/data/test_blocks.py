@@ -1,0 +1,125 @@
+"""Worker processes: what they answer, and how they and their parent end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hg_scale.data.blocks import BlockReader, Request, Worker, make_readers
+from hg_scale.data.errors import DataError
+from hg_scale.data.index import Index
+from hg_scale.data.shards import Patience, ShardFile
+from tests.data.conftest import TEXT, schedule, stream
+
+ROOT = Path(__file__).parents[2]
+
+
+def request(index, number=0, start=0, stop=3000, slot=(0, 0)):
+    return Request(slot, ShardFile.of(index, index.splits["train"].shards[number]), start, stop)
+
+
+@pytest.fixture
+def worker():
+    process = Worker(0, Patience())
+    yield process
+    process.close()
+
+
+def test_a_worker_answers_as_a_reader_here(copied, worker):
+    path = Path(copied.location, "train-00001.tar")
+    path.write_bytes(path.read_bytes()[:5000])
+    here = BlockReader(Patience())
+    for asked in (
+        request(copied, 0, 10, 2000),
+        request(copied, 1, slot=(0, 1)),
+        request(copied, 0, 1990, 2990),
+        request(copied, 2),
+    ):
+        answer, expected = worker.read(asked), here.read(asked)
+        assert np.array_equal(answer.tokens, expected.tokens)
+        assert answer.tokens.dtype == expected.tokens.dtype
+        assert answer.faults == expected.faults
+    assert worker.read(request(copied, 1)).faults
+
+
+def test_a_dead_worker_is_one_line(index, worker):
+    worker.read(request(index))
+    os.kill(worker._process.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"data worker 0 \(process \d+\) died with exit code -9"):
+        worker.read(request(index))
+
+
+def test_a_stream_does_not_hang_for_a_dead_worker(index):
+    with stream(schedule(index), workers=2) as served:
+        served.next_batch()
+        for reader in served._loader._readers:
+            os.kill(reader._process.pid, signal.SIGKILL)
+        with pytest.raises(DataError, match="died with exit code -9") as caught:
+            for _ in range(10_000):
+                served.next_batch()
+    assert "\n" not in str(caught.value)
+
+
+def test_closing_ends_the_processes_even_in_a_read(index):
+    index = Index(**index.model_dump())
+    index._location = "pipe:sleep 60; cat {}"
+    served = stream(schedule(index), workers=2)
+    served._plan()
+    time.sleep(0.5)
+    processes = [reader._process for reader in served._loader._readers]
+    served.close()
+    served.close()
+    assert not any(process.is_alive() for process in processes)
+
+
+PARENT = """
+import os, sys, time
+from hg_scale.data.blocks import Worker
+from hg_scale.data.shards import Patience
+if __name__ == "__main__":
+    workers = [Worker(number, Patience()) for number in range(2)]
+    print(*(worker._process.pid for worker in workers), flush=True)
+    time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_die_with_their_parent(tmp_path, how):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert parent.stdout
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2 and all(running(pid) for pid in pids)
+    parent.send_signal(how)
+    parent.wait(60)
+    deadline = time.monotonic() + 60
+    while any(running(pid) for pid in pids):
+        assert time.monotonic() < deadline, "the workers are still there"
+        time.sleep(0.05)
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_worker_imports_no_torch(index, worker):
+    worker.read(request(index))  # webdataset is imported by now
+    maps = Path(f"/proc/{worker._process.pid}/maps").read_text()
+    assert "numpy" in maps and "libtorch" not in maps
+
+
+def test_no_workers_means_a_reader_here(index):
+    (reader,) = make_readers(0, Patience())
+    assert reader.read(request(index)).tokens.tobytes() == TEXT[:3000]

@@ -1,0 +1,107 @@
+"""`train.py` in several processes, of which one meets a broken shard: all end, with one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hg_scale.config.load import merge
+from hg_scale.data.index import Index
+from tests.data.conftest import prepare
+from tests.training.test_batches import TREE
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """16 training shards of 1,000 tokens, the fifth of them with a flipped bit."""
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "text").write_bytes(np.random.default_rng(8).bytes(17_000))
+    split = (16_000, 1_000, 0)
+    index = prepare(folder / "text", folder / "shards", split=split, shard_tokens=1_000)
+    path = folder / "shards" / "train-00004.tar"
+    content = bytearray(path.read_bytes())
+    content[index.splits["train"].shards[4].members.offsets[1] + 700] ^= 1
+    path.write_bytes(content)
+    return index
+
+
+def start(size: int, run: Path, tree: dict[str, Any]) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each of `size` processes of one run."""
+    config = run.with_suffix(".json")
+    config.write_text(json.dumps(tree))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "hg_scale" / "train.py"), "--config", str(config)]
+    processes = []
+    for rank in range(size):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+        processes.append(
+            subprocess.Popen(
+                [*command, "--run", str(run)],
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env={**os.environ, **place, "OMP_NUM_THREADS": "1"},
+            )
+        )  # fmt: skip
+    try:
+        done = [process.communicate(timeout=240) for process in processes]
+        return [(p.returncode, *texts) for p, texts in zip(processes, done, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize(
+    ("size", "pipeline", "workers"), [(2, 1, 1), (4, 2, 0)], ids=["2 processes", "4 processes"]
+)
+def test_all_end_with_one_line(
+    corpus: Index, tmp_path: Path, size: int, pipeline: int, workers: int
+) -> None:
+    tree = merge(TREE, {
+        "parallel": {"pipeline": pipeline},
+        "training": {"steps": 20},
+        "data": {"path": corpus.location, "workers": workers},
+        "logging": {"every": 1},
+    })  # fmt: skip
+    ended = start(size, tmp_path / "run", tree)
+    assert [code for code, *_ in ended] == [1] * size
+    lines = [line for *_, errors in ended for line in errors.splitlines()]
+    assert len(lines) == 1, lines
+    assert "train-00004.tar: member 1: the checksum differs" in lines[0]
+    steps = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert 0 < len(steps) < 20
+
+
+def test_the_same_run_goes_on_where_it_may_skip(corpus: Index, tmp_path: Path) -> None:
+    """Two processes with two workers each; the masked windows are counted and written down."""
+    tree = merge(TREE, {
+        "training": {"steps": 20},
+        "data": {"path": corpus.location, "workers": 2, "on_fault": "skip"},
+        "logging": {"every": 1},
+    })  # fmt: skip
+    run = tmp_path / "run"
+    ended = start(2, run, tree)
+    assert [code for code, *_ in ended] == [0, 0], ended
+    warnings = [line for _, told, _ in ended for line in told.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and "train-00004.tar: member 1" in warnings[0]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    assert len(steps) == 20 and all(4 < record["loss"] < 7 for record in steps)
+    assert {"data_wait_p50", "data_wait_p99", "data_wait_rank", "epochs"} <= steps[0].keys()
+    (manifest,) = (run / "checkpoints").glob("step-*/manifest.json")
+    progress = json.loads(manifest.read_text())["progress"]
+    ledger = progress["data"]["skipped"]
+    assert len(ledger) == steps[-1]["skipped_windows"] > 0
+    assert progress["position"] == 20 * 8 * 64 == progress["data"]["windows"] * 64
