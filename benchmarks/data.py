@@ -106,11 +106,13 @@ class Stalling(http.server.SimpleHTTPRequestHandler):
     """Serves a folder, but for `stall` seconds at the end of every `period`."""
 
     period, stall, began = 60.0, 5.0, time.monotonic()
+    held_up = 0  # answers that had to wait
 
     def copyfile(self, source: Any, outputfile: Any) -> None:
         while block := source.read(1 << 16):
             phase = (time.monotonic() - self.began) % self.period
             if phase > self.period - self.stall:
+                Stalling.held_up += 1
                 time.sleep(self.period - phase)
             outputfile.write(block)
 
@@ -129,7 +131,7 @@ def waiting(
     waits, steps = [], int(minutes * 60 / step)
     with open_stream(remote, workers, length, rows) as stream:
         stream.next_batch()
-        Stalling.began = time.monotonic()
+        Stalling.began, Stalling.held_up = time.monotonic(), 0
         for _ in range(steps):
             time.sleep(step)
             waits.append(stream.next_batch().waited)
@@ -138,7 +140,7 @@ def waiting(
     print(
         f"{steps} steps of {step * 1000:.0f} ms and {rows} x {length} tokens, workers {workers}: "
         f"wait p50 {p50 * 1e3:.2f} ms, p99 {p99 * 1e3:.2f} ms ({p99 / step:.2%} of a step), "
-        f"longest {most * 1e3:.1f} ms",
+        f"longest {most * 1e3:.1f} ms; the store held up {Stalling.held_up} answers",
         flush=True,
     )
 
@@ -160,7 +162,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="millions, of the first corpus")
     parser.add_argument("--minutes", type=float, default=2.1, help="of waiting on the store")
     parser.add_argument("--step-ms", type=float, default=500.0, help="of the training played")
-    parser.add_argument("--rounds", type=int, default=5, help="of the speeds, in turn; the best of each counts")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="of the speeds, in turn; the best of each counts"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for name in ("large", "many"):
