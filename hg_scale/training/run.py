@@ -119,8 +119,7 @@ def _train(
         ),
         device,
     )
-    log = RunLog(config, folder, console, progress.step, launch.rank)
-    with log, batches:
+    with batches, RunLog(config, folder, console, progress.step, launch.rank) as log:
         parts = Parts(
             engine=engine,
             batches=batches,
