@@ -19,7 +19,6 @@ from hg_scale.config.load import load_config
 from hg_scale.config.schema import Config
 from hg_scale.data.evaluation import split_text
 from hg_scale.data.index import read_index
-from hg_scale.data.tokenizer import load_tokenizer
 from hg_scale.errors import UserError
 from hg_scale.model.hourglass import Hourglass
 
@@ -65,7 +64,7 @@ def sample_text(run: Path, tokens: int, seed: int) -> str:
     if checkpoint is None:
         raise UserError(f"{run / 'checkpoints'} holds no whole checkpoint")
     model = load_model(config, checkpoint)
-    tokenizer = load_tokenizer(read_index(str(config.data.path)).tokenizer)
+    tokenizer = read_index(str(config.data.path)).open_tokenizer()
     start = tokenizer.eod or 0
     ids = sample(model, [start], tokens, TEMPERATURE, seed, config.model.sequence_length)
     text = tokenizer.decode(torch.tensor([i for i in ids if i != tokenizer.eod]).numpy())
