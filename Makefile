@@ -1,6 +1,7 @@
 # make setup       .venv with everything, at the versions of constraints.txt
 # make quickstart  train a small Hourglass on real text and see what it reached (about 8 minutes)
-# make test        lint, types and every test
+# make test        lint, types and the tests
+# make test-all    also those that take minutes each
 # make docs        docs/config.md and the JSON Schema, from the code
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ CORPUS ?=
 NAME = quickstart$(if $(CORPUS),-$(basename $(notdir $(CORPUS))))
 RUN ?= runs/$(NAME)
 
-.PHONY: setup quickstart test lint docs clean
+.PHONY: setup quickstart test test-all lint docs clean
 
 setup: $(VENV)/.installed
 
@@ -33,6 +34,9 @@ lint: setup
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+test-all: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ""
 
 docs: setup
 	$(BIN)/python -m hg_scale.config.docs

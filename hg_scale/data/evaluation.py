@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from hg_scale.data.index import Index
 from hg_scale.data.shards import Patience, SplitReader
-from hg_scale.data.tokenizer import load_tokenizer
 
 IGNORED = -1  # label of a position that does not count
 
@@ -58,9 +57,12 @@ def evaluation_windows(
 
 
 def split_text(index: Index, split: str) -> bytes:
-    """The source text of a split: what a compressor is to be compared on."""
+    """The text of a split: what a compressor is to be compared on.
+
+    It is the source text where the tokenizer round-trips.
+    """
     tokens = SplitReader(index, split).read(0, index.split(split).tokens)
-    return load_tokenizer(index.tokenizer).decode(tokens)
+    return index.open_tokenizer().decode(tokens)
 
 
 def split_bytes(index: Index, split: str) -> int:

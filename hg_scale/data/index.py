@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from hg_scale.data.errors import DataError
-from hg_scale.data.tokenizer import TokenizerIdentity
+from hg_scale.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerIdentity, load_tokenizer
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
@@ -90,11 +90,23 @@ class Index(_Part):
     tool_version: str
     tokenizer: TokenizerIdentity
     chunk_tokens: int = Field(ge=1)  # tokens of a member; the last one of a shard may have fewer
-    document_tokens: int | None = None  # of every document, where all are equal (images)
+    # Tokens of every document, where all have the same: images. None ends them but their length.
+    document_tokens: int | None = Field(default=None, ge=1)
     source: dict[str, Any]  # the source and the arguments: equal sources give equal shards
     splits: dict[str, Split]
 
     _location: str = PrivateAttr("")
+
+    @model_validator(mode="after")
+    def _whole_documents(self) -> Index:
+        for split in self.splits.values():
+            for shard in split.shards:
+                if self.document_tokens and shard.tokens % self.document_tokens:
+                    raise ValueError(
+                        f"{shard.file} has {shard.tokens} tokens, not whole documents of "
+                        f"{self.document_tokens}"
+                    )
+        return self
 
     @property
     def location(self) -> str:
@@ -131,6 +143,17 @@ class Index(_Part):
         """The path or URL of a shard, as webdataset opens it."""
         return locate(self.location, shard.file)
 
+    def open_tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the tokens.
+
+        Raises DataError where its model is missing, is another one, or is of no known kind.
+        """
+        if self.tokenizer.sha256 is None:
+            return load_tokenizer(self.tokenizer)
+        where = locate(self.location, MODEL_FILE)
+        missing = "no such file; copy the model that made the shards there"
+        return load_tokenizer(self.tokenizer, _read(where, "a sentencepiece model", missing))
+
     def text(self) -> str:
         """The content of index.json: a shard a line, the same for equal indexes."""
         return _json(self.model_dump()) + "\n"
@@ -146,7 +169,12 @@ def read_index(location: str | os.PathLike[str]) -> Index:
     if base.endswith(INDEX_FILE):
         base = base.removesuffix(INDEX_FILE).rstrip("/") or "."
     where = locate(base, INDEX_FILE)
-    text = _read_text(where)
+    text = _read(
+        where,
+        "the index.json of a prepared corpus",
+        "no such file; name a folder written by data_prep/*.py (the index is written last: is the "
+        "preparation still running?)",
+    )
     try:
         tree = json.loads(text)
     except ValueError as error:
@@ -197,23 +225,21 @@ def unpack_offsets(text: str) -> NDArray[np.int64]:
     return np.cumsum(np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u4"), dtype=np.int64)
 
 
-def _read_text(where: str) -> str:
+def _read(where: str, expected: str, missing: str) -> bytes:
+    """The content of a file, at a URL too."""
     try:
         if is_local(where):
-            return Path(where).read_text(encoding="utf-8")
+            return Path(where).read_bytes()
         from webdataset.gopen import gopen  # imports torch: only where a URL needs it
 
         with gopen(where) as stream:
-            return stream.read().decode()
+            return stream.read()
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError) and is_local(where):
-            raise DataError(
-                f"{where}: no such file; name a folder written by data_prep/prepare_bytes.py (the "
-                "index is written last: is the preparation still running?)"
-            ) from None
+            raise DataError(f"{where}: {missing}") from None
         raise DataError(
-            f"{where}: cannot be read ({error}); expected the index.json of a prepared corpus: "
-            "check the location and that it can be reached"
+            f"{where}: cannot be read ({error}); expected {expected}: check the location and that "
+            "it can be reached"
         ) from None
 
 

@@ -1,17 +1,10 @@
-"""From a source of bytes to a folder of shards with an index: what prepare_bytes.py does.
-
-The folder has no index.json until every shard is whole. Until then `index.json.partial` marks it
-as ours, so that an interrupted preparation can be started over and nothing else is overwritten.
-"""
+"""From a source of bytes to shards, in the order of the source: what prepare_bytes.py does."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -20,17 +13,16 @@ from typing import Any
 import numpy as np
 
 from hg_scale import __version__
+from hg_scale.data import output
+from hg_scale.data.corpus import split_at
 from hg_scale.data.errors import DataError
-from hg_scale.data.index import INDEX_FILE, SPLITS, Index, read_index
-from hg_scale.data.shards import PARTIAL, SplitWriter, write_durably
+from hg_scale.data.index import INDEX_FILE, SPLITS, Index
+from hg_scale.data.place import Place
+from hg_scale.data.progress import Progress
+from hg_scale.data.shard_writer import SplitWriter, default_shard_tokens
 from hg_scale.data.sources import file_digest, find_files, read_blocks, text_length
+from hg_scale.data.team import Team
 from hg_scale.data.tokenizer import ByteTokenizer
-
-# track("what", total in bytes or None) begins a stage and returns what counts its bytes.
-Track = Callable[[str, int | None], Callable[[int], None]]
-
-_SMALL, _LARGE = 2**20, 2**26  # tokens of a shard by default, in small and in huge corpora
-_SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.tar({re.escape(PARTIAL)})?")
 
 
 @dataclass(frozen=True)
@@ -47,12 +39,7 @@ class Preparation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.input.is_file() or self.input.is_dir()):
-            raise DataError(f"--input {self.input}: no such file or folder")
-        if self.output.exists() and not self.output.is_dir():
-            raise DataError(f"--output {self.output}: a file is there; name a folder")
-        if self.output.resolve().is_relative_to(self.input.resolve()):
-            raise DataError(f"--output {self.output}: lies inside --input; choose another folder")
+        output.check_output(self.output, (self.input,))
         if self.by_size and self.input.is_dir():
             raise DataError(
                 "--split in bytes is for a single file; a folder is split by whole files: "
@@ -78,20 +65,32 @@ class _Plan:
     blocks: Callable[[], Iterator[tuple[str, bytes | None]]]  # (split, text); None ends a document
 
 
-def prepare_bytes(job: Preparation, track: Track | None = None) -> tuple[Index, bool]:
+def prepare_bytes(job: Preparation, progress: Progress | None = None) -> tuple[Index, bool]:
     """Prepare a corpus. The index, and whether anything had to be written.
 
-    Raises DataError, one line, where the source cannot be read or the output holds something else.
+    Raises DataError, one line, where the source cannot be read, or the output holds something else
+    or has another writer.
     """
-    track = track or (lambda what, total: lambda count: None)
-    source = _describe(job, track)
+    progress = progress or Progress()
+    source = _describe(job, progress)
     if (job.output / INDEX_FILE).exists():
-        return _already_there(job, source), False
+        index = output.already_prepared(job.output, _job_of(job, source))
+        output.clear_work(job.output)
+        return index, False
     plan = (_plan_folder if job.input.is_dir() else _plan_file)(job, source)
     if not plan.text_bytes:
         raise DataError(f"--input {job.input}: there is no text in it")
-    _begin(job.output, source)
+    work = job.output / output.WORK
+    work.mkdir(parents=True, exist_ok=True)
+    with Team(Place(), work, patience=60.0, progress=progress) as team:
+        output.begin(job.output, _job_of(job, source), goes_on=False)
+        index = output.finish(job.output, _write(job, plan, team), plan.tokenizer)
+    output.clear_work(job.output)
+    return index, True
 
+
+def _write(job: Preparation, plan: _Plan, team: Team) -> Index:
+    """Write the shards."""
     writers = {
         name: SplitWriter(
             job.output,
@@ -102,58 +101,47 @@ def prepare_bytes(job: Preparation, track: Track | None = None) -> tuple[Index, 
         )
         for name, tokens in plan.tokens.items()
     }
-    advance = track("writing shards", plan.text_bytes)
+    team.stage("writing shards", plan.text_bytes, 0)
     for name, text in plan.blocks():
         if text is None:
             writers[name].write(np.array([plan.tokenizer.eod]))
         else:
             writers[name].write(plan.tokenizer.encode(text))
-            advance(len(text))
+            team.advance(len(text))
     index = Index(
         tool_version=f"hg_scale {__version__}",
         tokenizer=plan.tokenizer.identity,
         chunk_tokens=job.chunk_tokens,
-        source=source,
+        source=plan.source,
         splits={name: writer.close() for name, writer in writers.items()},
     )
     _check_lengths(job, plan, index)
-    write_durably(job.output / INDEX_FILE, index.text())
-    return read_index(job.output), True
+    return index
 
 
-def default_shard_tokens(tokens: int, chunk_tokens: int) -> int:
-    """Tokens of a shard where none are given.
-
-    Shards of equal size, their number a multiple of 16 (the canonical streams): of about 1 Mi
-    tokens in a small corpus, 256 growing ones in a larger one, more where they would pass 64 Mi;
-    fewer than 16 only where a shard would be less than a chunk.
-    """
-    wanted = max(min(tokens // _SMALL, 256), -(-tokens // _LARGE))
-    wanted = max(16, -(-wanted // 16) * 16)
-    return max(1, -(-tokens // max(1, min(wanted, tokens // chunk_tokens))))
+def _job_of(job: Preparation, source: dict[str, Any]) -> dict[str, Any]:
+    tokenizer = ByteTokenizer(documents=job.input.is_dir())
+    return output.job_of(source, tokenizer.identity.model_dump())
 
 
 def split_of(document: str, fractions: tuple[float, ...], seed: int) -> str:
     """The split of a document, by a hash of its name: other documents do not change it."""
     key = f"{seed}:{document}".encode("utf-8", "surrogateescape")
-    place = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64
-    for name, bound in zip(SPLITS, accumulate(fractions), strict=True):
-        if place < bound:
-            return name
-    return [name for name, part in zip(SPLITS, fractions, strict=True) if part][-1]
+    return split_at(hashlib.blake2b(key, digest_size=8).digest(), fractions)
 
 
-def _describe(job: Preparation, track: Track) -> dict[str, Any]:
+def _describe(job: Preparation, progress: Progress) -> dict[str, Any]:
     """The source and the arguments, as far as they decide what is written."""
     source: dict[str, Any] = {"name": job.input.resolve().name}
     if job.input.is_dir():
         files = find_files(job.input, job.include, job.exclude)
         sizes = [(job.input / file).stat().st_size for file in files]
-        advance, digest = track("reading", sum(sizes)), hashlib.sha256()
+        progress.begin("reading", sum(sizes))
+        digest = hashlib.sha256()
         for file, size in zip(files, sizes, strict=True):
             line = f"{file_digest(job.input / file)} {file}\n"
             digest.update(line.encode("utf-8", "surrogateescape"))
-            advance(size)
+            progress.advance(size)
         source |= {"kind": "folder", "files": len(files), "sha256": digest.hexdigest()}
         source |= {"include": list(job.include), "exclude": list(job.exclude), "seed": job.seed}
     else:
@@ -202,45 +190,6 @@ def _plan_folder(job: Preparation, source: dict[str, Any]) -> _Plan:
 
     tokenizer = ByteTokenizer(documents=True)
     return _Plan(source, tokenizer, sum(lengths.values()), dict(tokens), blocks)
-
-
-def _already_there(job: Preparation, source: dict[str, Any]) -> Index:
-    """The index in the output folder, if it is the one that this job would write."""
-    index = read_index(job.output)
-    # Through JSON, as the index has been.
-    theirs, ours = index.source, json.loads(json.dumps(source))
-    different = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-    if different:
-        raise DataError(
-            f"--output {job.output}: holds data prepared from {theirs.get('name')!r} with another "
-            f"{', '.join(different)}; choose another folder or remove that one"
-        )
-    for split in index.splits.values():
-        for shard in split.shards:
-            path = job.output / shard.file
-            if not path.exists() or path.stat().st_size != shard.file_bytes:
-                raise DataError(
-                    f"{path}: missing or not {shard.file_bytes} bytes long, as the index says; "
-                    "remove the folder and prepare the data again"
-                )
-    return index
-
-
-def _begin(folder: Path, source: dict[str, Any]) -> None:
-    """Mark the folder as ours, and clear what an interrupted preparation left in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    marker = folder / (INDEX_FILE + PARTIAL)
-    left = [path for path in folder.iterdir() if path != marker]
-    foreign = [path.name for path in left if not _SHARD_NAME.fullmatch(path.name)]
-    if foreign or (left and not marker.exists()):
-        raise DataError(
-            f"--output {folder}: not empty ({min(foreign or [left[0].name])!r} is there) and no "
-            "interrupted preparation; choose an empty or new folder"
-        )
-    marker.write_text(json.dumps(source) + "\n", encoding="utf-8")
-    for path in left:
-        with suppress(FileNotFoundError):
-            path.unlink()
 
 
 def _check_lengths(job: Preparation, plan: _Plan, index: Index) -> None:

@@ -1,7 +1,4 @@
-"""Tar shards of token chunks: written once, then read front to back through webdataset.
-
-A member is a `.npy` array of `chunk_tokens` ids, so `webdataset.WebDataset(url).decode()` reads
-the shards too. Headers are plain ustar with every varying field zero: equal tokens, equal bytes.
+"""Reading shards (`shard_writer` writes them), front to back, through webdataset.
 
 Reading enters a local file at any member; what comes from a URL or a pipe is read from its
 beginning. Every member is checked against the index. Nothing is ever unpacked to disk, and a
@@ -13,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
 import select
 import subprocess
 import tarfile
@@ -21,7 +17,6 @@ import threading
 import time
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,152 +27,14 @@ from hg_scale.data.index import (
     Index,
     Members,
     Shard,
-    Split,
     is_local,
     member_name,
-    pack_offsets,
 )
-from hg_scale.data.tokenizer import Tokenizer, token_dtype
+from hg_scale.data.tokenizer import token_dtype
 
-PARTIAL = ".partial"  # a file that is still being written ends so
 _BLOCK = tarfile.BLOCKSIZE
 _REMEDY = "copy the shard again or prepare the data again"
 _BACK_OFF = 0.5, 30.0  # seconds before the first retry, doubled for each further one, and at most
-
-
-class SplitWriter:
-    """Writes the tokens of one split as shards of exactly `shard_tokens` (the last has the rest).
-
-    A shard appears under its name only when it is whole and on the disk.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        tokenizer: Tokenizer,
-        *,
-        chunk_tokens: int,
-        shard_tokens: int,
-    ) -> None:
-        self._folder, self._split, self._tokenizer = folder, split, tokenizer
-        self._shard_tokens = shard_tokens
-        self._chunk = np.empty(chunk_tokens, token_dtype(tokenizer.vocab_size))
-        self._filled = 0  # tokens in the chunk
-        self._shards: list[Shard] = []
-        self._open: _ShardFile | None = None
-
-    def write(self, tokens: NDArray[Any]) -> None:
-        """Append ids (n,)."""
-        while len(tokens):
-            if self._open is None:
-                name = f"{self._split}-{len(self._shards):05d}.tar"
-                self._open = _ShardFile(self._folder / name, self._tokenizer)
-            left = self._shard_tokens - self._open.tokens - self._filled
-            part = tokens[: min(left, len(self._chunk) - self._filled)]
-            self._chunk[self._filled : self._filled + len(part)] = part
-            self._filled += len(part)
-            tokens = tokens[len(part) :]
-            if self._filled == len(self._chunk) or len(part) == left:
-                self._open.add(self._chunk[: self._filled])
-                self._filled = 0
-            if len(part) == left:
-                self._end_shard()
-
-    def close(self) -> Split:
-        """Finish the last shard. The split's part of the index."""
-        if self._open is not None:
-            if self._filled:
-                self._open.add(self._chunk[: self._filled])
-            self._end_shard()
-        shards = self._shards
-        return Split(
-            tokens=sum(shard.tokens for shard in shards),
-            text_bytes=sum(shard.text_bytes for shard in shards),
-            documents=None
-            if self._tokenizer.eod is None
-            else sum(len(shard.document_ends()) for shard in shards),
-            shards=shards,
-        )
-
-    def _end_shard(self) -> None:
-        assert self._open is not None
-        self._shards.append(self._open.close())
-        self._open = None
-        self._filled = 0
-
-
-class _ShardFile:
-    """One tar file being written, under a temporary name."""
-
-    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
-        self.tokens = 0
-        self._path, self._tokenizer = path, tokenizer
-        self._partial = path.with_name(path.name + PARTIAL)
-        self._file = self._partial.open("wb")
-        self._hash = hashlib.sha256()
-        self._size = self._text_bytes = 0
-        self._members: dict[str, list[int]] = {"tokens": [], "offsets": [], "crc32": []}
-        self._ends: list[NDArray[np.int64]] = []
-
-    def add(self, tokens: NDArray[Any]) -> None:
-        """Append a member with these ids (n,)."""
-        buffer = io.BytesIO()
-        np.lib.format.write_array(buffer, tokens, version=(1, 0))
-        content = buffer.getvalue()
-        header = tarfile.TarInfo(member_name(self._path.name, len(self._members["tokens"])))
-        header.size = len(content)
-        self._members["tokens"].append(len(tokens))
-        self._members["offsets"].append(self._size)
-        self._members["crc32"].append(zlib.crc32(content))
-        self._put(header.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % _BLOCK))
-        if self._tokenizer.eod is not None:
-            ends = np.flatnonzero(tokens == self._tokenizer.eod) + 1 + self.tokens
-            self._ends.append(ends.astype(np.int64))
-        self._text_bytes += self._tokenizer.count_bytes(tokens)
-        self.tokens += len(tokens)
-
-    def close(self) -> Shard:
-        """End the archive, make it durable, give it its name."""
-        self._put(bytes(2 * _BLOCK))
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        commit(self._partial, self._path)
-        return Shard(
-            file=self._path.name,
-            tokens=self.tokens,
-            text_bytes=self._text_bytes,
-            file_bytes=self._size,
-            sha256=self._hash.hexdigest(),
-            members=Members(**self._members),
-            documents=pack_offsets(np.concatenate(self._ends)) if self._ends else None,
-        )
-
-    def _put(self, data: bytes) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-        self._size += len(data)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    commit(partial, path)
-
-
-def commit(partial: Path, path: Path) -> None:
-    """Rename `partial`, already on the disk, to `path`, and put the rename on the disk too."""
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Source text: files and folders of files, plain or packed (.gz, .xz), read in blocks."""
+"""Source text: files and folders of files, plain or packed (.gz, .xz, .zst), read in blocks."""
 
 from __future__ import annotations
 
@@ -7,16 +7,27 @@ import hashlib
 import lzma
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from hg_scale.data.errors import DataError
 
 _BLOCK = 1 << 20
-_OPENERS: dict[str, type[gzip.GzipFile] | type[lzma.LZMAFile]] = {
-    ".gz": gzip.GzipFile,
+
+
+def _zstd(file: BinaryIO) -> Any:
+    import pyarrow  # its reader, unlike others, tells a truncated file
+
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd")
+
+
+_OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
     ".xz": lzma.LZMAFile,
+    ".zst": _zstd,
 }
 
 
@@ -50,27 +61,48 @@ def find_files(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> 
     return sorted(found, key=os.fsencode)
 
 
-def read_blocks(path: Path) -> Iterator[bytes]:
+def is_packed(path: Path) -> bool:
+    """Whether the file has to be unpacked, by its name."""
+    return path.suffix in _OPENERS
+
+
+def read_blocks(
+    path: Path, begin: int = 0, advance: Callable[[int], None] | None = None
+) -> Iterator[bytes]:
     """The text of a file, unpacked, in blocks of at most 1 MiB.
 
-    Raises DataError where it cannot be read or unpacked.
+    `begin` skips bytes of a plain file; `advance` is told the bytes of the stored file as they are
+    read. Raises DataError where it cannot be read or unpacked.
     """
     try:
-        with _OPENERS[path.suffix](path) if path.suffix in _OPENERS else path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                yield block
+        with path.open("rb") as stored:
+            stored.seek(begin)
+            file = _OPENERS[path.suffix](stored) if is_packed(path) else stored
+            told = begin
+            with closing(file):
+                while block := file.read(_BLOCK):
+                    if advance:
+                        advance(stored.tell() - told)
+                        told = stored.tell()
+                    yield block
     except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
-        raise DataError(
-            f"{path}: cannot be unpacked ({error}); expected a whole {path.suffix} file: "
-            "fetch it again, or rename it if it is not packed"
-        ) from None
+        raise _broken(path, error) from None
     except OSError as error:
+        if error.errno is None and is_packed(path):  # from the zstd reader
+            raise _broken(path, error) from None
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _broken(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{path}: cannot be unpacked ({error}); expected a whole {path.suffix} file: "
+        "fetch it again, or rename it if it is not packed"
+    )
 
 
 def text_length(path: Path) -> int:
     """The bytes of a file's text; a packed file is unpacked to count them."""
-    if path.suffix in _OPENERS:
+    if is_packed(path):
         return sum(len(block) for block in read_blocks(path))
     return path.stat().st_size
 

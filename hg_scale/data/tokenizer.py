@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hg_scale.data.errors import DataError
 
+Text = bytes | memoryview | str  # a str is taken as UTF-8
+
 BYTES = 256  # ids 0..255 are the bytes themselves; 0 is an ordinary one
+MODEL_FILE = "tokenizer.model"  # a sentencepiece model lies beside the index under this name
+
+_LONGEST = 1 << 16  # bytes that sentencepiece gets at once: its memory grows with them
+_SPACE = "▁"  # stands for a space in pieces, so that the character itself must be spelt in bytes
 
 
 class TokenizerIdentity(BaseModel):
@@ -18,9 +29,10 @@ class TokenizerIdentity(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: str  # bytes or sentencepiece
     vocab_size: int = Field(ge=1)
     eod: int | None = Field(ge=0)  # id that ends a document; None where the text has no documents
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")  # of the sentencepiece model
 
 
 class Tokenizer(Protocol):
@@ -35,8 +47,12 @@ class Tokenizer(Protocol):
     @property
     def eod(self) -> int | None: ...
 
-    def encode(self, text: bytes | str) -> NDArray[Any]:
-        """Token ids (n,) of `text`, of the dtype of `token_dtype`."""
+    @property
+    def round_trips(self) -> bool:
+        """Whether `decode(encode(text)) == text` for every text."""
+
+    def encode(self, text: Text) -> NDArray[Any]:
+        """Token ids (n,) of `text`, of the dtype of `token_dtype`; a str is taken as UTF-8."""
 
     def decode(self, tokens: NDArray[Any]) -> bytes:
         """The text of `tokens`; end-of-document ids are left out."""
@@ -48,6 +64,8 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """A byte is a token; with `documents` the id 256 ends a document."""
 
+    round_trips = True
+
     def __init__(self, *, documents: bool) -> None:
         self.eod = BYTES if documents else None
         self.vocab_size = BYTES + documents
@@ -56,7 +74,7 @@ class ByteTokenizer:
     def identity(self) -> TokenizerIdentity:
         return TokenizerIdentity(name="bytes", vocab_size=self.vocab_size, eod=self.eod)
 
-    def encode(self, text: bytes | str) -> NDArray[Any]:
+    def encode(self, text: Text) -> NDArray[Any]:
         """Token ids (n,), uint8 or uint16; a str is taken as UTF-8."""
         data = text.encode() if isinstance(text, str) else text
         return np.frombuffer(data, np.uint8).astype(token_dtype(self.vocab_size), copy=False)
@@ -70,16 +88,174 @@ class ByteTokenizer:
         return int(np.count_nonzero(np.asarray(tokens) < BYTES))
 
 
-def load_tokenizer(identity: TokenizerIdentity) -> Tokenizer:
-    """The tokenizer an index names. Raises DataError where this version does not know it."""
+class SentencePieceTokenizer:
+    """A sentencepiece model, unigram or BPE.
+
+    With `documents` its end-of-sentence id ends a document, or, where it has none, the id past
+    its vocabulary. A model that round-trips (see `round_trips`) gives every text back: what is
+    not UTF-8 is spelt in byte pieces, one a byte, and so is the character U+2581, which stands
+    for a space in pieces. Any other model gets invalid UTF-8 as U+FFFD.
+    """
+
+    def __init__(self, model: bytes, *, documents: bool) -> None:
+        """`model`: the content of a `.model` file. Raises DataError where it is none."""
+        import sentencepiece
+
+        try:
+            # Asked for its pieces, an empty model complains on stderr.
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model or b"\0")
+            pieces = self._processor.vocab_size()
+        except RuntimeError:
+            raise DataError(
+                "not a sentencepiece model: expected a .model file, as data_prep/train_tokenizer.py"
+                " or spm_train writes it"
+            ) from None
+        self.model = model
+        end = self._processor.eos_id()
+        self.eod = (end if end >= 0 else pieces) if documents else None
+        self.vocab_size = max(pieces, (self.eod or 0) + 1)
+        self._dtype = token_dtype(self.vocab_size)
+        # Ids of the 256 byte pieces; -1 where the model has none.
+        self._byte_ids = np.full(256, -1, np.int64)
+        for number in range(pieces):
+            if self._processor.is_byte(number):
+                self._byte_ids[int(self._processor.id_to_piece(number)[3:-1], 16)] = number
+
+    @classmethod
+    def read(cls, path: Path, *, documents: bool) -> SentencePieceTokenizer:
+        """The model in a file. Raises DataError, naming it, where it cannot be used."""
+        try:
+            return cls(path.read_bytes(), documents=documents)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+
+    @property
+    def identity(self) -> TokenizerIdentity:
+        digest = hashlib.sha256(self.model).hexdigest()
+        return TokenizerIdentity(
+            name="sentencepiece", vocab_size=self.vocab_size, eod=self.eod, sha256=digest
+        )
+
+    @cached_property
+    def obstacles(self) -> list[str]:
+        """Why `decode(encode(text))` is not always `text`; none for our own models."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto = sentencepiece_model_pb2.ModelProto.FromString(self.model)
+        normalizer = proto.normalizer_spec
+        found = {
+            f"its normaliser {normalizer.name or '(unnamed)'} changes characters": bool(
+                normalizer.precompiled_charsmap
+            ),
+            "it removes extra spaces": normalizer.remove_extra_whitespaces,
+            "it puts a space in front": normalizer.add_dummy_prefix,
+            "it does not mark spaces": not normalizer.escape_whitespaces,
+            "it lacks byte pieces for unknown characters": bool((self._byte_ids < 0).any()),
+        }
+        return [why for why, is_so in found.items() if is_so]
+
+    @property
+    def round_trips(self) -> bool:
+        """Whether `decode(encode(text)) == text` for every text, valid UTF-8 or not."""
+        return not self.obstacles
+
+    def encode(self, text: Text) -> NDArray[Any]:
+        """Token ids (n,), uint16 or uint32; a str is taken as UTF-8."""
+        data = text.encode() if isinstance(text, str) else bytes(text)
+        if len(data) <= _LONGEST:
+            return self._encode(data)
+        return np.concatenate([self._encode(part) for part in _parts(data)])
+
+    def decode(self, tokens: NDArray[Any]) -> bytes:
+        """The text of `tokens`; end-of-document and other control ids give nothing."""
+        table = self._texts
+        return b"".join([table[token] for token in np.asarray(tokens).tolist()])
+
+    def count_bytes(self, tokens: NDArray[Any]) -> int:
+        return int(self._lengths[np.asarray(tokens)].sum())
+
+    def _encode(self, data: bytes) -> NDArray[Any]:
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            text = data.decode(errors="surrogateescape" if self.round_trips else "replace")
+        else:
+            if _SPACE not in text:
+                return self._pieces(text)
+        if not self.round_trips:
+            return self._pieces(text)
+        parts = re.split(f"([{_SPACE}\udc80-\udcff]+)", text)  # odd ones hold only these
+        return np.concatenate([self._spell(p) if i % 2 else self._pieces(p)
+                               for i, p in enumerate(parts)])  # fmt: skip
+
+    def _pieces(self, text: str) -> NDArray[Any]:
+        ids = self._processor.encode(text)
+        return np.fromiter(ids, self._dtype, len(ids))
+
+    def _spell(self, text: str) -> NDArray[Any]:
+        data = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
+        return self._byte_ids[data].astype(self._dtype)
+
+    @cached_property
+    def _texts(self) -> list[bytes]:
+        """The text of every id."""
+        processor, texts = self._processor, []
+        for number in range(self.vocab_size):
+            if number == self.eod or processor.is_control(number):
+                texts.append(b"")
+            elif processor.is_byte(number):
+                texts.append(bytes([int(processor.id_to_piece(number)[3:-1], 16)]))
+            elif processor.is_unknown(number):
+                texts.append(processor.decode([number]).encode())
+            else:
+                texts.append(processor.id_to_piece(number).replace(_SPACE, " ").encode())
+        return texts
+
+    @cached_property
+    def _lengths(self) -> NDArray[np.int64]:
+        return np.array([len(text) for text in self._texts], np.int64)
+
+
+def _parts(data: bytes) -> Iterator[bytes]:
+    """Long text in parts of at most `_LONGEST` bytes: lines where it can be, else words, else
+    characters. A function of the text alone, so that equal texts give equal tokens."""
+    start = 0
+    while len(data) - start > _LONGEST:
+        low, stop = start + _LONGEST // 2, start + _LONGEST
+        cut = data.rfind(b"\n", low, stop) + 1 or data.rfind(b" ", low, stop)
+        if cut <= start:
+            cut = stop
+            while cut > stop - 4 and data[cut] & 0xC0 == 0x80:  # inside a character
+                cut -= 1
+        yield data[start:cut]
+        start = cut
+    yield data[start:]
+
+
+def load_tokenizer(identity: TokenizerIdentity, model: bytes | None = None) -> Tokenizer:
+    """The tokenizer an index names; `model` is the file beside it, where it needs one.
+
+    Raises DataError where this version does not know it or the model is another one.
+    """
+    tokenizer: Tokenizer | None = None
     if identity.name == "bytes":
         tokenizer = ByteTokenizer(documents=identity.eod is not None)
-        if tokenizer.identity == identity:
-            return tokenizer
+    elif identity.name == "sentencepiece" and model is not None:
+        digest = hashlib.sha256(model).hexdigest()
+        if digest != identity.sha256:
+            raise DataError(
+                f"{MODEL_FILE} has sha256 {digest[:12]}..., the index names "
+                f"{str(identity.sha256)[:12]}...: copy the model that made the shards beside them"
+            )
+        tokenizer = SentencePieceTokenizer(model, documents=identity.eod is not None)
+    if tokenizer is not None and tokenizer.identity == identity:
+        return tokenizer
     raise DataError(
         f"tokenizer {identity.name!r} (vocabulary {identity.vocab_size}, end of document "
         f"{identity.eod}) is not one this version knows: it knows 'bytes' (256, None) and "
-        "(257, 256); prepare the data again or update hg_scale"
+        "(257, 256), and 'sentencepiece'; prepare the data again or update hg_scale"
     )
 
 

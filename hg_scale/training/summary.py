@@ -19,7 +19,6 @@ from hg_scale.config.load import load_config
 from hg_scale.config.schema import Config
 from hg_scale.data.evaluation import split_text
 from hg_scale.data.index import Index, read_index
-from hg_scale.data.tokenizer import load_tokenizer
 from hg_scale.errors import UserError
 from hg_scale.model.hourglass import Hourglass
 
@@ -74,7 +73,7 @@ def sample_text(run: Path, tokens: int, seed: int) -> str:
     if checkpoint is None:
         raise UserError(f"{run / 'checkpoints'} holds no whole checkpoint")
     model = load_model(config, checkpoint)
-    tokenizer = load_tokenizer(index_of_run(config.data.corpora[0].path).tokenizer)
+    tokenizer = index_of_run(config.data.corpora[0].path).open_tokenizer()
     start = tokenizer.eod or 0
     ids = sample(model, [start], tokens, TEMPERATURE, seed, config.model.sequence_length)
     text = tokenizer.decode(torch.tensor([i for i in ids if i != tokenizer.eod]).numpy())

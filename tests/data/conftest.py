@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from numpy.typing import NDArray
 from hg_scale.data.blocks import make_readers
 from hg_scale.data.index import Index
 from hg_scale.data.prepare import Preparation, prepare_bytes
+from hg_scale.data.progress import Progress
 from hg_scale.data.schedule import DataState, Schedule, Source
 from hg_scale.data.shards import Patience
 from hg_scale.data.stream import TrainingStream
+from hg_scale.data.tokenizer_training import TokenizerTraining, train_tokenizer
 
 TEXT = np.random.default_rng(0).integers(0, 256, 100_003, np.uint8).tobytes()
 
@@ -89,3 +92,31 @@ def index(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
 def copied(text_file: Path, tmp_path: Path) -> Index:
     """A corpus of its own, to be damaged by the test."""
     return prepare(text_file, tmp_path / "copy", split=(9_000, 3_000, 0))
+
+
+def prose(words: int, seed: int = 0) -> str:
+    """Text of made-up words, with lines, indents, and some characters beyond ASCII."""
+    random = np.random.default_rng(seed)
+    syllables = ["ka", "to", "mi", "ren", "sol", "vé", "u", "st", "ling", "漢", "ion", "qua"]
+    vocabulary = ["".join(random.choice(syllables, random.integers(1, 4))) for _ in range(300)]
+    ranks = random.zipf(1.3, words) % len(vocabulary)
+    gaps = random.choice([" ", " ", " ", " ", ", ", ".\n", "\n\n\t", "  "], words)
+    return "".join(
+        vocabulary[rank] + gap for rank, gap in zip(ranks.tolist(), gaps.tolist(), strict=True)
+    )
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small sentencepiece model of ours, trained on `prose`."""
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "prose.txt").write_text(prose(20_000))
+    job = TokenizerTraining((folder / "prose.txt",), folder / "tok.model", 600, "bpe")
+    train_tokenizer(job, Progress())
+    return job.output
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests end processes, not machines: what they write need not reach the disk."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)

@@ -8,13 +8,15 @@ import pytest
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.evaluation import split_text
-from hg_scale.data.prepare import Preparation, default_shard_tokens, prepare_bytes, split_of
+from hg_scale.data.prepare import Preparation, prepare_bytes, split_of
+from hg_scale.data.shard_writer import default_shard_tokens
 from hg_scale.data.shards import SplitReader
 from tests.data.conftest import TEXT, make_folder, prepare
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """The files of a folder; what a preparation needs for itself is in folders of its own."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def test_splits_by_size_and_by_fraction(text_file, tmp_path):
@@ -108,7 +110,7 @@ def test_foreign_files_are_never_touched(text_file, tmp_path, name):
 @pytest.mark.parametrize("shards", [0, 1, 17])
 def test_interrupted_and_started_again(text_file, tmp_path, monkeypatch, shards):
     prepare(text_file, tmp_path / "whole")
-    from hg_scale.data import shards as module
+    from hg_scale.data import shard_writer as module
 
     original, seen = module.commit, []
 

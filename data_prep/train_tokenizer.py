@@ -1,0 +1,65 @@
+#!/usr/bin/env python
+"""Train a sentencepiece tokenizer on a corpus, for prepare_text.py.
+
+    python data_prep/train_tokenizer.py --input corpus/ --vocab-size 32000 --output tok.model
+
+Takes the inputs of prepare_text.py and draws a sample of them by the seed. The model gives every
+text back, byte for byte: nothing is normalised, spaces stay as they are, and bytes stand in for
+what the vocabulary lacks. Id 0 is never used, id 1 ends a document. The same input, options and
+version of sentencepiece give the same model.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
+
+from hg_scale.data import command_line
+from hg_scale.data.documents import TextFormat
+from hg_scale.data.progress import Progress
+from hg_scale.data.tokenizer_training import TokenizerTraining, train_tokenizer
+
+
+def main() -> int:
+    """Train; 2 where the input, the output or an option cannot be used."""
+    parser = command_line.parser_of(__doc__)
+    add = parser.add_argument
+    add("--input", type=Path, required=True, nargs="+", metavar="PATH", help="files and folders")
+    add("--output", type=Path, default=Path("tok.model"), metavar="FILE", help="(default: "
+        "%(default)s)")  # fmt: skip
+    add("--vocab-size", type=command_line.positive, required=True, metavar="N", help="pieces, the "
+        "256 bytes included")  # fmt: skip
+    add("--model", choices=("unigram", "bpe"), default="unigram", help="(default: %(default)s)")
+    command_line.add_format_options(parser)
+    command_line.add_file_options(parser)
+    add("--sample-bytes", type=command_line.positive, default=TokenizerTraining.sample_bytes,
+        metavar="N", help="text to train on, held in memory several times over (default: "
+        "%(default)s)")  # fmt: skip
+    add("--seed", type=int, default=0, help="of the sample (default: 0)")
+    options = parser.parse_args()
+
+    def work(progress: Progress) -> None:
+        job = TokenizerTraining(
+            tuple(options.input),
+            options.output,
+            options.vocab_size,
+            options.model,
+            **command_line.patterns(options.include, options.exclude),
+            format=TextFormat(options.field, options.document_separator),
+            sample_bytes=options.sample_bytes,
+            seed=options.seed,
+        )
+        trained = train_tokenizer(job, progress)
+        rate = trained.sample_bytes / trained.sample_tokens
+        print(
+            f"{job.output}: {job.model}, {job.vocab_size} pieces, trained on "
+            f"{trained.sample_bytes / 1e6:.1f} MB, {rate:.2f} bytes a token there"
+        )
+
+    return command_line.run("train_tokenizer", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

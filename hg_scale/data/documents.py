@@ -1,0 +1,243 @@
+"""Documents out of files: plain text, JSON lines, parquet."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hg_scale.data.errors import DataError
+from hg_scale.data.sources import is_packed, read_blocks
+
+Advance = Callable[[int], None]
+Kind = Literal["text", "lines", "parquet"]
+
+LARGEST = 1 << 30  # bytes of a document: it has to fit into memory
+PIECE = 1 << 16  # bytes of a piece of a text without documents
+_SUFFIXES: dict[str, Kind] = {
+    ".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".parquet": "parquet",
+}  # fmt: skip
+
+
+def kind_of(path: Path) -> Kind:
+    """What a file holds, by its name without .gz, .xz or .zst."""
+    name = path.stem if is_packed(path) else path.name
+    return _SUFFIXES.get(Path(name).suffix, "text")
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How documents are told apart in files."""
+
+    field: str = "text"  # of JSON lines and parquet
+    separator: bytes | None = None  # in plain text; None: a file is a document
+
+    def documents(
+        self, path: Path, begin: int, end: int, scratch: Path, advance: Advance
+    ) -> Iterator[tuple[int, bytes]]:
+        """(position, text) of the documents that begin at the stored bytes [begin, end).
+
+        A file that cannot be split is read whole. `scratch` is a folder for temporary files;
+        `advance` is told the stored bytes that were read. Raises DataError, naming the file.
+        """
+        match kind_of(path):
+            case "lines":
+                return read_lines(path, self.field, begin, end, advance)
+            case "parquet":
+                return read_parquet(path, self.field, begin, end, scratch, advance)
+        if self.separator is not None:
+            return read_separated(path, self.separator, begin, end, advance)
+        return read_whole(path, advance)
+
+    def can_split(self, path: Path) -> bool:
+        """Whether the documents of a part of the file can be read without what is before it."""
+        if is_packed(path):
+            return False
+        if kind_of(path) != "text":
+            return True
+        # It matters where one begins to look for what may overlap itself.
+        end = self.separator
+        return end is not None and not any(end.startswith(end[cut:]) for cut in range(1, len(end)))
+
+
+def read_whole(path: Path, advance: Advance) -> Iterator[tuple[int, bytes]]:
+    """A file as one document."""
+    blocks, size = [], 0
+    for block in read_blocks(path, advance=advance):
+        blocks.append(block)
+        size += len(block)
+        if size > LARGEST:
+            raise _too_long(path, 0)
+    yield 0, b"".join(blocks)
+
+
+def read_separated(
+    path: Path, separator: bytes, begin: int, end: int, advance: Advance
+) -> Iterator[tuple[int, bytes]]:
+    """(position, text) of what stands between separators and begins in [begin, end).
+
+    Positions count bytes of the unpacked text; a packed file is read whole, from 0 on.
+    """
+    start = max(0, begin - len(separator))  # one that ends at `begin` belongs to us
+    position, looking = start, begin > 0  # of what is pending; for the first separator
+    pending: list[bytes] = []
+    held, tail = 0, b""  # bytes pending; those that a separator may begin in
+    stop = None if is_packed(path) else end
+    for block in read_blocks(path, start, advance):
+        pending.append(block)
+        held += len(block)
+        seen = tail + block
+        tail = seen[max(0, len(seen) - len(separator) + 1) :]
+        if separator not in seen:
+            if held > LARGEST:
+                raise _too_long(path, position)
+            continue
+        texts = b"".join(pending).split(separator)
+        rest = texts.pop()
+        for text in texts:
+            if looking:
+                looking = False
+            else:
+                yield position, text
+            position += len(text) + len(separator)
+            if stop is not None and position >= stop:
+                return
+        pending, held, tail = [rest], len(rest), rest[max(0, len(rest) - len(separator) + 1) :]
+    if held and not looking:
+        yield position, b"".join(pending)
+
+
+def read_lines(
+    path: Path, field: str, begin: int, end: int, advance: Advance
+) -> Iterator[tuple[int, bytes]]:
+    """(position, text) of the lines that begin in [begin, end): JSON objects with a text field."""
+    for position, line in read_separated(path, b"\n", begin, end, advance):
+        if not line or line.isspace():
+            continue
+        try:
+            record = json.loads(line)
+            text = record[field]
+        except ValueError as error:
+            raise DataError(
+                f"{path}: the line at byte {position} is not JSON ({error}); expected an object a "
+                "line: mend or remove it"
+            ) from None
+        except (KeyError, TypeError):
+            keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise DataError(
+                f"{path}: the line at byte {position} has no field {field!r} (it has: {keys}); "
+                "name the field that holds the text with --field"
+            ) from None
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise DataError(
+                f"{path}: the field {field!r} of the line at byte {position} is a "
+                f"{type(text).__name__}, not text; name another with --field"
+            )
+        yield position, text.encode("utf-8", "surrogatepass")
+
+
+def read_parquet(
+    path: Path, field: str, begin: int, end: int, scratch: Path, advance: Advance
+) -> Iterator[tuple[int, bytes]]:
+    """(row, text) of the row groups that begin at the stored bytes [begin, end).
+
+    A packed file is unpacked into `scratch` first.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with ExitStack() as stack:
+            source: Any = path
+            if is_packed(path):
+                source = stack.enter_context(tempfile.TemporaryFile(dir=scratch))
+                for block in read_blocks(path, advance=advance):
+                    source.write(block)
+                source.seek(0)
+            file = stack.enter_context(parquet.ParquetFile(source))
+            schema = file.schema_arrow
+            if field not in schema.names:
+                raise DataError(
+                    f"{path}: has no column {field!r} (it has: {', '.join(schema.names)}); name "
+                    "the column that holds the text with --field"
+                )
+            row = 0
+            for number in range(file.num_row_groups):
+                group = file.metadata.row_group(number)
+                first = row
+                row += group.num_rows
+                if not is_packed(path) and not begin <= _group_offset(group) < end:
+                    continue
+                for batch in file.iter_batches(1024, row_groups=[number], columns=[field]):
+                    texts = _as_bytes(batch.column(0), path, field)
+                    for place, text in enumerate(texts, first):
+                        if text is not None:
+                            yield place, text
+                    first += len(texts)
+                if not is_packed(path):
+                    advance(sum(group.column(c).total_compressed_size
+                                for c in range(group.num_columns)))  # fmt: skip
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{path}: cannot be read as parquet ({reason}); fetch it again, or leave it out with "
+            "--exclude"
+        ) from None
+
+
+def _group_offset(group: Any) -> int:
+    column = group.column(0)
+    return min(column.dictionary_page_offset or column.data_page_offset, column.data_page_offset)
+
+
+def _as_bytes(column: Any, path: Path, field: str) -> list[bytes | None]:
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+        column = column.cast(pyarrow.large_binary())
+    elif not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
+        raise DataError(f"{path}: the column {field!r} holds {kind}, not text; name another "
+                        "with --field")  # fmt: skip
+    return column.to_pylist()
+
+
+def read_pieces(
+    path: Path, begin: int, end: int, cuts: Sequence[int], advance: Advance
+) -> Iterator[tuple[int, bytes]]:
+    """(position, text) of pieces of a text, of up to `PIECE` bytes, that begin in [begin, end).
+
+    A piece ends at each multiple of `PIECE` and at each of `cuts`. `begin` is a multiple.
+    """
+    position, pending = begin, b""
+    stop = None if is_packed(path) else end
+
+    def next_cut() -> int:
+        whole = (position // PIECE + 1) * PIECE
+        return min([cut for cut in cuts if position < cut < whole], default=whole)
+
+    for block in read_blocks(path, begin, advance):
+        pending += block
+        while len(pending) >= (size := next_cut() - position):
+            yield position, pending[:size]
+            position, pending = position + size, pending[size:]
+            if stop is not None and position >= stop:
+                return
+    if pending:
+        yield position, pending
+
+
+def _too_long(path: Path, position: int) -> DataError:
+    return DataError(
+        f"{path}: the document at byte {position} is longer than {LARGEST >> 20} MiB; say where "
+        "documents end with --document-separator, or cut a single text by position with --split "
+        "in bytes"
+    )

@@ -1,0 +1,111 @@
+"""The folder that a preparation writes: whose it is, and when it is done.
+
+There is no index.json until every shard is whole. Until then the folder `preparing/` marks the
+output as ours, so that an interrupted preparation can go on and nothing else is ever overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hg_scale.data.errors import DataError
+from hg_scale.data.index import INDEX_FILE, SPLITS, Index, read_index
+from hg_scale.data.shard_writer import PARTIAL, write_durably
+from hg_scale.data.tokenizer import MODEL_FILE, SentencePieceTokenizer, Tokenizer
+
+WORK = "preparing"
+_JOB = "job.json"
+_OURS = re.compile(
+    rf"(({'|'.join(SPLITS)})-\d{{5,}}\.tar|{MODEL_FILE}|{INDEX_FILE})(\.\w+{re.escape(PARTIAL)})?"
+)
+
+
+def check_output(folder: Path, inputs: tuple[Path, ...]) -> None:
+    """Raise DataError where the folder holds something that no preparation wrote."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"--output {folder}: a file is there; name a folder")
+    for source in inputs:
+        if not (source.is_file() or source.is_dir()):
+            raise DataError(f"--input {source}: no such file or folder")
+        if folder.resolve().is_relative_to(source.resolve()):
+            raise DataError(f"--output {folder}: lies inside --input; choose another folder")
+    if not folder.exists() or (folder / INDEX_FILE).exists():
+        return
+    names = sorted(path.name for path in folder.iterdir() if path.name != WORK)
+    foreign = [name for name in names if not _OURS.fullmatch(name)]
+    if foreign or (names and not (folder / WORK).is_dir()):
+        raise DataError(
+            f"--output {folder}: not empty ({(foreign or names)[0]!r} is there) and no "
+            "interrupted preparation; choose an empty or new folder"
+        )
+
+
+def already_prepared(folder: Path, job: dict[str, Any]) -> Index:
+    """The finished index in the folder, if it is the one that this job would write.
+
+    Raises DataError where it is another one or a shard is missing.
+    """
+    index = read_index(folder)
+    theirs = job_of(index.source, index.tokenizer.model_dump())
+    if different := _differences(theirs, job):
+        raise DataError(
+            f"--output {folder}: holds data prepared from {index.source.get('name')!r} with "
+            f"another {different}; choose another folder or remove that one"
+        )
+    for split in index.splits.values():
+        for shard in split.shards:
+            path = folder / shard.file
+            if not path.exists() or path.stat().st_size != shard.file_bytes:
+                raise DataError(
+                    f"{path}: missing or not {shard.file_bytes} bytes long, as the index says; "
+                    "remove the folder and prepare the data again"
+                )
+    return index
+
+
+def begin(folder: Path, job: dict[str, Any], *, goes_on: bool) -> None:
+    """Write down what is being prepared; the lock of the folder is held.
+
+    What an interrupted run left stays where this preparation `goes_on` from it; else it goes, as
+    long as it is cheap to make again. Raises DataError where it is of another job.
+    """
+    path = folder / WORK / _JOB
+    if path.exists():
+        old = json.loads(path.read_text())
+        different = _differences(old, job)
+        if different and (goes_on or old.get("goes_on")):
+            raise DataError(
+                f"--output {folder}: an interrupted preparation there has another {different}; "
+                "give the same input and options to finish it, or remove the folder to start over"
+            )
+    for name in folder.iterdir():
+        if name.is_file() and (not goes_on or name.name.endswith(PARTIAL)):
+            name.unlink(missing_ok=True)
+    write_durably(path, json.dumps({**job, "goes_on": goes_on}) + "\n")
+
+
+def finish(folder: Path, index: Index, tokenizer: Tokenizer) -> Index:
+    """Write the index, last of all."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        write_durably(folder / MODEL_FILE, tokenizer.model)
+    write_durably(folder / INDEX_FILE, index.text())
+    return read_index(folder)
+
+
+def clear_work(folder: Path) -> None:
+    """Remove what only the preparation needed."""
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+
+
+def job_of(source: dict[str, Any], tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """What has to be equal for two preparations to be the same, as JSON has it."""
+    return json.loads(json.dumps({**source, "tokenizer": tokenizer}))
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    keys = [key for key in {**new, **old} if key != "goes_on" and old.get(key) != new.get(key)]
+    return ", ".join(keys)

@@ -1,0 +1,129 @@
+"""Text to prepare: documents of files in many formats, or one text cut by position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from hg_scale.data.corpus import (
+    KEY_BITS,
+    File,
+    Keys,
+    Segment,
+    Task,
+    list_files,
+    listing_digest,
+    make_tasks,
+)
+from hg_scale.data.documents import (
+    PIECE,
+    TextFormat,
+    kind_of,
+    read_pieces,
+)
+from hg_scale.data.errors import DataError
+from hg_scale.data.sources import is_packed, text_length
+from hg_scale.data.tokenizer import Tokenizer
+
+
+@dataclass
+class TextCorpus:
+    """Files whose documents are shuffled and split by their content, or by their folder.
+
+    With `sizes` a single plain file is one text without documents instead, cut by position.
+    """
+
+    inputs: tuple[Path, ...]
+    tokenizer: Tokenizer
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    format: TextFormat = TextFormat()
+    fractions: tuple[float, ...] | None = None  # None: by folder, or by `sizes`
+    sizes: tuple[int, ...] | None = None  # bytes of each split
+    seed: int = 0
+
+    files: list[File] = field(default_factory=list, init=False)
+    document_tokens: int | None = field(default=None, init=False)
+
+    def survey(self) -> dict[str, Any]:
+        """The files. Raises DataError where the input does not suit the options."""
+        files = list_files(self.inputs, self.include, self.exclude)
+        if self.sizes is not None:
+            self._check_single(files)
+        elif (
+            len(files) == 1 and kind_of(Path(files[0].path)) == "text" and not self.format.separator
+        ):
+            raise DataError(
+                f"--input {files[0].path}: a plain text file is one document, so it would go whole "
+                "into one split; say where documents end with --document-separator, or cut it by "
+                "position with --split in bytes, such as 90000000,5000000,5000000"
+            )
+        return {"files": files}
+
+    def adopt(self, survey: dict[str, Any]) -> None:
+        self.files = [File(*file) for file in survey["files"]]
+        self._keys = Keys(self.fractions, self.seed)
+
+    def source(self) -> dict[str, Any]:
+        """What decides the shards, for the index."""
+        source: dict[str, Any] = {
+            "name": ", ".join(path.resolve().name for path in self.inputs),
+            "kind": "text" if self.sizes else "documents",
+            "files": len(self.files),
+            "bytes": sum(file.size for file in self.files),
+            "names and sizes": listing_digest(self.files),
+            "split": self.sizes or self.fractions or "folders",
+        }
+        if self.sizes is None:
+            kinds = {kind_of(Path(file.path)) for file in self.files}
+            source["seed"] = self.seed
+            if kinds - {"text"}:
+                source["field"] = self.format.field
+            if "text" in kinds and self.format.separator is not None:
+                source["separator"] = self.format.separator.decode(errors="backslashreplace")
+        return source
+
+    def tasks(self) -> list[Task]:
+        if self.sizes is not None:
+            return make_tasks(self.files, lambda file: not is_packed(Path(file.path)), PIECE)
+        return make_tasks(self.files, lambda file: self.format.can_split(Path(file.path)))
+
+    def documents(
+        self, segment: Segment, scratch: Path, advance: Callable[[int], None]
+    ) -> Iterator[tuple[int, bytes]]:
+        """(key, text) of the documents of a segment, without empty ones."""
+        file = self.files[segment.file]
+        if self.sizes is not None:
+            yield from self._pieces(file, segment, advance)
+            return
+        span = (segment.begin, segment.end)
+        for place, text in self.format.documents(Path(file.path), *span, scratch, advance):
+            if text:
+                yield self._keys(file, place, text), text
+
+    def _pieces(
+        self, file: File, segment: Segment, advance: Callable[[int], None]
+    ) -> Iterator[tuple[int, bytes]]:
+        assert self.sizes is not None
+        cuts = list(accumulate(self.sizes))
+        for place, text in read_pieces(Path(file.path), segment.begin, segment.end, cuts, advance):
+            split = sum(place >= cut for cut in cuts)
+            yield split << KEY_BITS | (place << KEY_BITS) // cuts[-1], text
+
+    def _check_single(self, files: list[File]) -> None:
+        assert self.sizes is not None
+        path = Path(files[0].path)
+        if len(files) > 1 or kind_of(path) != "text" or self.format.separator is not None:
+            raise DataError(
+                "--split in bytes cuts a single plain text by position; for documents give "
+                "fractions such as 0.9,0.05,0.05"
+            )
+        length = text_length(path)
+        if length != sum(self.sizes):
+            raise DataError(
+                f"--input {path}: has {length} bytes of text, --split adds up to {sum(self.sizes)}:"
+                " correct it"
+            )

@@ -1,0 +1,172 @@
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from hg_scale.data import documents as module
+from hg_scale.data import sources
+from hg_scale.data.documents import TextFormat, kind_of, read_pieces
+from hg_scale.data.errors import DataError
+
+PACKERS = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pyarrow.compress(data, codec="zstd", asbytes=True),
+}
+
+
+def read(path: Path, form: TextFormat = TextFormat(), begin: int = 0, end: int | None = None):  # noqa: B008
+    end = path.stat().st_size if end is None else end
+    return list(form.documents(path, begin, end, path.parent, lambda count: None))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("a.jsonl", "lines"), ("a.json.gz", "lines"), ("a.ndjson.zst", "lines"), ("a.txt", "text"),
+     ("a.parquet", "parquet"), ("a.parquet.xz", "parquet"), ("a", "text"), ("jsonl", "text")],
+)  # fmt: skip
+def test_kinds(name, kind):
+    assert kind_of(Path(name)) == kind
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_every_format_gives_the_same_documents(tmp_path, suffix):
+    texts = ["one", "two\nlines\t", "", "vier é 漢 ▁", "5" * 3000]
+    lines = "".join(json.dumps({"n": 1, "body": text}) + "\n" for text in texts)
+    parquet.write_table(
+        pyarrow.table({"n": range(5), "body": texts}), tmp_path / "plain.parquet", row_group_size=2
+    )
+    contents = {
+        "a.jsonl": lines.encode(),
+        "a.txt": "<end>".join(texts).encode(),
+        "a.parquet": (tmp_path / "plain.parquet").read_bytes(),
+    }
+    for name, content in contents.items():
+        path = tmp_path / f"{name}{suffix}"
+        path.write_bytes(PACKERS[suffix](content))
+        found = read(path, TextFormat("body", b"<end>"))
+        assert [text.decode() for _, text in found] == texts, name
+        assert len({place for place, _ in found}) == 5
+    assert [text for _, text in read(tmp_path / f"a.txt{suffix}")] == [contents["a.txt"]]
+
+
+@settings(deadline=None)
+@given(
+    parts=st.lists(st.binary(max_size=9).map(lambda b: b.replace(b"\n", b"x")), max_size=30),
+    step=st.integers(1, 40),
+    block=st.integers(1, 20),
+)
+@pytest.mark.parametrize("separator", [b"\n", b"ab", b"<end>"])
+def test_parts_of_a_file_have_each_document_once(tmp_path_factory, separator, parts, step, block):
+    """However the file is cut and read, the documents and their positions are the same."""
+    path = tmp_path_factory.mktemp("text") / "text"
+    content = separator.join(part.replace(separator, b"") for part in parts)
+    path.write_bytes(content)
+    form = TextFormat(separator=separator)
+    assert form.can_split(path)
+    cut = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_BLOCK", block)
+        for begin in range(0, len(content), step):
+            cut += read(path, form, begin, min(begin + step, len(content)))
+    place, expected = 0, []
+    for part in content.split(separator):
+        expected.append((place, part))
+        place += len(part) + len(separator)
+    while expected and not expected[-1][1]:
+        expected.pop()
+    assert [entry for entry in cut if entry[1]] == [entry for entry in expected if entry[1]]
+
+
+def test_what_cannot_be_split(tmp_path):
+    assert not TextFormat().can_split(Path("a.txt"))
+    assert not TextFormat(separator=b"\n\n").can_split(Path("a.txt"))
+    assert not TextFormat(separator=b"abcab").can_split(Path("a.txt"))
+    assert not TextFormat(separator=b"\n").can_split(Path("a.txt.gz"))
+    assert TextFormat().can_split(Path("a.jsonl")) and TextFormat().can_split(Path("a.parquet"))
+
+
+@pytest.mark.parametrize("step", [100, 1500, 10_000])
+def test_row_groups_are_read_once(tmp_path, step):
+    path = tmp_path / "a.parquet"
+    texts = [f"document {number} " * 9 for number in range(100)]
+    parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=13)
+    size, found = path.stat().st_size, []
+    for begin in range(0, size, step):
+        found += read(path, begin=begin, end=min(begin + step, size))
+    assert [(place, text.decode()) for place, text in found] == list(enumerate(texts))
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "binary", "dictionary"])
+def test_columns_of_text(tmp_path, kind):
+    values = pyarrow.array(["a", None, "c"])
+    if kind == "dictionary":
+        values = values.dictionary_encode()
+    elif kind != "string":
+        values = values.cast(kind)
+    parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == [(0, b"a"), (2, b"c")]
+
+
+def test_lines_that_are_no_documents(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n\n  \r\n{"text": null}\n{"text": "\\ud800b"}')
+    assert [text for _, text in read(path)] == [b"a", b"\xed\xa0\x80b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"text": ', r"a\.jsonl: the line at byte 14 is not JSON"),
+        ('{"body": "a", "n": 1}', r"has no field 'text' \(it has: body, n\).*--field"),
+        ("[1]", r"has no field 'text' \(it has: list\)"),
+        ('{"text": 5}', "field 'text' of the line at byte 0 is a int, not text"),
+    ],
+)
+def test_broken_lines(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read(tmp_path / "a.jsonl")
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"n": [1, 2], "url": ["a", "b"]}), path)
+    with pytest.raises(DataError, match=r"has no column 'text' \(it has: n, url\).*--field"):
+        read(path)
+    with pytest.raises(DataError, match="column 'n' holds int64, not text"):
+        read(path, TextFormat("n"))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match="cannot be read as parquet") as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_document_has_to_fit_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LARGEST", 1 << 20)
+    (tmp_path / "a").write_bytes(b"x" * (3 << 20))
+    for form in (TextFormat(), TextFormat(separator=b"#")):
+        with pytest.raises(DataError, match="byte 0 is longer than 1 MiB.*--document-separator"):
+            read(tmp_path / "a", form)
+
+
+@pytest.mark.parametrize("step", [1 << 16, 3 << 16, 1 << 20])
+def test_pieces_of_a_text(tmp_path, step):
+    content = bytes(range(256)) * 3000
+    (tmp_path / "a").write_bytes(content)
+    cuts, found = [70_000, 70_001, 700_000], []
+    for begin in range(0, len(content), step):
+        found += read_pieces(
+            tmp_path / "a", begin, min(begin + step, len(content)), cuts, lambda count: None
+        )
+    assert b"".join(text for _, text in found) == content
+    starts = [place for place, _ in found]
+    assert starts == sorted({*range(0, len(content), 1 << 16), *cuts})

@@ -1,0 +1,281 @@
+"""Shuffled shards in one process; many processes are tested in test_prepare_text.py."""
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+
+from hg_scale.data import shuffle as module
+from hg_scale.data import spill
+from hg_scale.data.documents import TextFormat
+from hg_scale.data.errors import DataError
+from hg_scale.data.evaluation import split_text
+from hg_scale.data.index import read_index
+from hg_scale.data.progress import Progress
+from hg_scale.data.shards import SplitReader
+from hg_scale.data.shuffle import Job, prepare
+from hg_scale.data.text_corpus import TextCorpus
+from hg_scale.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
+from tests.data.conftest import prose
+from tests.data.test_prepare import contents
+from tests.shared import shared
+
+FRACTIONS = (0.8, 0.1, 0.1)
+
+
+def make_corpus(folder, documents=300):
+    """JSON lines and plain files. The documents, those with text."""
+    folder.mkdir()
+    texts = [prose(number % 97, seed=number) for number in range(documents)]
+    third = documents // 3
+    for name, part in [("a.jsonl", texts[:third]), ("b.jsonl", texts[third : 2 * third])]:
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
+        (folder / name).write_text(lines)
+    for number, text in enumerate(texts[2 * third :]):
+        (folder / f"{number:03d}.txt").write_text(text)
+    return [text.encode() for text in texts if text]
+
+
+def run(source, output, tokenizer, **options):
+    """Prepare a folder with small shards."""
+    job = {"chunk_tokens": 512, "shard_tokens": 3000}
+    job |= {key: options.pop(key) for key in ("chunk_tokens", "shard_tokens") if key in options}
+    corpus = TextCorpus((source,), tokenizer, **{"fractions": FRACTIONS} | options)
+    return prepare(Job(corpus, (source,), output, **job), Progress())
+
+
+def documents_of(index, name, tokenizer):
+    """The documents of a split, in order."""
+    tokens = SplitReader(index, name).read(0, index.splits[name].tokens)
+    ends = np.flatnonzero(tokens == tokenizer.eod) + 1
+    assert ends[-1] == len(tokens)
+    return [tokenizer.decode(part) for part in np.split(tokens, ends)[:-1]]
+
+
+@pytest.fixture(params=["bytes", "sentencepiece"])
+def tokenizer(request, model_file):
+    if request.param == "bytes":
+        return ByteTokenizer(documents=True)
+    return SentencePieceTokenizer.read(model_file, documents=True)
+
+
+def test_every_document_once_and_shuffled(tmp_path, tokenizer):
+    texts = make_corpus(tmp_path / "in")
+    index, written = run(tmp_path / "in", tmp_path / "out", tokenizer)
+    assert written and index == read_index(tmp_path / "out")
+    found = []
+    for name, split in index.splits.items():
+        documents = documents_of(index, name, tokenizer)
+        assert split.documents == len(documents)
+        assert split.text_bytes == sum(map(len, documents))
+        begin = 0
+        for shard in split.shards:
+            ends = shard.document_ends()
+            assert ends[-1] == shard.tokens  # whole documents
+            assert shard.text_bytes == sum(map(len, documents[begin : begin + len(ends)]))
+            begin += len(ends)
+        assert len(split.shards) > 1
+        found += documents
+    assert sorted(found) == sorted(texts)
+    train = documents_of(index, "train", tokenizer)
+    places = np.array([texts.index(text) for text in train])
+    assert abs(np.abs(places - np.arange(len(places))).mean() / len(texts) - 1 / 3) < 0.06
+    assert 0.7 < len(train) / len(texts) < 0.9
+    sizes = [shard.text_bytes for shard in index.splits["train"].shards]
+    assert max(sizes) < 2 * min(sizes)
+    assert index.open_tokenizer().identity == tokenizer.identity
+    assert not (tmp_path / "out" / "preparing").exists()
+
+
+def test_another_seed_another_order_but_the_same_documents(tmp_path):
+    texts = make_corpus(tmp_path / "in", 60)
+    tokenizer = ByteTokenizer(documents=True)
+    orders = []
+    for seed in (0, 1):
+        index, _ = run(tmp_path / "in", tmp_path / f"{seed}", tokenizer, seed=seed,
+                       fractions=(1.0, 0.0, 0.0))  # fmt: skip
+        orders.append(documents_of(index, "train", tokenizer))
+        assert not index.splits["test"].shards
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == sorted(texts)
+
+
+def test_memory_decides_nothing(tmp_path, monkeypatch):
+    make_corpus(tmp_path / "in")
+    tokenizer = ByteTokenizer(documents=True)
+    run(tmp_path / "in", tmp_path / "one", tokenizer)
+    monkeypatch.setattr(spill, "RUN_BYTES", 5000)
+    run(tmp_path / "in", tmp_path / "two", tokenizer)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_equal_documents_land_in_the_same_split(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        lines = [json.dumps({"text": f"document {number}"}) + "\n" for number in range(200)]
+        (tmp_path / "in" / name).write_text("".join(lines))
+    tokenizer = ByteTokenizer(documents=True)
+    index, _ = run(tmp_path / "in", tmp_path / "out", tokenizer, fractions=(0.4, 0.3, 0.3))
+    splits = [documents_of(index, name, tokenizer) for name in index.splits]
+    assert sum(map(len, splits)) == 400
+    assert sum(len(set(documents)) for documents in splits) == 200
+
+
+def test_splits_by_folder(tmp_path):
+    for name in ("train/a.txt", "train/b.txt", "val/a.txt"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(name)
+    tokenizer = ByteTokenizer(documents=True)
+    index, _ = run(tmp_path / "in", tmp_path / "out", tokenizer, fractions=None)
+    assert documents_of(index, "validation", tokenizer) == [b"val/a.txt"]
+    assert sorted(documents_of(index, "train", tokenizer)) == [b"train/a.txt", b"train/b.txt"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_one_text_is_cut_by_position(tmp_path, model_file, suffix):
+    import gzip
+
+    text = prose(90_000).encode()[:400_001] + b"\xff\xe2\x96\x81"
+    path = tmp_path / f"text{suffix}"
+    path.write_bytes(gzip.compress(text) if suffix else text)
+    sizes = (300_005, 70_000, 30_000)
+    for tokenizer in (
+        ByteTokenizer(documents=False),
+        SentencePieceTokenizer.read(model_file, documents=False),
+    ):
+        output = tmp_path / tokenizer.identity.name
+        index, _ = run(path, output, tokenizer, fractions=None, sizes=sizes, shard_tokens=20_000)
+        assert index.eod is None and index.splits["train"].documents is None
+        assert [split.text_bytes for split in index.splits.values()] == list(sizes)
+        assert b"".join(split_text(index, name) for name in index.splits) == text
+        assert len(index.splits["train"].shards) > 3
+    with pytest.raises(DataError, match="has 400005 bytes of text, --split adds up to 400006"):
+        run(path, tmp_path / "no", tokenizer, fractions=None, sizes=(400_000, 6, 0))
+
+
+def test_a_model_that_keeps_less_still_counts_the_source(tmp_path):
+    model = SentencePieceTokenizer.read(shared("data/spm/google_test_model.model"), documents=True)
+    texts = make_corpus(tmp_path / "in", 60)
+    index, _ = run(tmp_path / "in", tmp_path / "out", model)
+    assert sum(s.text_bytes for s in index.splits.values()) == sum(map(len, texts))
+    assert sum(len(split_text(index, name)) for name in index.splits) != sum(map(len, texts))
+    assert not index.open_tokenizer().round_trips
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A source, and what is prepared from it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    make_corpus(folder / "in", 90)
+    run(folder / "in", folder / "whole", ByteTokenizer(documents=True))
+    return folder / "in", contents(folder / "whole")
+
+
+@pytest.mark.parametrize("moment", [*range(0, 30, 3), 40, 60])
+def test_ended_anywhere_and_started_again(tmp_path, monkeypatch, undisturbed, moment):
+    """At every file that is given its name: the same bytes, and nothing done twice."""
+    source, expected = undisturbed
+    tokenizer = ByteTokenizer(documents=True)
+    from hg_scale.data import shard_writer
+
+    original, named = shard_writer.commit, []
+
+    def failing(partial, path):
+        if len(named) == moment:
+            raise Killed
+        original(partial, path)
+        named.append(path.name)
+
+    with monkeypatch.context() as patch:
+        for where in (shard_writer, spill):
+            patch.setattr(where, "commit", failing)
+        with contextlib.suppress(Killed):
+            run(source, tmp_path / "out", tokenizer)
+    for path in (tmp_path / "out").glob("*.tar"):
+        assert path.read_bytes() == expected[path.name]
+    done = {name for name in named if name.endswith((".npy", ".tar.json"))}
+    moment = 10**9
+    with monkeypatch.context() as patch:
+        named.clear()
+        for where in (shard_writer, spill):
+            patch.setattr(where, "commit", failing)
+        run(source, tmp_path / "out", tokenizer)
+    assert not done & set(named)
+    assert contents(tmp_path / "out") == expected
+
+
+def test_run_again_and_other_options(tmp_path):
+    make_corpus(tmp_path / "in", 30)
+    tokenizer, out = ByteTokenizer(documents=True), tmp_path / "out"
+    index, _ = run(tmp_path / "in", out, tokenizer)
+    assert run(tmp_path / "in", out, tokenizer) == (index, False)
+    with pytest.raises(DataError, match="from 'in' with another seed, shard_tokens; choose"):
+        run(tmp_path / "in", out, tokenizer, seed=5, shard_tokens=1000)
+    (tmp_path / "in" / "000.txt").write_text("longer " * 99)
+    with pytest.raises(DataError, match="with another bytes, names and sizes"):
+        run(tmp_path / "in", out, tokenizer)
+
+
+def test_a_source_that_changed_is_not_gone_on_with(tmp_path, monkeypatch):
+    make_corpus(tmp_path / "in", 30)
+    tokenizer, out = ByteTokenizer(documents=True), tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="stop here"):
+        patch.setattr(module, "_plan", lambda *_: (_ for _ in ()).throw(DataError("stop here")))
+        run(tmp_path / "in", out, tokenizer)
+    text = (tmp_path / "in" / "001.txt").read_text()
+    (tmp_path / "in" / "001.txt").write_text(text[::-1])
+    with pytest.raises(DataError, match="another times of the files; give the same input"):
+        run(tmp_path / "in", out, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "train-00000.tar"])
+def test_foreign_files_are_never_touched(tmp_path, name):
+    make_corpus(tmp_path / "in", 30)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"mine")
+    with pytest.raises(DataError, match=f"not empty \\('{name}' is there\\)"):
+        run(tmp_path / "in", tmp_path / "out", ByteTokenizer(documents=True))
+    assert contents(tmp_path / "out") == {name: b"mine"}
+
+
+def test_refusals(tmp_path):
+    tokenizer = ByteTokenizer(documents=True)
+    (tmp_path / "text").write_text("one")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    cases = [
+        (tmp_path / "text", {}, "a plain text file is one document.*--document-separator"),
+        (tmp_path / "empty.jsonl", {}, "there is nothing in it"),
+        (tmp_path / "empty.jsonl", {"fractions": None, "sizes": (1, 1, 1)}, "cuts a single plain"),
+        (tmp_path / "absent", {}, "absent: no such file or folder"),
+    ]
+    for source, options, message in cases:
+        with pytest.raises(DataError, match=message):
+            run(source, tmp_path / f"out-{source.name}", tokenizer, **options)
+
+
+def test_separated_documents(tmp_path):
+    (tmp_path / "text").write_text("one<end>two<end><end>three\n<end>")
+    tokenizer = ByteTokenizer(documents=True)
+    index, _ = run(tmp_path / "text", tmp_path / "out", tokenizer, fractions=(1.0, 0.0, 0.0),
+                   format=TextFormat(separator=b"<end>"))  # fmt: skip
+    assert sorted(documents_of(index, "train", tokenizer)) == [b"one", b"three\n", b"two"]
+    assert index.source["separator"] == "<end>"
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 50])
+def test_cuts_are_even_and_none_is_empty(parts):
+    random = np.random.default_rng(parts)
+    size = random.integers(0, 100, 4096) * (random.random(4096) < 0.2)
+    spans = module._cut(size, parts)
+    assert [low for low, _ in spans[1:]] == [high for _, high in spans[:-1]]
+    assert (spans[0][0], spans[-1][1]) == (0, 4096) and len(spans) == parts
+    sizes = [size[low:high].sum() for low, high in spans]
+    assert max(sizes) - min(sizes) <= 200
+    few = np.zeros(4096, np.int64)
+    few[[5, 4000]] = [3, 1]
+    spans = module._cut(few, parts)
+    assert all(few[low:high].sum() for low, high in spans) and len(spans) <= 2
