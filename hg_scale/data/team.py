@@ -306,10 +306,16 @@ class Team:
         })  # fmt: skip
 
     def _write(self, name: str, record: Record) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         partial = self._folder / f"{name}.{self._nonce}"
-        partial.write_text(json.dumps(record))
-        partial.replace(self._folder / name)
+        for last in (False, False, True):
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                partial.write_text(json.dumps(record))
+                partial.replace(self._folder / name)
+                return
+            except FileNotFoundError:  # rank 0 has just cleared the folder of an earlier run
+                if last:
+                    raise
 
     def _read(self, name: str) -> Record | None:
         with suppress(FileNotFoundError, ValueError):
