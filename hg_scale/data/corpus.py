@@ -57,7 +57,10 @@ class Corpus(Protocol):
     """A source of documents: text (`documents.py`) or images (`images.py`)."""
 
     tokenizer: Tokenizer
-    document_tokens: int | None  # where every document has the same number
+
+    @property
+    def document_tokens(self) -> int | None: ...  # where every document has the same number
+
     files: list[File]
 
     def survey(self) -> dict[str, Any]:

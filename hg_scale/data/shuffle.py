@@ -53,6 +53,12 @@ class Job:
     place: Place = Place()
     patience: float = 120.0
 
+    @property
+    def member_tokens(self) -> int:
+        """Tokens of a tar member: `chunk_tokens`, or whole documents where all are as long."""
+        document = self.corpus.document_tokens or 1
+        return max(1, self.chunk_tokens // document) * document
+
     def description(self) -> dict[str, Any]:
         """What decides the shards."""
         return self.corpus.source() | {
@@ -177,7 +183,7 @@ def _plan(job: Job, spill: Spill) -> dict[str, Any]:
         tokens = round(int(size[here].sum()) * per_byte) + ends
         if not tokens:
             continue
-        wanted = job.shard_tokens or default_shard_tokens(tokens, job.chunk_tokens)
+        wanted = job.shard_tokens or default_shard_tokens(tokens, job.member_tokens)
         for low, high in _cut(size[here], -(-tokens // wanted)):
             base, count = code * each, len([r for r in ranges if r.split == name])
             ranges.append(Range(name, count, (base + low) << shift, (base + high) << shift))
@@ -219,7 +225,7 @@ def _gather(
 def _write_shard(job: Job, part: Range, spill: Spill, team: Team) -> Shard:
     tokenizer = job.corpus.tokenizer
     end = None if tokenizer.eod is None else np.array([tokenizer.eod])
-    writer = ShardWriter(job.output / part.name, tokenizer, chunk_tokens=job.chunk_tokens)
+    writer = ShardWriter(job.output / part.name, tokenizer, chunk_tokens=job.member_tokens)
     text = 0
     try:
         for content in spill.documents(part.low, part.high):
@@ -259,7 +265,7 @@ def _finish(job: Job, work: Path, ranges: list[Range]) -> Index:
     index = Index(
         tool_version=f"hg_scale {__version__}",
         tokenizer=corpus.tokenizer.identity,
-        chunk_tokens=job.chunk_tokens,
+        chunk_tokens=job.member_tokens,
         document_tokens=corpus.document_tokens,
         source=job.description(),
         splits={

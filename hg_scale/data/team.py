@@ -306,16 +306,13 @@ class Team:
         })  # fmt: skip
 
     def _write(self, name: str, record: Record) -> None:
-        partial = self._folder / f"{name}.{self._nonce}"
-        for last in (False, False, True):
-            try:
+        for _ in range(3):  # rank 0 may be moving an earlier run's folder away
+            with suppress(FileNotFoundError):
                 self._folder.mkdir(parents=True, exist_ok=True)
+                partial = self._folder / f"{name}.{self._nonce}"
                 partial.write_text(json.dumps(record))
                 partial.replace(self._folder / name)
                 return
-            except FileNotFoundError:  # rank 0 has just cleared the folder of an earlier run
-                if last:
-                    raise
 
     def _read(self, name: str) -> Record | None:
         with suppress(FileNotFoundError, ValueError):

@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""Turn images into shards of sub-pixels for hg_scale, with one process or many.
+
+    python data_prep/prepare_images.py --input imagenet32/ --split folders \\
+        --output corpora/imagenet32
+    mpirun -n 8 python data_prep/prepare_images.py --input train.npz --output corpora/digits
+
+Inputs are .png and .jpg files, folders of them, and arrays: .npy and .npz with uint8 (N, H, W, 3)
+or (N, H, W). All images need one size. Each becomes a document of H x W x 3 values 0..255 (H x W
+for gray ones), row by row, red, green and blue side by side, without an end: the index says how
+long each is. Images are shuffled. With `--split folders` the files below train/, validation/ (or
+val/) and test/ go there; else the split of an image follows from its content.
+
+As with prepare_text.py, any number of processes makes the same shards, also after a restart.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
+
+from hg_scale.data import command_line
+from hg_scale.data.errors import DataError
+from hg_scale.data.images import ImageCorpus
+from hg_scale.data.place import find_place
+from hg_scale.data.progress import Progress
+from hg_scale.data.shuffle import CHUNK_TOKENS, Job, prepare
+
+
+def main() -> int:
+    """Prepare the data; 2 where the input, the output or an option cannot be used."""
+    parser = command_line.parser_of(__doc__)
+    add = parser.add_argument
+    add("--input", type=Path, required=True, nargs="+", metavar="PATH", help="files and folders")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to write, new or empty")
+    add(
+        "--split",
+        type=command_line.parse_split_or_folders,
+        default=ImageCorpus.fractions,
+        metavar="TRAIN,VALIDATION,TEST",
+        help="fractions that add up to 1, or `folders` (default: 0.9,0.05,0.05)",
+    )
+    add("--array", metavar="NAME", help="of the images in .npz files that hold several arrays")
+    command_line.add_file_options(parser)
+    command_line.add_shard_options(parser, chunk=None)
+    add("--seed", type=int, default=0, help="of the shuffle and the split (default: 0)")
+    command_line.add_team_options(parser)
+    options, place = parser.parse_args(), find_place()
+
+    def work(progress: Progress) -> None:
+        start = time.perf_counter()
+        split = options.split
+        if split is not None and all(isinstance(part, int) for part in split):
+            raise DataError("--split in bytes is for text; give fractions such as 0.9,0.05,0.05")
+        inputs = tuple(options.input)
+        corpus = ImageCorpus(
+            inputs,
+            **command_line.patterns(options.include, options.exclude),
+            fractions=split,
+            seed=options.seed,
+            array=options.array,
+        )
+        job = Job(
+            corpus,
+            inputs,
+            options.output,
+            chunk_tokens=options.chunk_tokens or CHUNK_TOKENS,
+            shard_tokens=options.shard_tokens,
+            place=place,
+            patience=options.patience,
+        )
+        index, written = prepare(job, progress)
+        if index is not None:
+            command_line.report(job.output, index, written, time.perf_counter() - start)
+            print(f"  sequence_length {index.document_tokens} is one image")
+
+    return command_line.run("prepare_images", work, place)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""Images to prepare: files of pictures or arrays, as sequences of sub-pixels.
+
+An image is a document of H x W x C bytes, row by row, the channels of a pixel side by side
+(red, green, blue; or one for gray). Nothing is scaled, cut or converted: what goes in comes out.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from hg_scale.data.corpus import File, Keys, Segment, Task, list_files, listing_digest, make_tasks
+from hg_scale.data.errors import DataError
+from hg_scale.data.tokenizer import ByteTokenizer
+
+PICTURES = (".png", ".jpg", ".jpeg")
+ARRAYS = (".npy", ".npz")
+_KNOWN = tuple(f"*{end}" for name in PICTURES + ARRAYS for end in (name, name.upper()))
+
+Shape = tuple[int, int, int]  # height, width, channels
+Advance = Callable[[int], None]
+
+
+@dataclass
+class ImageCorpus:
+    """Images of one size, shuffled; split by their content, or by their folder."""
+
+    inputs: tuple[Path, ...]
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    fractions: tuple[float, ...] | None = (0.9, 0.05, 0.05)  # None: by folder
+    seed: int = 0
+    array: str | None = None  # name of the images in .npz files with several
+
+    tokenizer: ByteTokenizer = field(default_factory=lambda: ByteTokenizer(documents=False))
+    files: list[File] = field(default_factory=list, init=False)
+    shape: Shape = field(default=(0, 0, 0), init=False)
+
+    @property
+    def document_tokens(self) -> int:
+        """Sub-pixels of an image."""
+        return math.prod(self.shape)
+
+    def survey(self) -> dict[str, Any]:
+        """The files, and the shape of the first image, which all must have."""
+        include = _KNOWN if self.include == ("*",) else self.include
+        files = list_files(self.inputs, include, self.exclude)
+        for file in files:
+            if Path(file.path).suffix.lower() not in PICTURES + ARRAYS:
+                raise DataError(
+                    f"{file.path}: not an image; expected .png, .jpg, .npy or .npz: leave it out "
+                    "with --exclude"
+                )
+        return {"files": files, "shape": self._first_shape(Path(files[0].path))}
+
+    def adopt(self, survey: dict[str, Any]) -> None:
+        self.files = [File(*file) for file in survey["files"]]
+        self.shape = tuple(survey["shape"])
+        self._keys = Keys(self.fractions, self.seed)
+
+    def source(self) -> dict[str, Any]:
+        """What decides the shards, for the index."""
+        return {
+            "name": ", ".join(path.resolve().name for path in self.inputs),
+            "kind": "images",
+            "shape": self.shape,
+            "files": len(self.files),
+            "bytes": sum(file.size for file in self.files),
+            "names and sizes": listing_digest(self.files),
+            "split": self.fractions or "folders",
+            "seed": self.seed,
+        } | ({"array": self.array} if self.array else {})
+
+    def tasks(self) -> list[Task]:
+        return make_tasks(self.files, lambda file: Path(file.path).suffix == ".npy")
+
+    def documents(
+        self, segment: Segment, scratch: Path, advance: Advance
+    ) -> Iterator[tuple[int, bytes]]:
+        """(key, sub-pixels) of the images of a segment."""
+        file = self.files[segment.file]
+        path = Path(file.path)
+        if path.suffix.lower() in PICTURES:
+            images = iter([(0, *read_picture(path))])
+        else:
+            images = read_array(path, self.array, segment.begin, segment.end, advance)
+        for place, content, shape in images:
+            if shape != self.shape:
+                raise DataError(
+                    f"{path}: {_say(shape)}, but {self.files[0].path} has {_say(self.shape)}; all "
+                    "images need one size: prepare them apart, or leave it out with --exclude"
+                )
+            yield self._keys(file, place, content), content
+
+    def _first_shape(self, path: Path) -> Shape:
+        if path.suffix.lower() in PICTURES:
+            return read_picture(path)[1]
+        with _open_array(path, self.array) as (_, shape):
+            return _image_shape(shape)
+
+
+def read_picture(path: Path) -> tuple[bytes, Shape]:
+    """The sub-pixels of a PNG or JPEG file, and its shape.
+
+    Raises DataError where it cannot be read, or not without loss into 8 bits of gray or RGB.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as opened:
+            image: Image.Image = opened
+            mode = image.mode
+            if opened.format == "PNG" and path.read_bytes()[24] > 8:
+                mode = "16 bits a channel"
+            elif mode == "1":
+                image, mode = image.convert("L"), "L"
+            elif mode == "P" and "transparency" not in image.info:
+                image, mode = image.convert("RGB"), "RGB"
+            if mode not in ("L", "RGB"):
+                raise DataError(
+                    f"{path}: is {mode}, which does not fit into 8 bits of gray or RGB without "
+                    "loss; convert it, or leave it out with --exclude"
+                )
+            width, height = image.size
+            return image.tobytes(), (height, width, 1 if mode == "L" else 3)
+    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{path}: cannot be read as an image ({reason}); fetch it again, or leave it out with "
+            "--exclude"
+        ) from None
+
+
+def read_array(
+    path: Path, name: str | None, begin: int, end: int, advance: Advance
+) -> Iterator[tuple[int, bytes, Shape]]:
+    """(number, sub-pixels, shape) of the images of an array that begin in the bytes [begin, end).
+
+    That is for .npy; a .npz file is read whole. Raises DataError where it cannot be read.
+    """
+    with _open_array(path, name) as (file, full):
+        shape = _image_shape(full)
+        size, count = math.prod(shape), full[0]
+        first, last = 0, count
+        if path.suffix == ".npy":
+            start = file.tell()
+            first = max(0, -(-(begin - start) // size))
+            last = min(count, max(0, -(-(end - start) // size)))
+            file.seek(start + first * size)
+        for number in range(first, last):
+            content = file.read(size)
+            if len(content) < size:
+                raise DataError(f"{path}: ends at image {number} of {count}; fetch it again")
+            advance(size)
+            yield number, content, shape
+
+
+@contextmanager
+def _open_array(path: Path, name: str | None) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
+    """An array of images, at its first byte, and its shape. Raises DataError."""
+    try:
+        if path.suffix == ".npy":
+            with path.open("rb") as file:
+                yield file, _check_header(path, *_header(file))
+            return
+        with zipfile.ZipFile(path) as archive:
+            names = [entry.removesuffix(".npy") for entry in archive.namelist()]
+            chosen = name if name in names else None
+            if name is None:
+                images = []
+                for entry in names:
+                    with archive.open(f"{entry}.npy") as file:
+                        shape, _, dtype = _header(file)
+                        if dtype == np.uint8 and len(shape) in (3, 4):
+                            images.append(entry)
+                chosen = images[0] if len(images) == 1 else None
+            if chosen is None:
+                raise DataError(
+                    f"{path}: holds {', '.join(names) or 'nothing'}; say with --array which one "
+                    "the images are"
+                )
+            with archive.open(f"{chosen}.npy") as file:
+                yield file, _check_header(path, *_header(file))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: cannot be read as an array ({reason}); fetch it again") from None
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """(shape, whether columns come first, dtype) of the .npy file."""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)
+
+
+def _check_header(
+    path: Path, shape: tuple[int, ...], columns_first: bool, dtype: np.dtype[Any]
+) -> tuple[int, ...]:
+    fits = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
+    if dtype != np.uint8 or columns_first or not fits or 0 in shape:
+        raise DataError(
+            f"{path}: holds {dtype} {shape}{' in Fortran order' if columns_first else ''}; expected"
+            " uint8 (N, H, W, 3) or (N, H, W): reshape it and save it again"
+        )
+    return shape
+
+
+def _image_shape(shape: tuple[int, ...]) -> Shape:
+    return shape[1], shape[2], shape[3] if len(shape) == 4 else 1
+
+
+def _say(shape: Shape) -> str:
+    height, width, channels = shape
+    return f"{height} x {width} pixels of {channels} channel{'s' * (channels > 1)}"

