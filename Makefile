@@ -8,7 +8,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # A text file or folder for the quickstart; default: the sources of Python's standard library.
 CORPUS ?=
-RUN ?= runs/quickstart
+NAME = quickstart$(if $(CORPUS),-$(basename $(notdir $(CORPUS))))
+RUN ?= runs/$(NAME)
 
 .PHONY: setup quickstart test lint docs clean
 
@@ -20,9 +21,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: setup
-	$(BIN)/python data_prep/prepare_bytes.py --output corpora/quickstart \
+	$(BIN)/python data_prep/prepare_bytes.py --output corpora/$(NAME) \
 	  $(if $(CORPUS),--input "$(CORPUS)",--input "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" --include '*.py' --exclude 'site-packages/*' --exclude '*test*' --exclude 'encodings/*' --exclude 'pydoc_data/*')
-	$(BIN)/deepspeed --log_level error --num_gpus 2 hg_scale/train.py --config configs/quickstart.json --run $(RUN)
+	$(BIN)/deepspeed --log_level error --num_gpus 2 hg_scale/train.py --config configs/quickstart.json --set data.path=corpora/$(NAME) --run $(RUN)
 	$(BIN)/hg-scale summary $(RUN) --compare --sample 400
 
 lint: setup

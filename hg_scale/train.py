@@ -1,6 +1,7 @@
 """Train a model: `deepspeed hg_scale/train.py --config configs/hg_1b.json`.
 
-Starts alike under deepspeed, torchrun, srun, mpirun and plain python. Run it again with the same
+Starts alike under deepspeed, torchrun, mpirun and plain python, and under srun where MASTER_ADDR
+and MASTER_PORT are set. Run it again with the same
 run folder and it goes on from the last checkpoint.
 """
 
@@ -27,14 +28,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="override a key, as in model.d_model=256; repeatable")  # fmt: skip
     add("--run", type=Path, metavar="DIR", dest="run_folder",
         help="run folder; resumed if it has checkpoints (default: runs/<config>)")  # fmt: skip
-    add("--stop-at", type=int, metavar="STEP",
+    add("--stop-at", type=positive, metavar="STEP",
         help="save and end cleanly after this step, the schedule unchanged")  # fmt: skip
-    add("--profile", type=int, metavar="STEP", help="write a profiler trace of this step")
+    add("--profile", type=positive, metavar="STEP", help="write a profiler trace of this step")
     add("--dry-run", action="store_true",
         help="check the configuration, print layers, costs and stages, and end")  # fmt: skip
-    add("--world-size", type=int, metavar="N",
+    add("--world-size", type=positive, metavar="N",
         help="with --dry-run: processes to plan for (default: the fewest)")  # fmt: skip
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher injects it
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:

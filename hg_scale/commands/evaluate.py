@@ -33,16 +33,16 @@ def run(options: argparse.Namespace) -> int:
     from hg_scale.data.index import read_index
     from hg_scale.errors import UserError
     from hg_scale.training.scoring import score_split
-    from hg_scale.training.summary import load_model
+    from hg_scale.training.summary import index_of_run, load_model
 
     folder = options.checkpoint
     checkpoint = find_latest(folder / "checkpoints") or folder
     manifest = read_manifest(checkpoint)
-    config = parse_config(manifest["config"])
-    path = options.data or config.data.path
+    config = parse_config({"model": manifest["config"]["model"]})
+    path = options.data or manifest["config"]["data"].get("path")
     if path is None:
-        raise UserError(f"{checkpoint}: names no data; give --data SHARDS")
-    index = read_index(path)
+        raise UserError(f"{checkpoint}: names no data of its own; give --data SHARDS")
+    index = read_index(path) if options.data else index_of_run(path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
     model = load_model(config, checkpoint).to(device, dtype)

@@ -103,17 +103,31 @@ def _model(config: Config) -> Iterator[Problem]:
                     model.d_model,
                     others,
                 )
+        # Attention pooling: queries of the lower level, positions of the upper one.
+        pooled = list(enumerate(rotary[:-1])) if "attention" in model.pooling else []
+        for scale, turns in pooled:
+            width, count = widths[scale + 1], heads[scale + 1]
+            if width % (2 * count if turns else 2):
+                kind = "rotary" if turns else "relative"
+                yield Problem(
+                    "model.pooling",
+                    f"attention from level {scale + 1} to {scale} has the {kind} positions of the "
+                    f"latter, which need an even {'head width' if turns else 'width'} at level "
+                    f"{scale + 1}; choose d_model and heads so, or pooling without attention",
+                    model.pooling,
+                    ("model.d_model", "model.heads", "model.positions"),
+                )
         if model.shared_position_bias:
+            relative = {scale for scale, turns in enumerate(rotary) if not turns}
+            relative |= {scale + 1 for scale, turns in pooled if not turns}
             shapes = {
-                (h, w // h)
-                for h, w, r in zip(heads, widths, rotary, strict=True)
-                if not r and w % h == 0
+                (heads[s], widths[s] // heads[s]) for s in relative if widths[s] % heads[s] == 0
             }
             if len(shapes) > 1:
                 yield Problem(
                     "model.shared_position_bias",
                     "one pair of biases needs equal heads and widths at all levels with relative "
-                    "positions; use false",
+                    "positions, and at those that attention pools from one; use false",
                     True,
                     ("model.heads", "model.d_model", "model.positions"),
                 )

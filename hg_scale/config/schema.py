@@ -99,7 +99,11 @@ class ModelConfig(Section):
         description="Dropout after the embedding, on attention probabilities, after attention, in "
         "and after the feed-forward.",
     )
-    shorten_factor_choices: list[Positive] | list[list[Positive]] | None = Field(
+    shorten_factor_choices: (
+        Annotated[list[Positive], Field(min_length=1)]
+        | Annotated[list[Annotated[list[Positive], Field(min_length=1)]], Field(min_length=1)]
+        | None
+    ) = Field(
         None,
         description="Shorten-factor dropout (paper, section 4.1): each training step draws every "
         "level's step factor from these; a list for all levels or one list a level. Evaluation "

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from hg_scale.data.blocks import Reader, Request
@@ -15,7 +14,7 @@ from hg_scale.data.errors import DataError
 from hg_scale.data.order import MAX_BLOCK, MAX_STREAMS, Block, Ints
 from hg_scale.data.prefetch import BlockKey, BlockLoader
 from hg_scale.data.schedule import Places, Schedule
-from hg_scale.data.shards import ShardFile
+from hg_scale.data.shards import Loaded, ShardFile
 from hg_scale.data.tokenizer import token_dtype
 
 NO_TOKEN = -1  # what the rows of a window that cannot be used hold
@@ -76,6 +75,9 @@ class TrainingStream:
         rows = global_batch_size // data_size
         self._mine = slice(data_rank * rows, (data_rank + 1) * rows)
         self._schedule, self._global_rows, self._left = schedule, global_batch_size, batches
+        # By source: the input before a window that is a document, or None where windows are cut.
+        length, sources = schedule.sequence_length, schedule.sources
+        self._starts = [s.start if s.aligned(length) else None for s in sources]
         self._planned = schedule.begin  # the first window not planned yet
         self._plans: deque[_Plan] = deque()
         self._users: Counter[BlockKey] = Counter()  # plans that need a block
@@ -113,24 +115,28 @@ class TrainingStream:
 
     def _gather(self, plan: _Plan) -> Batch:
         """The next batch of a plan, once its blocks are there."""
-        length, which = self._schedule.sequence_length, plan.which[plan.served]
-        ids, faults, waited = np.empty((len(which), length + 1), np.int64), {}, 0.0
-        for number in np.unique(which):
-            key, rows = plan.blocks[number], np.flatnonzero(which == number)
-            block, seconds = self._loader.get(key)
-            waited += seconds
-            source = self._schedule.sources[key.source]
-            aligned = source.aligned(length)
-            starts = plan.windows[plan.served, rows] * length
-            width = length if aligned else length + 1
-            ids[rows, -width:] = sliding_window_view(block.tokens, width)[starts]
-            if aligned:
-                ids[rows, 0] = source.start
+        length = self._schedule.sequence_length
+        which, starts = plan.which[plan.served], plan.windows[plan.served] * length
+        ids = np.empty((len(which), length + 1), np.int64)
+        blocks: dict[int, Loaded] = {}
+        faults: dict[int, str] = {}
+        waited = 0.0
+        for row, (number, start) in enumerate(zip(which.tolist(), starts.tolist(), strict=True)):
+            key = plan.blocks[number]
+            if number not in blocks:
+                blocks[number], seconds = self._loader.get(key)
+                waited += seconds
+            block, first = blocks[number], self._starts[key.source]
+            if first is None:
+                stop = start + length + 1
+                ids[row] = block.tokens[start:stop]
+            else:
+                stop = start + length
+                ids[row, 0], ids[row, 1:] = first, block.tokens[start:stop]
             for fault in block.faults:
-                for row in rows[(starts < fault.stop) & (starts + width > fault.start)]:
-                    faults[int(row)] = fault.message
-        ids[list(faults)] = NO_TOKEN
-        return Batch(ids, dict(sorted(faults.items())), waited)
+                if start < fault.stop and stop > fault.start:
+                    faults[row], ids[row] = fault.message, NO_TOKEN
+        return Batch(ids, faults, waited)
 
     def _plan(self) -> None:
         """Plan the batches that follow, and ask for their blocks."""

@@ -15,6 +15,13 @@ def rotary_table(
     n: int, step: int, d_head: int, base: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines (n, d_head / 2) of positions 0, step, 2 step, ..."""
+    with torch.inference_mode(False):  # kept: what inference makes, training could not use
+        return _rotary_table(n, step, d_head, base, device, dtype)
+
+
+def _rotary_table(
+    n: int, step: int, d_head: int, base: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     frequencies = base ** (-torch.arange(0, d_head, 2, device=device, dtype=torch.float64) / d_head)
     angles = torch.arange(n, device=device, dtype=torch.float64)[:, None] * step * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -60,6 +67,13 @@ def sinusoids(
 
     Frequencies 10000^(-2a/d), a = 0 .. d/2 - 1.
     """
+    with torch.inference_mode(False):
+        return _sinusoids(first, count, step, d, device, dtype)
+
+
+def _sinusoids(
+    first: int, count: int, step: int, d: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     distances = first + step * torch.arange(count, device=device, dtype=torch.float64)
     a = torch.arange(d // 2, device=device, dtype=torch.float64)
     angles = distances[:, None] * 10_000 ** (-2 * a / d)

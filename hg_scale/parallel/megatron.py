@@ -7,7 +7,6 @@ VocabParallelEmbedding, `vocab_parallel_cross_entropy`, and the plain region map
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 
 import torch
@@ -17,10 +16,6 @@ from torch import Tensor, nn
 from hg_scale.model.context import Dropout
 from hg_scale.model.layers import IGNORED, PlainLayers
 from hg_scale.parallel.sharding import Shard, mark
-
-# One hardware queue, so that Megatron's asynchronous all-reduce starts before the matrix product
-# that it is to overlap with.
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 with warnings.catch_warnings():  # it warns of Transformer Engine and Apex, which are not used
     warnings.simplefilter("ignore")

@@ -81,6 +81,7 @@ def start_processes(launch: Launch, timeout_minutes: float = 30) -> torch.device
         # Some sites show each task one GPU only.
         device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the device
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         device = torch.device("cpu")

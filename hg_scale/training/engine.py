@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import nan
+from math import isfinite, nan
 from typing import Any
 
 import deepspeed
@@ -170,6 +170,11 @@ class Engine:
             dist.all_reduce(squares, group=mpu.get_model_parallel_group())
         norm = squares.sqrt()
         self._norm = float(norm)
+        if not isfinite(self._norm):
+            for parameter in self.slices:
+                parameter.grad = None  # the optimizer passes over it
+            self.deepspeed.skipped_steps += 1
+            return
         limit = self.config.optimizer.gradient_clipping
         if limit:
             scale = torch.clamp(limit / (norm + 1e-6), max=1.0)

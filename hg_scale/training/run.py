@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from hg_scale.checkpoint.find import damage, find_latest
@@ -78,8 +80,12 @@ def _train(
     profile: int | None,
 ) -> None:
     checkpoints = folder / "checkpoints"
+    if config.parallel.tensor > 1:
+        # One hardware queue, so that Megatron's asynchronous all-reduce starts before the matrix
+        # product that it is to overlap with. CUDA reads it when the device is first used.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = start_processes(launch)
-    source = together(lambda: find_source(config, checkpoints, console), device)
+    source = agreed_source(config, checkpoints, console, device)
     sources = together(lambda: open_sources(config), device)
     mesh, layers = make_mesh(config.parallel)
 
@@ -93,7 +99,8 @@ def _train(
     if source:
         console.print(f"resumed at step {progress.step} from {source}")
 
-    last = min(config.training.steps, stop_at or config.training.steps)
+    steps = config.training.steps
+    last = steps if stop_at is None else min(steps, stop_at)
     if progress.step >= last:
         console.print(f"nothing to do: step {progress.step} of {last} is reached")
         return
@@ -112,8 +119,7 @@ def _train(
         ),
         device,
     )
-    log = RunLog(config, folder, console, progress.step, launch.rank)
-    with log, batches:
+    with batches, RunLog(config, folder, console, progress.step, launch.rank) as log:
         parts = Parts(
             engine=engine,
             batches=batches,
@@ -128,6 +134,34 @@ def _train(
         )
         training_loop(config, parts, progress, last)
     console.print(f"step {progress.step} of {config.training.steps} saved in {checkpoints}")
+
+
+def agreed_source(
+    config: Config, checkpoints: Path, console: Console, device: torch.device
+) -> Path | None:
+    """What `find_source` gives the first rank, on all ranks.
+
+    Raises on all of them where one does not see that checkpoint: each looking for itself, some
+    could begin anew (a folder of their node's own, a slow file system) beside others that go on.
+    """
+    rank = dist.get_rank()
+    found = together(
+        lambda: find_source(config, checkpoints, console) if rank == 0 else None, device
+    )
+    chosen = [found]
+    dist.broadcast_object_list(chosen, src=0, device=device)
+    source = chosen[0]
+
+    def look() -> None:
+        fault = damage(source) if source else None
+        if fault:
+            raise UserError(
+                f"rank {rank} does not see the first rank's checkpoint {source} whole ({fault}); "
+                "the run folder must be one that all nodes share"
+            )
+
+    together(look, device)
+    return source
 
 
 def find_source(config: Config, checkpoints: Path, console: Console) -> Path | None:

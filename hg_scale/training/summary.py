@@ -18,7 +18,7 @@ from hg_scale.checkpoint.load import read_parameters
 from hg_scale.config.load import load_config
 from hg_scale.config.schema import Config
 from hg_scale.data.evaluation import split_text
-from hg_scale.data.index import read_index
+from hg_scale.data.index import Index, read_index
 from hg_scale.data.tokenizer import load_tokenizer
 from hg_scale.errors import UserError
 from hg_scale.model.hourglass import Hourglass
@@ -41,13 +41,20 @@ def comparison(run: Path, with_compressors: bool) -> Table:
     name = f"hourglass {config.model.hierarchy}, step {record['step']}"
     table.add_row(name, f"{record['validation_bits_per_byte']:.3f}", style="bold")
     if with_compressors:
-        indexes = [read_index(corpus.path) for corpus in config.data.corpora]
+        indexes = [index_of_run(corpus.path) for corpus in config.data.corpora]
         held_out = [index for index in indexes if "validation" in index.splits]
         text = b"".join(split_text(index, "validation") for index in held_out)
         for compressor, compress in COMPRESSORS.items():
             table.add_row(compressor, f"{8 * len(compress(text)) / len(text):.3f}")
         table.caption = f"{len(text):,} bytes that were not trained on"
     return table
+
+
+def index_of_run(path: str) -> Index:
+    """The index of data that a run's folder names: looking at a run must not run a command."""
+    if path.startswith("pipe:"):
+        raise UserError(f"the run's data is a command, which is not run here: {path}")
+    return read_index(path)
 
 
 def last_validation(metrics: Path) -> dict[str, Any]:
@@ -67,7 +74,7 @@ def sample_text(run: Path, tokens: int, seed: int) -> str:
     if checkpoint is None:
         raise UserError(f"{run / 'checkpoints'} holds no whole checkpoint")
     model = load_model(config, checkpoint)
-    tokenizer = load_tokenizer(read_index(config.data.corpora[0].path).tokenizer)
+    tokenizer = load_tokenizer(index_of_run(config.data.corpora[0].path).tokenizer)
     start = tokenizer.eod or 0
     ids = sample(model, [start], tokens, TEMPERATURE, seed, config.model.sequence_length)
     text = tokenizer.decode(torch.tensor([i for i in ids if i != tokenizer.eod]).numpy())

@@ -66,6 +66,8 @@ def layout(
         "training": {"precision": precision, "micro_batch_size": micro},
         "model": model,
     }
+    if zero == 3:  # or parameters this small would be kept whole on every rank
+        change["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     return merge(tree, change)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runs import Finished, curve, records, train, train_here, train_in
+from tests.runs import Finished, curve, records, train_here, train_in
 from tests.world import Worlds
 
 Start = Callable[..., Finished]
@@ -181,17 +182,41 @@ def test_damaged_checkpoints_do_not_begin_the_run_anew(
     assert (run / "metrics.jsonl").read_text() == before
     assert sorted(p.name for p in checkpoints.iterdir()) == ["latest", oldest.name, newest.name]
 
-    second = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
-    quiet = train(*arguments(config, run, ()), environment=second)
-    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (1, "", "")  # rank 0 has told
+    assert start(2, "run").told == done.told  # one rank tells
+
+
+def test_a_checkpoint_that_one_rank_does_not_see(
+    start: Start, worlds: Worlds, config: Path, tmp_path: Path
+) -> None:
+    """As with run folders that are a node's own: no rank begins anew beside others that go on."""
+    assert start(2, "run", options=("--stop-at", "2")).code == 0
+    words = arguments(config, Path("run"), ())
+    output = tmp_path / "apart"
+    codes = worlds.run(2, train_in_folder, words, output, [tmp_path, tmp_path / "other"])
+    assert codes == [1, 1]
+    told = "".join(Path(f"{output}-{rank}").read_text() for rank in (0, 1))
+    (line,) = told.splitlines()
+    assert line.startswith("rank 1 does not see the first rank's checkpoint run/checkpoints/step-")
+    assert "share" in line
+
+
+def train_in_folder(words: list[str], output: Path, folders: list[Path]) -> int:
+    """`train_here` with a folder of its own as the current one."""
+    before, folder = Path.cwd(), folders[int(os.environ["RANK"])]
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+    try:
+        return train_here(words, output)
+    finally:
+        os.chdir(before)
 
 
 def train_and_count(words: list[str], output: Path) -> tuple[int, int, int]:
     """The exit code, and how often this rank opened the training and the validation data."""
-    import hg_scale.training.batches as batches
+    from hg_scale.training import batches, held_out
 
     stream = mock.patch.object(batches, "TrainingStream", wraps=batches.TrainingStream)
-    windows = mock.patch.object(batches, "evaluation_windows", wraps=batches.evaluation_windows)
+    windows = mock.patch.object(held_out, "evaluation_windows", wraps=held_out.evaluation_windows)
     with stream as trained, windows as validated:
         code = train_here(words, output)
     return code, trained.call_count, validated.call_count

@@ -1,0 +1,184 @@
+"""The data stream: speed against bare readers, waiting on a store that stalls, a far jump.
+
+    python benchmarks/data.py [--tokens 48] [--minutes 2.1] [--step-ms 500]
+
+Makes shards of random tokens in a temporary folder and measures, in one run:
+
+1. tokens/s of the stream (no worker, one worker) against bare `tarfile` and bare webdataset, which
+   read and decode the same shards in order, without checks, shuffle or batches;
+2. what a step waits for data from an HTTP server that stands still for 5 seconds once a minute.
+   Training is played by sleeping; first with the batches and about the step time of
+   configs/quickstart.json, then at 2M tokens/s, where the read-ahead of 64 MB covers half a minute;
+3. opening an epoch of 1,000 shards at its far end: index, order and first batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import http.server
+import io
+import tarfile
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+
+from hg_scale.data.blocks import make_readers
+from hg_scale.data.index import Index, read_index
+from hg_scale.data.prepare import Preparation, prepare_bytes
+from hg_scale.data.schedule import Schedule, Source
+from hg_scale.data.shards import Patience
+from hg_scale.data.stream import TrainingStream
+
+
+def make_corpus(folder: Path, tokens: int, shards: int) -> Index:
+    """Random bytes in about so many equal shards."""
+    source = folder / "text"
+    source.write_bytes(np.random.default_rng(0).bytes(tokens))
+    job = Preparation(
+        source, folder / "shards", split=(tokens, 0, 0), shard_tokens=tokens // shards
+    )
+    index, _ = prepare_bytes(job)
+    source.unlink()
+    return index
+
+
+def open_stream(index: Index, workers: int, length: int, rows: int, **options: Any):  # type: ignore[no-untyped-def]
+    position = options.pop("position", 0)
+    schedule = Schedule([Source("a", index)], sequence_length=length, seed=1, position=position)
+    readers = make_readers(workers, Patience(retries=3, timeout=60))
+    return TrainingStream(schedule, readers, global_batch_size=rows, **options)
+
+
+def throughput(index: Index, length: int, rows: int, rounds: int) -> None:
+    paths = [str(Path(index.location) / s.file) for s in index.split("train").shards]
+    batches = index.split("train").tokens // (length * rows) - 2
+
+    def bare_tarfile() -> int:
+        count = 0
+        for path in paths:
+            with tarfile.open(path, "r|") as archive:
+                for member in archive:
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    count += len(np.load(io.BytesIO(content.read())))
+        return count
+
+    def bare_webdataset() -> int:
+        dataset = webdataset.WebDataset(paths, shardshuffle=False).decode()
+        return sum(len(sample["npy"]) for sample in dataset)
+
+    def ours(workers: int) -> int:
+        with open_stream(index, workers, length, rows, batches=batches) as stream:
+            stream.next_batch()  # a worker's start is not part of the rate
+            start = time.perf_counter()
+            for _ in range(batches - 1):
+                stream.next_batch()
+            ours.seconds = time.perf_counter() - start  # type: ignore[attr-defined]
+        return (batches - 1) * length * rows
+
+    rates: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, run in {
+            "bare tarfile": bare_tarfile,
+            "bare webdataset": bare_webdataset,
+            "stream, thread": functools.partial(ours, 0),
+            "stream, 1 worker": functools.partial(ours, 1),
+        }.items():
+            start = time.perf_counter()
+            count = run()
+            mine = name.startswith("stream")
+            seconds = ours.seconds if mine else time.perf_counter() - start  # type: ignore[attr-defined]
+            rates.setdefault(name, []).append(count / seconds)
+    best = {name: max(values) for name, values in rates.items()}
+    for name, rate in best.items():
+        print(
+            f"{name:>18}: {rate / 1e6:6.1f}M tokens/s, {rate / best['bare tarfile']:.2f} of tarfile"
+        )
+
+
+class Stalling(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder, but for `stall` seconds at the end of every `period`."""
+
+    period, stall, began = 60.0, 5.0, time.monotonic()
+    held_up = 0  # answers that had to wait
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        while block := source.read(1 << 16):
+            phase = (time.monotonic() - self.began) % self.period
+            if phase > self.period - self.stall:
+                Stalling.held_up += 1
+                time.sleep(self.period - phase)
+            outputfile.write(block)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def waiting(
+    index: Index, minutes: float, step: float, length: int, rows: int, workers: int
+) -> None:
+    handler = functools.partial(Stalling, directory=index.location)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    remote = read_index(f"http://127.0.0.1:{server.server_port}")
+    waits, steps = [], int(minutes * 60 / step)
+    with open_stream(remote, workers, length, rows) as stream:
+        stream.next_batch()
+        Stalling.began, Stalling.held_up = time.monotonic(), 0
+        for _ in range(steps):
+            time.sleep(step)
+            waits.append(stream.next_batch().waited)
+    server.shutdown()
+    p50, p99, most = np.quantile(waits, [0.5, 0.99, 1.0])
+    print(
+        f"{steps} steps of {step * 1000:.0f} ms and {rows} x {length} tokens, workers {workers}: "
+        f"wait p50 {p50 * 1e3:.2f} ms, p99 {p99 * 1e3:.2f} ms ({p99 / step:.2%} of a step), "
+        f"longest {most * 1e3:.1f} ms; the store held up {Stalling.held_up} answers",
+        flush=True,
+    )
+
+
+def far_jump(index: Index, length: int, rows: int, workers: int) -> None:
+    windows = Schedule([Source("a", index)], sequence_length=length, seed=1).orders[0]
+    position = (windows.windows_per_epoch - 4 * rows) * length
+    start = time.perf_counter()
+    again = read_index(index.location)
+    with open_stream(again, workers, length, rows, position=position, batches=2) as stream:
+        stream.next_batch()
+        seconds = time.perf_counter() - start
+    shards = len(again.split("train").shards)
+    print(f"far end of an epoch of {shards} shards, workers {workers}: {seconds:.2f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=48, help="millions, of the first corpus")
+    parser.add_argument("--minutes", type=float, default=2.1, help="of waiting on the store")
+    parser.add_argument("--step-ms", type=float, default=500.0, help="of the training played")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="of the speeds, in turn; the best of each counts"
+    )
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("large", "many"):
+            (Path(folder) / name).mkdir()
+        large = make_corpus(Path(folder) / "large", options.tokens * 10**6, 32)
+        throughput(large, 2048, 32, options.rounds)
+        many = make_corpus(Path(folder) / "many", 100 * 10**6, 1000)
+        for workers in (0, 1):
+            far_jump(many, 2048, 32, workers)
+        step = options.step_ms / 1000
+        waiting(large, options.minutes, step, 510, 4, 0)
+        for workers in (0, 1):
+            waiting(large, options.minutes, step, 2048, round(2e6 * step / 2048), workers)
+
+
+if __name__ == "__main__":
+    main()
