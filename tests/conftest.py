@@ -15,9 +15,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+from hypothesis import settings  # noqa: E402
+
 from tests.runs import TINY  # noqa: E402
 from tests.shared import ROOT  # noqa: E402
 from tests.world import Worlds  # noqa: E402
+
+# A busy machine is no fault of the code.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")
