@@ -140,6 +140,7 @@ def test_pictures_of_another_size_or_kind_are_refused(tmp_path):
         picture.save(second)
         with pytest.raises(DataError, match=message):
             run(tmp_path / "in", tmp_path / f"out-{picture.mode}-{picture.height}")
+    Image.fromarray(COLOUR[1]).save(second)
     second.write_bytes(second.read_bytes()[:60])
     with pytest.raises(DataError, match=r"b\.png: cannot be read as an image") as caught:
         run(tmp_path / "in", tmp_path / "out")
