@@ -7,6 +7,7 @@ VocabParallelEmbedding, `vocab_parallel_cross_entropy`, and the plain region map
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from hg_scale.model.context import Dropout
 from hg_scale.model.layers import IGNORED, PlainLayers
 from hg_scale.parallel.sharding import Shard, mark
+
+# A run sets it before CUDA starts (`training/run.py`); without it Megatron warns at every layer.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 with warnings.catch_warnings():  # it warns of Transformer Engine and Apex, which are not used
     warnings.simplefilter("ignore")
