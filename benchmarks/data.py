@@ -129,7 +129,10 @@ class Stalling(http.server.SimpleHTTPRequestHandler):
             if phase > self.period - self.stall:
                 Stalling.held_up += 1
                 time.sleep(self.period - phase)
-            outputfile.write(block)
+            try:
+                outputfile.write(block)
+            except ConnectionError:  # the stream was closed
+                return
 
     def log_message(self, *_: object) -> None:
         pass
