@@ -55,7 +55,19 @@ def open_stream(index: Index, workers: int, length: int, rows: int, **options: A
     return TrainingStream(schedule, readers, global_batch_size=rows, **options)
 
 
+class Clock:
+    """Seconds that passed, and CPU seconds of this process, its threads included."""
+
+    def start(self) -> None:
+        self._began = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        self.wall = time.perf_counter() - self._began[0]
+        self.cpu = time.process_time() - self._began[1]
+
+
 def throughput(index: Index, length: int, rows: int, rounds: int) -> None:
+    clock = Clock()
     paths = [str(Path(index.location) / s.file) for s in index.split("train").shards]
     batches = index.split("train").tokens // (length * rows) - 2
 
@@ -76,13 +88,13 @@ def throughput(index: Index, length: int, rows: int, rounds: int) -> None:
     def ours(workers: int) -> int:
         with open_stream(index, workers, length, rows, batches=batches) as stream:
             stream.next_batch()  # a worker's start is not part of the rate
-            start = time.perf_counter()
+            clock.start()
             for _ in range(batches - 1):
                 stream.next_batch()
-            ours.seconds = time.perf_counter() - start  # type: ignore[attr-defined]
+            clock.stop()
         return (batches - 1) * length * rows
 
-    rates: dict[str, list[float]] = {}
+    rates: dict[str, list[tuple[float, float]]] = {}
     for _ in range(rounds):
         for name, run in {
             "bare tarfile": bare_tarfile,
@@ -90,15 +102,18 @@ def throughput(index: Index, length: int, rows: int, rounds: int) -> None:
             "stream, thread": functools.partial(ours, 0),
             "stream, 1 worker": functools.partial(ours, 1),
         }.items():
-            start = time.perf_counter()
+            clock.start()
             count = run()
-            mine = name.startswith("stream")
-            seconds = ours.seconds if mine else time.perf_counter() - start  # type: ignore[attr-defined]
-            rates.setdefault(name, []).append(count / seconds)
-    best = {name: max(values) for name, values in rates.items()}
-    for name, rate in best.items():
+            if not name.startswith("stream"):
+                clock.stop()
+            rates.setdefault(name, []).append((count / clock.wall, count / clock.cpu))
+    bare, bare_cpu = (max(values) for values in zip(*rates["bare tarfile"], strict=True))
+    for name, values in rates.items():
+        rate, cpu = (max(of) for of in zip(*values, strict=True))
         print(
-            f"{name:>18}: {rate / 1e6:6.1f}M tokens/s, {rate / best['bare tarfile']:.2f} of tarfile"
+            f"{name:>18}: {rate / 1e6:6.1f}M tokens/s ({rate / bare:.2f} of tarfile), "
+            f"{cpu / 1e6:6.1f}M a CPU-second of this process ({cpu / bare_cpu:.2f})",
+            flush=True,
         )
 
 
@@ -114,7 +129,10 @@ class Stalling(http.server.SimpleHTTPRequestHandler):
             if phase > self.period - self.stall:
                 Stalling.held_up += 1
                 time.sleep(self.period - phase)
-            outputfile.write(block)
+            try:
+                outputfile.write(block)
+            except ConnectionError:  # the stream was closed
+                return
 
     def log_message(self, *_: object) -> None:
         pass
