@@ -118,7 +118,7 @@ def read_picture(path: Path) -> tuple[bytes, Shape]:
         with Image.open(path) as opened:
             image: Image.Image = opened
             mode = image.mode
-            if opened.format == "PNG" and path.read_bytes()[24] > 8:
+            if opened.format == "PNG" and _png_depth(path) > 8:
                 mode = "16 bits a channel"
             elif mode == "1":
                 image, mode = image.convert("L"), "L"
@@ -137,6 +137,12 @@ def read_picture(path: Path) -> tuple[bytes, Shape]:
             f"{path}: cannot be read as an image ({reason}); fetch it again, or leave it out with "
             "--exclude"
         ) from None
+
+
+def _png_depth(path: Path) -> int:
+    """Bits of a channel; pillow cuts them down to 8 without a word."""
+    with path.open("rb") as file:
+        return file.read(25)[24]
 
 
 def read_array(
