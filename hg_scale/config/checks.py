@@ -10,7 +10,7 @@ from hg_scale.config.deepspeed import deepspeed_problems
 from hg_scale.config.errors import Problem
 from hg_scale.config.schema import Config, ModelConfig
 
-RELATIVE_LIMIT = 8192  # positions; beyond it, B x H x L x L scores take over 0.5 GB a head in fp32
+SCORES_LIMIT = 8192  # positions; beyond it, B x H x L x L scores take over 0.25 GB a head in fp32
 SWIGLU_CHUNKS = 64  # gate and up rows alternate in this many chunks, so tensor slices are whole
 
 
@@ -151,24 +151,36 @@ def _model(config: Config) -> Iterator[Problem]:
             ("model.hierarchy",),
         )
     if _whole_lists(config, "model.positions", "model.window"):
-        length = model.sequence_length
-        scales = zip(
-            (1, *(level.factor for level in hierarchy.levels)),
-            model.by_level("positions"),
-            model.by_level("window"),
-            strict=True,
-        )
-        for scale, (factor, kind, window) in enumerate(scales):
-            n = -(-length // factor)
-            if kind == "relative" and n > RELATIVE_LIMIT and (window is None or window >= n):
-                yield Problem(
-                    "model.positions",
-                    f"relative scores of full attention take (batch x heads x {n} x {n}) of "
-                    f"memory at level {scale}; over {RELATIVE_LIMIT} positions use rotary, or a "
-                    "window",
-                    model.positions,
-                    ("model.sequence_length", "model.window", "model.hierarchy"),
-                )
+        yield from _scores(model)
+
+
+def _scores(model: ModelConfig) -> Iterator[Problem]:
+    """Attention that holds all scores: with relative positions, or dropout of probabilities."""
+    factors = (1, *(level.factor for level in model.parsed.levels))
+    kinds, windows = model.by_level("positions"), model.by_level("window")
+    others = ("model.sequence_length", "model.window", "model.hierarchy")
+    lengths = [-(-model.sequence_length // factor) for factor in factors]
+    resampled = "attention" in model.pooling or "attention" in model.upsampling
+    for scale, (n, kind, window) in enumerate(zip(lengths, kinds, windows, strict=True)):
+        full = n if window is None or window >= n else 0
+        sides = [(full, full, "full attention")]
+        if resampled and scale + 1 < len(lengths):
+            sides.append((n, lengths[scale + 1], "resampling attention"))
+        for queries, keys, what in sides:
+            if (kind == "rotary" and not model.dropout) or queries * keys <= SCORES_LIMIT**2:
+                continue
+            relative = kind == "relative"
+            remedy = "rotary" if relative else "dropout 0"
+            if what == "full attention":
+                remedy += ", or a window"
+            yield Problem(
+                "model.positions" if relative else "model.dropout",
+                f"{'relative scores' if relative else 'probabilities with dropout'} of {what} "
+                f"take (batch x heads x {queries} x {keys}) of memory at level {scale}; over "
+                f"{SCORES_LIMIT} x {SCORES_LIMIT} use {remedy}",
+                kind if relative else model.dropout,
+                (*others, "model.pooling", "model.upsampling"),
+            )
 
 
 def _shorten_factors(model: ModelConfig) -> Iterator[Problem]:

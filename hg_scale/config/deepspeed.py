@@ -22,6 +22,27 @@ _KEYS = """
     use_data_before_expert_parallelism wall_clock_breakdown wandb weight_quantization
     zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization"""
 EXPERT_KEYS = frozenset(_KEYS.split())
+# Inside these objects it refuses unknown keys, but only once the processes are up.
+_NESTED = {
+    "bf16": """bf16_master_weights_and_grads bf16_optimizer_states check_grad_overflow enabled
+        immediate_grad_update""",
+    "zero_optimization": """
+        allgather_bucket_size allgather_partitions compute_grad_norm
+        contiguous_gradients cpu_offload cpu_offload_param cpu_offload_use_pin_memory
+        elastic_checkpoint enable_sanity_checks ignore_unused_parameters leaf_module legacy_stage1
+        load_from_fp32_weights log_trace_cache_warnings memory_efficient_linear
+        offload_optimizer offload_param overlap_comm override_module_apply parameter_alignment
+        pipeline_loading_checkpoint reduce_bucket_size reduce_scatter round_robin_gradients
+        save_muon_momentum_buffer_in_memory stage
+        stage3_allgather_sequential
+        stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save
+        stage3_max_live_parameters stage3_max_reuse_distance stage3_model_persistence_threshold
+        stage3_module_granularity_threshold stage3_param_persistence_threshold
+        stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params
+        sub_group_size use_multi_rank_bucket_allreduce zenflow zero_hpz_partition_size
+        zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights""",
+}
+NESTED_KEYS = {key: frozenset(names.split()) for key, names in _NESTED.items()}
 # Ours to set: what replaces each of them.
 _OURS = {
     "optimizer": "the section optimizer",
@@ -58,8 +79,9 @@ def generated(config: Config, micro_batches: int) -> dict[str, Any]:
         "steps_per_print": 1_000_000_000,  # our own log says more
         "zero_allow_untested_optimizer": True,  # torch's Adam, which it does not list
     }
-    if bf16 and stage == 1:
-        # Micro-batches are added up in fp32; in a pipeline bf16 sums would lose most of them.
+    if bf16:
+        # Micro-batches are added up in fp32: sums of bf16 would lose most of the later ones. Under
+        # stage 1 every rank holds that sum whole (4 bytes a parameter), under 2 and 3 its share.
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     return result
 
@@ -86,11 +108,18 @@ def deepspeed_problems(config: Config) -> Iterator[Problem]:
         if key in _OURS:
             yield Problem(path, f"is set by {_OURS[key]}; remove it here", value)
         elif key not in EXPERT_KEYS:
-            near = difflib.get_close_matches(key, EXPERT_KEYS, 1, 0.5)
-            hint = f"; did you mean deepspeed.{near[0]}?" if near else ""
-            yield Problem(path, f"unknown key of DeepSpeed{hint}", value)
+            yield _unknown("deepspeed", key, EXPERT_KEYS, value)
         else:
+            if key in NESTED_KEYS and isinstance(value, dict):
+                for name in value.keys() - NESTED_KEYS[key]:
+                    yield _unknown(path, name, NESTED_KEYS[key], value[name])
             yield from _contradictions(path, value, fixed.get(key))
+
+
+def _unknown(parent: str, key: str, known: frozenset[str], value: Any) -> Problem:
+    near = difflib.get_close_matches(key, known, 1, 0.5)
+    hint = f"; did you mean {parent}.{near[0]}?" if near else ""
+    return Problem(f"{parent}.{key}", f"unknown key of DeepSpeed{hint}", value)
 
 
 def _contradictions(path: str, value: Any, ours: Any) -> Iterator[Problem]:

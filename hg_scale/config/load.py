@@ -39,7 +39,7 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise fail("it extends itself: " + " -> ".join(p.name for p in (*seen, path)))
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
     except FileNotFoundError:
         nearest = difflib.get_close_matches(
             path.name, [p.name for p in path.parent.glob("*.json")], 1, 0.4
@@ -50,6 +50,8 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise fail(f"cannot be read: {error}") from None
     except json.JSONDecodeError as error:
         raise fail(f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except _Repeated as error:
+        raise fail(f"the key {error} stands twice in one object; keep one of the two") from None
     if not isinstance(tree, dict):
         raise fail('expected an object, as in {"model": {...}}')
     base = tree.pop("extends", None)
@@ -59,6 +61,19 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str):
         raise ConfigError([Problem("extends", "expected a file name", base)], str(path))
     return merge(read_tree(path.parent / base, (*seen, path.resolve())), tree)
+
+
+class _Repeated(Exception):
+    """A key that stands twice; JSON would silently take the last one."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in tree:
+            raise _Repeated(f"'{key}'")
+        tree[key] = value
+    return tree
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

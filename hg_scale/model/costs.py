@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from hg_scale.config.hierarchy import scale_lengths
 from hg_scale.config.schema import ModelConfig
@@ -27,12 +28,15 @@ class LayerCost:
     flops: int
 
 
-def layer_costs(model: ModelConfig, length: int | None = None) -> list[LayerCost]:
+def layer_costs(
+    model: ModelConfig, length: int | None = None, factors: tuple[int, ...] | None = None
+) -> list[LayerCost]:
     """Costs of all layers in order, for one sequence of `length` tokens (default: the model's).
 
-    The biases of `shared_position_bias` belong to no layer: see `parameter_count`.
+    `factors`: step factor of each level, where they are not the hierarchy's. The biases of
+    `shared_position_bias` belong to no layer: see `parameter_count`.
     """
-    counter = _Counter(model, length or model.sequence_length)
+    counter = _Counter(model, length or model.sequence_length, factors or model.parsed.factors)
     return [LayerCost(layer, *counter.layer(layer)) for layer in layer_plan(model)]
 
 
@@ -53,17 +57,19 @@ def forward_flops(model: ModelConfig, length: int | None = None) -> int:
 
 
 def training_flops_per_token(model: ModelConfig) -> float:
-    """Training FLOPs for each token of a training window."""
-    return TRAINING_FACTOR * forward_flops(model) / model.sequence_length
+    """Training FLOPs for each token of a training window: with shorten-factor dropout, the mean."""
+    draws = list(product(*model.factor_choices)) if model.factor_choices else [None]
+    whole = sum(cost.flops for draw in draws for cost in layer_costs(model, None, draw))
+    return TRAINING_FACTOR * whole / len(draws) / model.sequence_length
 
 
 class _Counter:
     """Counts (parameters, flops) layer by layer for one model and length."""
 
-    def __init__(self, model: ModelConfig, length: int) -> None:
-        self.model = model
+    def __init__(self, model: ModelConfig, length: int, factors: tuple[int, ...]) -> None:
+        self.model, self.factors = model, factors
         self.scales = model_scales(model)
-        self.lengths = scale_lengths(length, model.parsed.factors)
+        self.lengths = scale_lengths(length, factors)
         self.norm_width = 2 if model.norm == "layernorm" else 1  # vectors of a norm
 
     def layer(self, layer: LayerPlan) -> tuple[int, int]:
@@ -139,7 +145,7 @@ class _Counter:
         yield self.feed_forward(query, n)
 
     def shorten(self, j: int) -> Iterator[tuple[int, int]]:
-        k = self.model.parsed.levels[j].k
+        k = self.factors[j]
         upper, lower = self.scales[j], self.scales[j + 1]
         n = self.lengths[j + 1]
         base = self.model.pooling.rpartition("+")[2]
@@ -151,7 +157,7 @@ class _Counter:
             yield from self.resampling_attention(lower, n, upper, n * k, upper.positions)
 
     def upsample(self, j: int) -> Iterator[tuple[int, int]]:
-        k = self.model.parsed.levels[j].k
+        k = self.factors[j]
         upper, lower = self.scales[j], self.scales[j + 1]
         n, m = self.lengths[j], self.lengths[j + 1]
         yield self.norm(upper.d_model), 0

@@ -14,6 +14,7 @@ from hg_scale.config.hierarchy import scale_lengths
 from hg_scale.config.schema import Config
 from hg_scale.model.costs import layer_costs, parameter_count, training_flops_per_token
 from hg_scale.model.plan import model_scales
+from hg_scale.parallel.memory import state_bytes
 from hg_scale.parallel.stages import cut_pipeline
 
 
@@ -35,6 +36,10 @@ def print_plan(config: Config, world_size: int, console: Console) -> None:
         f"layout: {world_size} processes = tensor {parallel.tensor} x pipeline "
         f"{parallel.pipeline} x data {config.data_parallel(world_size)}, ZeRO "
         f"{parallel.zero_stage}; micro-batches a step: {config.micro_batches(world_size)}"
+    )
+    console.print(
+        f"memory a process: at least {state_bytes(config, world_size) / 2**30:,.1f} GiB for "
+        "weights, gradients and optimizer states; activations come on top"
     )
     if parallel.pipeline > 1:
         _print_cut(config, world_size, console)

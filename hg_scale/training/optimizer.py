@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hg_scale.config.schema import Config, by_level
+from hg_scale.errors import UserError
 from hg_scale.model.plan import layer_plan
 
 Named = list[tuple[str, nn.Parameter]]
@@ -45,6 +46,11 @@ def parameter_groups(config: Config, named: Named) -> list[dict[str, Any]]:
     while len(groups) < wanted:
         largest = max(groups, key=lambda group: len(group["params"]))
         parameters = largest["params"]
+        if len(parameters) < 2:
+            raise UserError(
+                f"a pipeline stage holds {len(named)} parameters, fewer than the {wanted} groups "
+                "of the optimizer (learning rates by level x decay); use fewer parallel.pipeline"
+            )
         half = len(parameters) // 2
         largest["params"] = parameters[:half]
         groups.append({**largest, "params": parameters[half:]})

@@ -6,7 +6,7 @@ fractions of the peak, as plain functions; `Schedule` puts a peak and a configur
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import cos, pi, sqrt
 from typing import Literal
 
@@ -54,12 +54,6 @@ class Schedule:
         # A wave ends at the floor; the root never ends, and is cut off there.
         fraction = max(floor, fraction) if self.kind == "rsqrt" else floor + (1 - floor) * fraction
         return self.peak * warmup(step, self.warmup_steps) * fraction
-
-    def branch(self, step: int, decay_steps: int) -> Schedule:
-        """The same until `step`, then a decay of `decay_steps`: off any checkpoint."""
-        if self.kind == "cosine":
-            raise ValueError("a decay branches off wsd or rsqrt; a cosine falls from the start")
-        return replace(self, total_steps=step + decay_steps, decay_steps=decay_steps)
 
 
 def warmup(step: int, steps: int) -> float:

@@ -1,7 +1,7 @@
 """The contract with DeepSpeed: what of its private state is read, and that it is still there.
 
-When one of these fails after an update, DeepSpeed has moved that attribute; `deepspeed_state.py`
-is the only file to mend.
+When one of these fails after an update, DeepSpeed has moved that attribute; `deepspeed_state.py`,
+`training/engine.py` and `parallel/pipeline.py` are the files to mend.
 """
 
 from __future__ import annotations
@@ -57,6 +57,17 @@ def inspect(tree: dict[str, Any], stage: int) -> dict[str, Any]:
             owner = getattr(owner, name)
         return owner
 
+    # What training/engine.py and parallel/pipeline.py call, set or override.
+    for name in ("skipped_steps", "get_global_grad_norm", "clip_fp32_gradients"):
+        need(deep, name)
+    if hasattr(deep, "train_batch"):
+        need(deep, "reset_activation_shape")
+        for name in ("slice_group", "dp_group", "pp_group", "get_pipe_parallel_group"):
+            need(deep.module, f"_grid.{name}")
+        for name in ("_partition_layers", "_build", "_set_bounds", "get_tied_weights_and_groups"):
+            need(type(deep.module).__mro__[1], name)
+    else:
+        need(deep, "data_parallel_group")
     need(deep, "basic_optimizer.param_groups")
     need(deep, "basic_optimizer.state")
     for parameter in engine.slices:

@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from hg_scale.config.schema import ModelConfig
-from hg_scale.model.costs import forward_flops, layer_costs, parameter_count
+from hg_scale.model.costs import (
+    forward_flops,
+    layer_costs,
+    parameter_count,
+    training_flops_per_token,
+)
 from hg_scale.model.hourglass import Hourglass
 
 SHAPES = {
@@ -105,3 +110,19 @@ def test_the_shortened_levels_are_cheap() -> None:
     shortened = {c.layer.name: c.flops for c in layer_costs(short)}["level0.stack.0"]
     attention = 4 * 2049**2 * 512
     assert shortened * 9 == (block - attention) * 3 + attention
+
+
+def test_shorten_factor_dropout_costs_the_mean_of_its_draws() -> None:
+    def per_token(hierarchy: str, choices: list[int] | None = None) -> float:
+        return training_flops_per_token(
+            ModelConfig(
+                hierarchy=hierarchy,
+                sequence_length=60,
+                pooling="attention",
+                upsampling="attention",
+                shorten_factor_choices=choices,
+            )  # type: ignore[call-arg]
+        )
+
+    twos, threes = per_token("1@1 4@2 1@1"), per_token("1@1 4@3 1@1")
+    assert per_token("1@1 4@2 1@1", [2, 3]) == (twos + threes) / 2
