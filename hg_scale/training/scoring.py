@@ -1,61 +1,144 @@
-"""What a model makes of text it has not seen: bits per byte of a split, on one device."""
+"""What a model makes of text it has not seen: losses of a text, each token scored once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import log
+from functools import cached_property
+from math import log, sqrt
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from hg_scale.data.evaluation import evaluation_windows, split_bytes
-from hg_scale.data.index import Index
+from hg_scale.data.protocol import Text, Windows, batches
 from hg_scale.model.hourglass import Hourglass
+
+PIECES = 100  # consecutive pieces of the text whose spread gives the interval
+NORMAL_95 = 1.96  # half the width of a 95% interval in standard errors
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums of losses in nats (fp64), and how many tokens each is of.
+
+    By window (N,) in the order of the text, and by position in the window (L,).
+    """
+
+    nats: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+    position_nats: NDArray[np.float64]
+    position_tokens: NDArray[np.int64]
+
+    @staticmethod
+    def joined(parts: list[Losses]) -> Losses:
+        """The losses of consecutive shares of the windows as one."""
+        return Losses(
+            np.concatenate([p.nats for p in parts]),
+            np.concatenate([p.tokens for p in parts]),
+            np.sum([p.position_nats for p in parts], 0),
+            np.sum([p.position_tokens for p in parts], 0),
+        )
 
 
 @dataclass(frozen=True)
 class Score:
-    """Sum of the losses in nats over `tokens`, which stand for `bytes` of text."""
+    """The losses of a text that is `bytes` long."""
 
-    nats: float
-    tokens: int
+    losses: Losses
     bytes: float
+
+    @cached_property
+    def nats(self) -> float:
+        """Sum over all tokens."""
+        return float(self.losses.nats.sum())
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens scored: all of the text."""
+        return int(self.losses.tokens.sum())
 
     @property
     def nats_per_token(self) -> float:
         return self.nats / self.tokens
 
     @property
+    def bits_per_token(self) -> float:
+        return self.nats_per_token / log(2)
+
+    @property
     def bits_per_byte(self) -> float:
         return self.nats / log(2) / self.bytes
 
+    @property
+    def relative_interval(self) -> float:
+        """Half a 95% interval of the mean loss, as a fraction of it: how far another text of the
+        same kind and length may lie. From the spread of up to 100 consecutive pieces (batch
+        means), since neighbouring windows are alike. NaN for a single window."""
+        pieces = min(PIECES, len(self.losses.nats))
+        if pieces < 2:
+            return float("nan")
+        nats = np.array([part.sum() for part in np.array_split(self.losses.nats, pieces)])
+        tokens = np.array([part.sum() for part in np.array_split(self.losses.tokens, pieces)])
+        mean = self.nats_per_token
+        # Of a ratio of sums: the spread of what each piece has beyond its share.
+        spread = sqrt(((nats - mean * tokens) ** 2).sum() * pieces / (pieces - 1))
+        return NORMAL_95 * spread / self.nats
+
+    def by_position(self, edges: list[int]) -> list[tuple[int, int, float]]:
+        """(first, after the last, mean nats) for positions in the window cut at `edges`; without
+        stretches in which nothing was scored."""
+        found = []
+        for a, b in zip(edges, edges[1:], strict=False):
+            tokens = int(self.losses.position_tokens[a:b].sum())
+            if tokens:
+                found.append((a, b, float(self.losses.position_nats[a:b].sum()) / tokens))
+        return found
+
+    def by_phase(self, period: int) -> list[float]:
+        """Mean nats by position modulo `period`: how stale the shortened levels are inside a group
+        shows here. NaN where nothing was scored."""
+        places = np.arange(len(self.losses.position_nats)) % period
+        nats = np.bincount(places, self.losses.position_nats, period)
+        tokens = np.bincount(places, self.losses.position_tokens, period)
+        with np.errstate(invalid="ignore"):
+            return list((nats / tokens).tolist())
+
 
 @torch.inference_mode()
-def score_split(
+def score_windows(
     model: Hourglass,
-    index: Index,
-    split: str,
+    text: Text,
+    tokens: int,
+    how: Windows,
+    *,
     rows: int = 8,
-    limit_windows: int | None = None,
+    begin: int = 0,
+    separate: bool = False,
+    first: int = 0,
+    last: int | None = None,
     advance: Callable[[int], object] = lambda tokens: None,
-) -> Score:
-    """Score every token of a split once, in windows of the model's sequence length.
+) -> Losses:
+    """Losses of the windows from `first` to `last` of a text of `tokens`: see `data/protocol.py`.
 
-    A window begins without the text before it (but for one token), so the first tokens of each
-    are guessed from little. `rows` windows go through the model at once; it does not change the
-    result. Raises DataError where the split is empty or cannot be read.
+    `rows` windows go through the model at once; it does not change the result. Raises DataError
+    where the text cannot be read.
     """
-    length, tokens = model.config.sequence_length, index.split(split).tokens
-    if limit_windows is not None:
-        tokens = min(tokens, limit_windows * length)
     device = next(model.parameters()).device
-    nats = 0.0
-    for inputs, labels in evaluation_windows(
-        index, split, sequence_length=length, rows=rows, limit_windows=limit_windows
+    nats, counts = [np.zeros(0)], [np.zeros(0, np.int64)]
+    position_nats = torch.zeros(how.length, dtype=torch.float64, device=device)
+    position_tokens = np.zeros(how.length, np.int64)
+    for inputs, labels in batches(
+        text, tokens, how, rows=rows, begin=begin, separate=separate, first=first, last=last
     ):
         ids, targets = torch.from_numpy(inputs).to(device), torch.from_numpy(labels).to(device)
-        losses = model.parts.cross_entropy(model(ids), targets)
-        nats += float(losses.double().sum())
-        advance(int((labels >= 0).sum()))
-    share = tokens / index.split(split).tokens
-    return Score(nats, tokens, split_bytes(index, split) * share)
+        losses = model.parts.cross_entropy(model(ids), targets).double()  # 0 where label is -1
+        counted = labels >= 0
+        nats.append(losses.sum(1).cpu().numpy())
+        counts.append(counted.sum(1))
+        position_nats += losses.sum(0)
+        position_tokens += counted.sum(0)
+        advance(int(counted.sum()))
+    return Losses(
+        np.concatenate(nats), np.concatenate(counts), position_nats.cpu().numpy(), position_tokens
+    )
