@@ -69,6 +69,8 @@ def run(options: argparse.Namespace) -> int:
     if shape is None:
         if options.complete:
             raise UserError(f"--complete is for images; {trained.data} holds text: use --prompt")
+        if options.output:
+            _refuse_unwritable(options.output)
         return _write(trained, _prompts(options), how, options.output)
     if options.prompt or options.prompts:
         raise UserError(f"--prompt is for text; {trained.data} holds images: use --complete")
@@ -91,6 +93,14 @@ def _check(options: argparse.Namespace) -> None:
     for problem, found in problems.items():
         if found:
             raise UserError(problem)
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Before the work, not after it."""
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _prompts(options: argparse.Namespace) -> list[bytes]:
@@ -121,10 +131,7 @@ def _write(trained: Trained, prompts: list[bytes], how: Writing, output: Path | 
         return 0
     if output:
         lines = [json.dumps({"prompt": p, "text": t}) for p, t in zip(readable, texts, strict=True)]
-        try:
-            output.write_text("\n".join(lines) + "\n")
-        except OSError as error:
-            raise UserError(f"{output}: cannot be written ({error.strerror})") from None
+        output.write_text("\n".join(lines) + "\n")
     return 0
 
 
@@ -164,6 +171,8 @@ def _draw(
     from hg_scale.training.generation import draw_images, upper_part
     from hg_scale.training.pictures import read_images, write_grid
 
+    path = options.output or Path("samples.png")
+    _refuse_unwritable(path)
     originals = read_images(options.complete or [], shape)
     count = options.count or (1 if originals else 16)
     kept = math.floor(options.keep * shape[0]) if originals else 0  # rows of pixels
@@ -185,7 +194,6 @@ def _draw(
     else:
         side = math.ceil(math.sqrt(count))
         grid = [images[i : i + side] for i in range(0, count, side)]
-    path = options.output or Path("samples.png")
     write_grid(path, grid)
     what = "given, drawn, original" if originals else f"{count} images"
     print(f"{path}: {what}")
