@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from hg_scale.checkpoint.find import find_latest
 from hg_scale.commands.main import main
 from tests.runs import TINY, train_in
 from tests.shared import ROOT
@@ -53,11 +54,13 @@ def test_text_after_a_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["generate", str(run), *options]) == 0
     text = capsys.readouterr().out
     assert text.startswith("the quick")
-    (checkpoint,) = (run / "checkpoints").iterdir()
+    checkpoint = find_latest(run / "checkpoints")
     assert main(["generate", str(checkpoint), *options]) == 0
     assert capsys.readouterr().out == text
     assert main(["generate", str(run), *options[:-1], "6"]) == 0
     assert capsys.readouterr().out != text
+    assert main(["generate", str(run), *options, "--precision", "bf16"]) == 0
+    assert capsys.readouterr().out.startswith("the quick")
 
 
 def test_prompts_from_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
