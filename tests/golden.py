@@ -106,7 +106,7 @@ def differences(path: Path, layers: PlainLayers | None = None) -> tuple[float, s
     model, seen = hourglass.config, {}
     state, context = State(golden.ids), Context(golden.model.parsed.factors)
     with torch.no_grad():
-        for plan, layer in zip(layer_plan(model), hourglass._sequence, strict=True):
+        for plan, layer in zip(layer_plan(model), hourglass.sequence, strict=True):
             if plan.kind == "upsample":
                 seen |= _upsampled(layer, state, context, plan.level)
             state = layer(state, context)

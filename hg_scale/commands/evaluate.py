@@ -27,28 +27,16 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from hg_scale.checkpoint.find import find_latest
-    from hg_scale.checkpoint.load import read_manifest
-    from hg_scale.config.load import parse_config
-    from hg_scale.data.index import read_index
-    from hg_scale.errors import UserError
     from hg_scale.training.scoring import score_split
-    from hg_scale.training.summary import index_of_run, load_model
+    from hg_scale.training.trained import load_trained
 
-    folder = options.checkpoint
-    checkpoint = find_latest(folder / "checkpoints") or folder
-    manifest = read_manifest(checkpoint)
-    config = parse_config({"model": manifest["config"]["model"]})
-    path = options.data or manifest["config"]["data"].get("path")
-    if path is None:
-        raise UserError(f"{checkpoint}: names no data of its own; give --data SHARDS")
-    index = read_index(path) if options.data else index_of_run(path)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
-    model = load_model(config, checkpoint).to(device, dtype)
+    trained = load_trained(options.checkpoint, options.data, dtype)
+    model, index, checkpoint = trained.model, trained.index, trained.path
+    length = model.config.sequence_length
     total = index.split(options.split).tokens
     if options.windows:
-        total = min(total, options.windows * config.model.sequence_length)
+        total = min(total, options.windows * length)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"scoring {options.split}", total=total)
         score = score_split(
@@ -57,17 +45,17 @@ def run(options: argparse.Namespace) -> int:
         )  # fmt: skip
     figures = {
         "checkpoint": str(checkpoint),
-        "step": manifest["step"],
-        "data": str(path),
+        "step": trained.step,
+        "data": trained.data,
         "split": options.split,
         "precision": options.precision,
-        "context": config.model.sequence_length,
+        "context": length,
         "tokens": score.tokens,
         "bytes": round(score.bytes),
         "nats_per_token": score.nats_per_token,
         "bits_per_byte": score.bits_per_byte,
     }
-    print(f"{checkpoint}, step {manifest['step']:,}, {options.split} split of {path}")
+    print(f"{checkpoint}, step {trained.step:,}, {options.split} split of {trained.data}")
     print(f"  {score.tokens:,} tokens, {round(score.bytes):,} bytes, each scored once")
     print(f"  {score.nats_per_token:.4f} nats a token, {score.bits_per_byte:.4f} bits a byte")
     if options.json:

@@ -1,10 +1,11 @@
 """Causal attention: inside a stack, full or in a sliding window, and between two scales.
 
-Three ways to compute it, all exact: torch's fused kernel where the sides are equal and nothing
-else is asked for; the fused kernel with an explicit mask for windows (cut into blocks, so that a
-window saves time) and for resampling; plain matrix products for relative scores and for dropout
-of probabilities, which the fused kernels cannot reproduce from a given key. On a CPU `banded.py`
-takes the place of the fused kernel inside stacks.
+Three ways to compute it for many positions at once, all exact: torch's fused kernel where the
+sides are equal and nothing else is asked for; the fused kernel with an explicit mask for windows
+(cut into blocks, so that a window saves time) and for resampling; plain matrix products for
+relative scores and for dropout of probabilities, which the fused kernels cannot reproduce from a
+given key. On a CPU `banded.py` takes the place of the fused kernel inside stacks. A step of
+decoding has one query, which may see every key that its memory holds.
 
 `is_causal` is never used with sides of different lengths: torch aligns that mask at the top left.
 """
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model import banded
+from hg_scale.model.cache import Cache, KeyValues
 from hg_scale.model.context import Context
 from hg_scale.model.grouping import Alignment
 from hg_scale.model.layers import PlainLayers
@@ -55,6 +57,8 @@ class Attention(nn.Module):
         d = query.d_model
         self.heads, self.d_head = query.heads // layers.size, d // query.heads
         self.window = None if source else query.window
+        self.crosses = source is not None
+        self.upsamples = source is not None and source.index > query.index
         self.rotary = (positions or query.positions) == "rotary"
         self.rotary_base, self.d_model = model.rotary_base, d
         if source is None:
@@ -69,11 +73,9 @@ class Attention(nn.Module):
                 self.position_bias = PositionBias(layers, query.heads, self.d_head)
             # A shared pair is registered once, by the model, and only referred to here.
             self._bias = (shared_bias or self.position_bias,)
-        self.qk_norm = model.qk_norm
-        if self.qk_norm:
-            self.q_scale = layers.by_head(query.heads, self.d_head, 1.0)
-            self.k_scale = layers.by_head(query.heads, self.d_head, 1.0)
-            self.eps = model.norm_eps
+        self.eps = model.norm_eps
+        self.q_scale = layers.by_head(query.heads, self.d_head, 1.0) if model.qk_norm else None
+        self.k_scale = layers.by_head(query.heads, self.d_head, 1.0) if model.qk_norm else None
         self.dropout = layers.dropout(model.dropout, split_dim=1)
 
     def forward(
@@ -89,49 +91,81 @@ class Attention(nn.Module):
         `unit` is the length of one position of the finer side in tokens (its total factor).
         """
         align = alignment or Alignment(x.shape[1], x.shape[1])
-        if source is None:
-            q, k, v = self._self_projections(x, unit)
-        else:
-            q, k, v = self._cross_projections(x, source, unit, align)
+        cache = context.cache
+        q, k, v = self._project(x, source, unit, align, cache.start if cache else 0)
         # q: (B, heads, n, d_head); k, v: (B, heads, m, d_head)
-        explicit = not self.rotary or self.dropout.active(context)
-        window = self.window if self.window and self.window < x.shape[1] else None
-        if source is None and not explicit and banded.suits(q, window):
-            y = banded.attention(q, k, v, window)
-        elif window is not None:
-            y = self._windowed(q, k, v, context, unit, explicit)
-        elif explicit:
-            y = self._explicit(q, k, v, context, unit, align)
-        elif source is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        memory = cache.of(self) if cache else None
+        if cache is not None and memory is not None:
+            memory.append(k, v)
+            y = self._step(q, memory, cache.position // unit % align.key_step)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=align.visible(x.device))
+            y = self._parallel(q, k, v, context, unit, align)
+            if cache is not None:
+                cache.keep(self, self._remember(k, v, cache, unit, align))
         return self.out(y.transpose(1, 2).flatten(2))  # (B, n, heads * d_head)
 
-    def _self_projections(self, x: Tensor, unit: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of a stack."""
-        q, k, v = self.qkv(x).unflatten(2, (self.heads, 3, self.d_head)).unbind(3)
-        return self._placed(q, k, v, unit, unit)
-
-    def _cross_projections(
-        self, x: Tensor, source: Tensor, unit: int, align: Alignment
+    def _project(
+        self, x: Tensor, source: Tensor | None, unit: int, align: Alignment, start: int | Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of one scale, keys and values of another."""
-        q = self.q(x).unflatten(2, (self.heads, self.d_head))
-        k, v = self.kv(source).unflatten(2, (self.heads, 2, self.d_head)).unbind(3)
-        return self._placed(q, k, v, unit * align.query_step, unit * align.key_step)
+        """Queries, keys, values, (B, heads, n or m, d_head); positions begin at token `start`."""
+        if source is None:
+            q, k, v = self.qkv(x).unflatten(2, (self.heads, 3, self.d_head)).unbind(3)
+        else:
+            q = self.q(x).unflatten(2, (self.heads, self.d_head))
+            k, v = self.kv(source).unflatten(2, (self.heads, 2, self.d_head)).unbind(3)
+        q = self._place(q, self.q_scale, unit * align.query_step, start)
+        k = self._place(k, self.k_scale, unit * align.key_step, start)
+        return q, k, v.transpose(1, 2)
 
-    def _placed(
-        self, q: Tensor, k: Tensor, v: Tensor, query_unit: int, key_unit: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys normalised and turned; all (B, n, heads, d_head), heads put first."""
-        if self.qk_norm:
-            q = F.rms_norm(q, (self.d_head,), eps=self.eps) * self.q_scale
-            k = F.rms_norm(k, (self.d_head,), eps=self.eps) * self.k_scale
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if self.rotary:
-            q, k = rotate(q, query_unit, self.rotary_base), rotate(k, key_unit, self.rotary_base)
-        return q, k, v
+    def _place(self, t: Tensor, scale: Tensor | None, unit: int, start: int | Tensor) -> Tensor:
+        """Queries or keys (B, n, heads, d_head) normalised, heads put first, turned."""
+        if scale is not None:
+            t = F.rms_norm(t, (self.d_head,), eps=self.eps) * scale
+        t = t.transpose(1, 2)
+        return rotate(t, unit, self.rotary_base, start) if self.rotary else t
+
+    def _parallel(
+        self, q: Tensor, k: Tensor, v: Tensor, context: Context, unit: int, align: Alignment
+    ) -> Tensor:
+        """All positions at once, from the first on: (B, heads, n, d_head)."""
+        n = q.shape[2]
+        explicit = not self.rotary or self.dropout.active(context)
+        window = self.window if self.window and self.window < n else None
+        if not self.crosses and not explicit and banded.suits(q, window):
+            return banded.attention(q, k, v, window)
+        if window is not None:
+            return self._windowed(q, k, v, context, unit, explicit)
+        if explicit:
+            return self._explicit(q, k, v, context, unit, align)
+        if not self.crosses:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=align.visible(q.device))
+
+    def _remember(
+        self, k: Tensor, v: Tensor, cache: Cache, unit: int, align: Alignment
+    ) -> KeyValues:
+        """A memory with the keys and values of the first pass."""
+        groups = -(-cache.length // (unit * align.query_step * align.key_step))
+        room = groups * align.query_step
+        capacity = min(room, self.window or room)
+        distances = None
+        if not self.rotary:
+            distances = self._embed_memory(capacity, unit, align, k)
+            if capacity < room:  # the keys will roll
+                distances = torch.cat((distances, distances), 2)
+        offsets = cache.offsets_at(unit * align.key_step)
+        return KeyValues(k, v, capacity, offsets, distances)
+
+    def _step(self, q: Tensor, memory: KeyValues, place: int) -> Tensor:
+        """The newest query (B, heads, 1, d_head), at a place of its group, over what is held."""
+        k, v, bias = memory.view()
+        if not self.rotary:
+            u, w = self._bias[0].u, self._bias[0].v
+            by_head = (q.squeeze(2) + w).transpose(0, 1) / sqrt(self.d_head)  # (heads, B, d_head)
+            scores = torch.bmm(by_head, memory.distances_at(place)).transpose(0, 1).unsqueeze(2)
+            bias = scores if bias is None else scores + bias
+            q = q + u[:, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
     def _explicit(
         self, q: Tensor, k: Tensor, v: Tensor, context: Context, unit: int, align: Alignment
@@ -157,15 +191,34 @@ class Attention(nn.Module):
         table = self.pos(distances)
         return table.unflatten(1, (self.heads, self.d_head)).permute(1, 2, 0)
 
+    def _embed_memory(self, count: int, unit: int, align: Alignment, like: Tensor) -> Tensor:
+        """Embedded distances of the newest query, at each place, to the last `count` keys.
+
+        (places, heads, count, d_head), places being the keys' step.
+        """
+        step, unit = align.key_step, self._distance_unit(unit)
+        newest = (count - align.query_step) * step  # the first place of the newest query
+        return torch.stack([
+            self._embed_distances(-(newest + place) * unit, count, step * unit, like).mT
+            for place in range(step)
+        ])  # fmt: skip
+
+    def _distance_unit(self, unit: int) -> int:
+        """What relative distances are counted in: tokens, but positions when upsampling.
+
+        So it is in the authors' code (it differs in nested models only).
+        """
+        return 1 if self.upsamples else unit
+
     def _position_scores(self, q: Tensor, unit: int, align: Alignment) -> Tensor:
         """(B, heads, n, m): query i on the embedding of its signed distance to key j.
 
-        The distance is key minus query. When upsampling it is counted in positions, not in tokens,
-        as in the authors' code (it differs in nested models only).
+        The distance is key minus query.
         """
+        unit = self._distance_unit(unit)
         if align.key_step > 1:  # upsampling: every key_step-th distance of the finer sequence
             n, k = align.queries, align.key_step
-            by_distance = q @ self._embed_distances(-(n - 1), n, 1, q)
+            by_distance = q @ self._embed_distances(-(n - 1) * unit, n, unit, q)
             return relative_shift(by_distance, 1)[..., ::k][..., : align.keys]
         k, n = align.query_step, align.queries
         first = -k * (n - 1) * unit

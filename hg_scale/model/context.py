@@ -1,7 +1,8 @@
-"""What one forward pass knows beside its input: this step's factors and the key of its dropout.
+"""What one forward pass knows beside its input: factors, the key of its dropout, a cache.
 
-Nothing here is state. Dropout masks are a pure function of (seed, step, sample, site), so they are
-the same in every layout, after every resume, and in a recomputed forward pass.
+Nothing here is state, but for what decoding keeps in the cache. Dropout masks are a pure function
+of (seed, step, sample, site), so they are the same in every layout, after every resume, and in a
+recomputed forward pass.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from hg_scale.model.cache import Cache
 
 _MASK = (1 << 64) - 1
 
@@ -37,12 +40,14 @@ class Context:
     """One forward pass.
 
     `factors`: step factor of each level, outermost first. `key`: None outside training, else
-    (seed, step); `first_sample` is the place of the first row in the global batch.
+    (seed, step); `first_sample` is the place of the first row in the global batch. `cache`: where
+    decoding keeps the positions before; None where all positions are given.
     """
 
     factors: tuple[int, ...]
     key: tuple[int, int] | None = None
     first_sample: int = 0
+    cache: Cache | None = None
 
 
 def draw_factors(choices: list[list[int]], seed: int, step: int) -> tuple[int, ...]:

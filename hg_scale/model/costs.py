@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of every layer, in closed form, without torch.
+"""Parameters, floating-point operations and cache of every layer, in closed form, without torch.
 
 Conventions: 2 FLOPs a multiply-add, matrix products only; forward pass; attention without causal
 skipping (a query of full attention counts all keys, as in PaLM's appendix B), a sliding window
@@ -61,6 +61,54 @@ def training_flops_per_token(model: ModelConfig) -> float:
     draws = list(product(*model.factor_choices)) if model.factor_choices else [None]
     whole = sum(cost.flops for draw in draws for cost in layer_costs(model, None, draw))
     return TRAINING_FACTOR * whole / len(draws) / model.sequence_length
+
+
+def cache_bytes(model: ModelConfig, length: int, rows: int = 1, element: int = 4) -> int:
+    """Bytes that decoding keeps for `rows` texts of up to `length` tokens.
+
+    `element`: bytes of a number. Rows that do not begin together add a number for each of their
+    keys, (2 d_model) times less than the keys and values.
+    """
+    counter = _CacheCounter(model, length)
+    counts = [counter.layer(layer) for layer in layer_plan(model)]
+    return element * sum(rows * by_row + shared for by_row, shared in counts)
+
+
+class _CacheCounter:
+    """Counts (numbers a row, numbers for all rows) that each layer keeps, for one model and length.
+
+    What all rows share are the embedded distances of relative positions.
+    """
+
+    def __init__(self, model: ModelConfig, length: int) -> None:
+        self.model, self.scales = model, model_scales(model)
+        self.lengths = scale_lengths(length, model.parsed.factors)
+
+    def layer(self, layer: LayerPlan) -> tuple[int, int]:
+        scale, n = self.scales[layer.scale], self.lengths[layer.scale]
+        if layer.kind == "block":
+            held = min(scale.window or n, n)
+            turns = 2 if held < n else 1
+            return self.attention(scale, held, turns * held, scale.positions)
+        if layer.kind not in ("shorten", "upsample"):
+            return 0, 0
+        k, lower = self.model.parsed.levels[layer.level].k, self.scales[layer.scale + 1]
+        groups = self.lengths[layer.scale + 1]
+        if layer.kind == "shorten":  # the open group, and the keys of all members
+            kept, asks, keys = k * scale.d_model, lower, groups * k
+            attends = self.model.pooling.startswith("attention")
+        else:  # what the newest group gives, and the keys of all groups
+            base = self.model.upsampling.rpartition("+")[2]
+            kept = {"linear": k, "repeat": 1, "none": 0}[base] * scale.d_model
+            asks, keys = scale, groups
+            attends = self.model.upsampling.startswith("attention")
+        if not attends:
+            return kept, 0
+        by_row, shared = self.attention(asks, keys, groups * k, scale.positions)
+        return kept + by_row, shared
+
+    def attention(self, asks: Scale, keys: int, distances: int, positions: str) -> tuple[int, int]:
+        return 2 * keys * asks.d_model, distances * asks.d_model * (positions == "relative")
 
 
 class _Counter:

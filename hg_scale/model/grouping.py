@@ -41,15 +41,29 @@ class Alignment:
 
 @dataclass(frozen=True)
 class FixedGroups:
-    """Groups of k positions over a sequence of `length`."""
+    """Groups of k positions over a sequence of `length`, or of its part from position `first` on.
+
+    Only a whole sequence can be shifted; decoding gathers its groups by `gathered`.
+    """
 
     k: int
     length: int
+    first: int = 0
+
+    @property
+    def place(self) -> int:
+        """The place of the first position among those that its group is given to."""
+        return self.first % self.k
 
     @property
     def count(self) -> int:
-        """How many groups there are."""
-        return -(-self.length // self.k)
+        """How many groups the positions are given."""
+        return -(-(self.place + self.length) // self.k)
+
+    @property
+    def gathered(self) -> int:
+        """How many positions at the end are members of a group that is not whole yet."""
+        return (self.first + self.length - 1) % self.k
 
     def shift(self, x: Tensor) -> Tensor:
         """Shift right by k-1 and cut to whole groups: (B, length, d) -> (B, count * k, d)."""
@@ -62,11 +76,12 @@ class FixedGroups:
 
     def spread(self, z: Tensor) -> Tensor:
         """Give every position its group's vector: (B, count, d) -> (B, length, d)."""
-        return z.repeat_interleave(self.k, 1)[:, : self.length]
+        return z.repeat_interleave(self.k, 1)[:, self.place : self.place + self.length]
 
     def lay_out(self, z: Tensor) -> Tensor:
         """One vector for each place in a group: (B, count, k * d) -> (B, length, d)."""
-        return z.unflatten(2, (self.k, -1)).flatten(1, 2)[:, : self.length]
+        by_place = z.unflatten(2, (self.k, -1)).flatten(1, 2)
+        return by_place[:, self.place : self.place + self.length]
 
     @property
     def shortening(self) -> Alignment:

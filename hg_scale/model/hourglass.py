@@ -52,6 +52,7 @@ class Hourglass(nn.Module):
     """The whole model on one device (or one tensor slice of it).
 
     Parameters are named after the plan: `pre.0.attention.qkv.weight`, `level0.shorten.pool.bias`.
+    `sequence`: the layers in the order of the plan.
     """
 
     def __init__(
@@ -63,12 +64,12 @@ class Hourglass(nn.Module):
         super().__init__()
         self.config, self.parts = model, layers or PlainLayers()
         self.position_bias = make_shared_bias(model, self.parts)
-        self._sequence: list[Layer] = []
+        self.sequence: list[Layer] = []
         for plan in layer_plan(model):
             again = bool(recompute and recompute[plan.scale])
             layer = make_layer(plan, model, self.parts, self.position_bias, again)
             attach(self, plan.name, layer)
-            self._sequence.append(layer)
+            self.sequence.append(layer)
 
     def forward(
         self, ids: Tensor, labels: Tensor | None = None, context: Context | None = None
@@ -80,7 +81,7 @@ class Hourglass(nn.Module):
         """
         context = context or Context(self.config.parsed.factors)
         state = State(ids)
-        for layer in self._sequence:
+        for layer in self.sequence:
             state = layer(state, context)
         return state.x if labels is None else mean_loss(self.parts, state.x, labels)
 

@@ -34,7 +34,8 @@ class PlainLayers:
 
     def embedding(self, vocab: int, d: int) -> nn.Module:
         """ids (...) -> (..., d); its rows are spread over the ranks."""
-        return nn.Embedding(vocab, d)
+        # Not nn.Embedding's own initial weights: on the meta device they import torch's compiler.
+        return nn.Embedding.from_pretrained(torch.zeros(vocab, d), freeze=False)
 
     def by_head(self, heads: int, d_head: int, value: float) -> nn.Parameter:
         """A parameter (heads / size, d_head), spread by heads like the activations it meets."""

@@ -27,13 +27,30 @@ def _rotary_table(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, step: int, base: float) -> Tensor:
-    """Turn each pair of features of x (B, heads, n, d_head) by its position times `step`.
+def rotate(x: Tensor, step: int, base: float, start: int | Tensor = 0) -> Tensor:
+    """Turn each pair of features of x (B, heads, n, d_head) by its position.
 
-    Feature c is paired with feature c + d_head / 2, as in the authors' code.
+    Positions are `start`, `start` + `step`, ...; start, a multiple of `step`, may differ by row,
+    (B,). Feature c is paired with feature c + d_head / 2, as in the authors' code.
     """
-    cos, sin = rotary_table(x.shape[2], step, x.shape[3], base, x.device, x.dtype)
+    n, kind = x.shape[2], (step, x.shape[3], base, x.device, x.dtype)
+    if isinstance(start, Tensor):
+        places = start[:, None] // step + torch.arange(n, device=x.device)
+        table = rotary_table(_room(int(places.max()) + 1), *kind)
+        cos, sin = (t[places][:, None] for t in table)  # (B, 1, n, d_head / 2)
+    elif start:
+        first = start // step
+        cos, sin = (t.narrow(0, first, n) for t in rotary_table(_room(first + n), *kind))
+    else:
+        cos, sin = rotary_table(n, *kind)
+    if not torch.is_grad_enabled():
+        return turn(x, cos, sin)
     return cast(Tensor, _Rotation.apply(x, cos, sin))
+
+
+def _room(n: int) -> int:
+    """The power of two from n on: few tables serve sequences that grow."""
+    return 1 << (n - 1).bit_length()
 
 
 class _Rotation(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.attention import Attention, PositionBias
 from hg_scale.model.block import FeedForward, Layer, State, make_norm, total_factor
+from hg_scale.model.cache import Cache, LastGroup, OpenGroup
 from hg_scale.model.context import Context
 from hg_scale.model.grouping import Alignment, FixedGroups
 from hg_scale.model.layers import PlainLayers
@@ -60,7 +61,7 @@ class Shorten(Layer):
         shared_bias: PositionBias | None,
     ) -> None:
         super().__init__()
-        self.level = upper.index
+        self.level, self.width = upper.index, lower.d_model
         self.base = model.pooling.rpartition("+")[2]
         k = lower.factor // upper.factor
         if self.base == "linear":
@@ -77,16 +78,28 @@ class Shorten(Layer):
 
     def forward(self, state: State, context: Context) -> State:
         x = state.x
-        groups = FixedGroups(context.factors[self.level], x.shape[1])
-        shifted = groups.shift(x)  # (B, groups * k, d_upper)
-        if not self.attends:
+        k, unit = context.factors[self.level], total_factor(context, self.level)
+        shifted = self._shift(x, k, unit, context.cache)  # (B, groups * k, d_upper)
+        groups = FixedGroups(k, shifted.shape[1])
+        if not groups.count:  # a step of decoding that makes no group whole
+            z = x.new_empty(x.shape[0], 0, self.width)
+        elif not self.attends:
             z = self._resize(groups.cut(shifted))
         else:
             source = self.attend.in_norm(shifted)
             base = self.attend.base_norm(self._resize(groups.cut(source)))
-            unit = total_factor(context, self.level)
             z = self.attend(base, source, context, unit, groups.shortening)
         return State(z, (*state.skips, x))
+
+    def _shift(self, x: Tensor, k: int, unit: int, cache: Cache | None) -> Tensor:
+        """The members of the groups that x (B, n, d) makes whole: (B, groups * k, d)."""
+        memory = cache.of(self) if cache else None
+        if memory is not None:
+            return memory.add(x)
+        groups = FixedGroups(k, x.shape[1])
+        if cache is not None:
+            cache.keep(self, OpenGroup(cache.ends(x, groups.gathered, unit), k))
+        return groups.shift(x)
 
     def _resize(self, cut: Tensor) -> Tensor:
         """(B, groups, k, d_upper) -> (B, groups, d_lower)."""
@@ -125,22 +138,29 @@ class Upsample(Layer):
 
     def forward(self, state: State, context: Context) -> State:
         z, x = state.x, state.skips[-1]
-        groups = FixedGroups(context.factors[self.level], x.shape[1])
+        k, unit = context.factors[self.level], total_factor(context, self.level)
+        cache = context.cache
+        first = cache.position // unit if cache else 0
+        groups = FixedGroups(k, x.shape[1], first)
         if not self.attends:
-            y = self._resize(z, groups)
+            y = self._resize(z, groups, unit, cache)
         else:
             source = self.attend.in_norm(z)
-            base = torch.zeros_like(x) if self.base == "none" else self._resize(source, groups)
+            if self.base == "none":
+                base = torch.zeros_like(x)
+            else:
+                base = self._resize(source, groups, unit, cache)
             base = self.attend.base_norm(base) + x
-            # Relative distances are counted in positions of x here, not in tokens, as in the
-            # authors' code; at k = 1 nothing else tells this attention from one inside a stack.
-            rotary = self.attend.attention.rotary
-            unit = total_factor(context, self.level) if rotary else 1
             y = self.attend(base, source, context, unit, groups.upsampling)
         skip = x if self.gain is None else x * self.gain
         return State(skip + self.norm(y), state.skips[:-1])
 
-    def _resize(self, z: Tensor, groups: FixedGroups) -> Tensor:
+    def _resize(self, z: Tensor, groups: FixedGroups, unit: int, cache: Cache | None) -> Tensor:
         """(B, groups, d_lower) -> (B, n, d_upper)."""
         z = self.expand(z)
+        memory = cache.of(self) if cache else None
+        if memory is not None:
+            z = memory.update(z)
+        elif cache is not None:
+            cache.keep(self, LastGroup(cache.ends(z, 1, unit * groups.k)))
         return groups.lay_out(z) if self.base == "linear" else groups.spread(z)

@@ -10,17 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
-from hg_scale.checkpoint.find import find_latest
-from hg_scale.checkpoint.load import read_parameters
 from hg_scale.config.load import load_config
-from hg_scale.config.schema import Config
 from hg_scale.data.evaluation import split_text
-from hg_scale.data.index import Index, read_index
 from hg_scale.errors import UserError
-from hg_scale.model.hourglass import Hourglass
+from hg_scale.model.sampling import Sampling
+from hg_scale.training.generation import Writing, write_texts
+from hg_scale.training.trained import index_of_run, load_trained
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "gzip -9": lambda text: gzip.compress(text, 9),
@@ -49,13 +46,6 @@ def comparison(run: Path, with_compressors: bool) -> Table:
     return table
 
 
-def index_of_run(path: str) -> Index:
-    """The index of data that a run's folder names: looking at a run must not run a command."""
-    if path.startswith("pipe:"):
-        raise UserError(f"the run's data is a command, which is not run here: {path}")
-    return read_index(path)
-
-
 def last_validation(metrics: Path) -> dict[str, Any]:
     """The last validation record of a run."""
     lines = metrics.read_text().splitlines() if metrics.is_file() else []
@@ -67,35 +57,6 @@ def last_validation(metrics: Path) -> dict[str, Any]:
 
 
 def sample_text(run: Path, tokens: int, seed: int) -> str:
-    """Text that the last checkpoint writes, one token at a time, from an empty beginning."""
-    config = load_config(run / "config.json")
-    checkpoint = find_latest(run / "checkpoints")
-    if checkpoint is None:
-        raise UserError(f"{run / 'checkpoints'} holds no whole checkpoint")
-    model = load_model(config, checkpoint)
-    tokenizer = index_of_run(config.data.corpora[0].path).open_tokenizer()
-    start = tokenizer.eod or 0
-    ids = sample(model, [start], tokens, TEMPERATURE, seed, config.model.sequence_length)
-    text = tokenizer.decode(torch.tensor([i for i in ids if i != tokenizer.eod]).numpy())
-    return text.decode("utf-8", errors="replace")
-
-
-def load_model(config: Config, checkpoint: Path) -> Hourglass:
-    """The plain model with a checkpoint's weights, in fp32."""
-    model = Hourglass(config.model)
-    model.load_state_dict(dict(read_parameters(checkpoint)))
-    return model.eval()
-
-
-@torch.inference_mode()
-def sample(
-    model: Hourglass, prompt: list[int], tokens: int, temperature: float, seed: int, window: int
-) -> list[int]:
-    """The ids that follow the prompt, each drawn from the model's distribution."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = list(prompt)
-    for _ in range(tokens):
-        logits = model(torch.tensor([ids[-window:]]))[0, -1, : model.config.vocab_size]
-        probabilities = (logits.float() / temperature).softmax(0)
-        ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
-    return ids[len(prompt) :]
+    """Text that the last checkpoint writes from the beginning of a document."""
+    how = Writing(Sampling(TEMPERATURE), tokens, seed)
+    return "".join(piece.text for piece in write_texts(load_trained(run), [b""], how))

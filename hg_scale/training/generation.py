@@ -1,0 +1,146 @@
+"""What a trained model writes: text as it is made, and images."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hg_scale.data.index import Index
+from hg_scale.data.tokenizer import Tokenizer
+from hg_scale.errors import UserError
+from hg_scale.model.decoding import generate
+from hg_scale.model.sampling import Sampling
+from hg_scale.training.trained import Trained
+
+GRAY = 128  # of what is not given of an image
+
+Image = NDArray[np.uint8]  # (height, width, channels)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How to write: up to `tokens` a text, `batch` texts at once.
+
+    `context`: tokens that the model sees; None: as many as it was trained on.
+    """
+
+    sampling: Sampling
+    tokens: int
+    seed: int = 1
+    batch: int = 8
+    context: int | None = None
+
+
+class Piece(NamedTuple):
+    """A few characters, or none, of text `row`; `last` where it ends."""
+
+    row: int
+    text: str
+    last: bool = False
+
+
+# A terminal would obey control characters: their pictures stand for them.
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
+
+
+def printable(text: str) -> str:
+    """The text as a terminal may have it."""
+    return text.translate(_PICTURES)
+
+
+class Characters:
+    """Tokens to whole characters: bytes wait until their character is complete."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        """The characters that `token` completes; U+FFFD for what is not UTF-8."""
+        return self._utf8.decode(self._tokenizer.decode(np.array([token])))
+
+    def end(self) -> str:
+        """What is left, where the text ends inside a character."""
+        return self._utf8.decode(b"", final=True)
+
+
+def write_texts(trained: Trained, prompts: Sequence[bytes], how: Writing) -> Iterator[Piece]:
+    """What follows each prompt, as it is made; rows of a batch take turns.
+
+    A text ends at the end of its document, which is not part of it, or after `how.tokens`. The
+    beginning of a prompt is the beginning of a document, where the data has documents.
+    """
+    index = trained.index
+    if document_shape(index) is not None:
+        raise UserError(f"{index.location}: holds images; `hg-scale generate` draws them")
+    tokenizer = index.open_tokenizer()
+    start = tokenizer.eod or 0
+    for first in range(0, len(prompts), how.batch):
+        ids = [[start, *tokenizer.encode(p).tolist()] for p in prompts[first : first + how.batch]]
+        characters = [Characters(tokenizer) for _ in ids]
+        left = [how.tokens] * len(ids)
+        for row, token in generate(
+            trained.model, ids, how.tokens, how.sampling, seed=how.seed, stop=tokenizer.eod,
+            context=how.context, first_row=first, vocab_size=tokenizer.vocab_size,
+        ):  # fmt: skip
+            left[row] -= 1
+            last = token == tokenizer.eod or not left[row]
+            text = "" if token == tokenizer.eod else characters[row].add(token)
+            yield Piece(first + row, text + (characters[row].end() if last else ""), last)
+
+
+def in_order(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The pieces of one text after another: of the first that is not at its end as they come."""
+    turn, waiting = 0, dict[int, list[Piece]]()
+    for piece in pieces:
+        waiting.setdefault(piece.row, []).append(piece)
+        while turn in waiting:
+            ready = waiting.pop(turn)
+            yield from ready
+            if not ready[-1].last:
+                break
+            turn += 1
+
+
+def document_shape(index: Index) -> tuple[int, int, int] | None:
+    """(height, width, channels) of the images of a corpus; None where it holds text."""
+    shape = index.source.get("shape")
+    if index.source.get("kind") != "images" or not shape or not index.document_tokens:
+        return None
+    height, width, channels = shape
+    return height, width, channels
+
+
+def draw_images(
+    trained: Trained, given: Sequence[NDArray[np.uint8]], how: Writing
+) -> Iterator[tuple[int, Image | None]]:
+    """Go on from the sub-pixels given, (n,) each, to whole images: (row, None) for each sub-pixel
+    made, (row, image) for the last of each image."""
+    shape = document_shape(trained.index)
+    if shape is None:
+        raise UserError(f"{trained.index.location}: holds text, no images")
+    total = int(np.prod(shape))
+    for first in range(0, len(given), how.batch):
+        made = [pixels.tolist() for pixels in given[first : first + how.batch]]
+        if len({len(pixels) for pixels in made}) > 1:
+            raise ValueError("all images need as many sub-pixels given")
+        for row, token in generate(
+            trained.model, [[0, *pixels] for pixels in made], total - len(made[0]), how.sampling,
+            seed=how.seed, context=how.context, first_row=first, vocab_size=256,
+        ):  # fmt: skip
+            made[row].append(token)
+            whole = len(made[row]) == total
+            image = np.array(made[row], np.uint8).reshape(shape) if whole else None
+            yield first + row, image
+
+
+def upper_part(image: Image, rows: int) -> Image:
+    """The first rows of an image, gray below."""
+    part = np.full_like(image, GRAY)
+    part[:rows] = image[:rows]
+    return part

@@ -1,0 +1,83 @@
+"""A trained model to use: from a run folder or a checkpoint, on one device, with its data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hg_scale.checkpoint.find import find_latest, read_manifest
+from hg_scale.checkpoint.load import read_parameters
+from hg_scale.config.load import parse_config
+from hg_scale.config.schema import ModelConfig
+from hg_scale.data.index import Index, read_index
+from hg_scale.errors import UserError
+from hg_scale.model.hourglass import Hourglass
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with its weights, where they are from, and the index of its data."""
+
+    model: Hourglass
+    path: Path
+    step: int
+    data: str
+    index: Index
+
+
+def load_trained(
+    folder: Path,
+    data: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
+) -> Trained:
+    """The newest checkpoint of a run folder, or a checkpoint folder.
+
+    `data`: prepared corpus in place of that of the run. `device`: by default the GPU if there is
+    one. Raises UserError where something is missing.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name a run folder or a checkpoint folder")
+    checkpoint = find_latest(folder / "checkpoints")
+    if checkpoint is None:
+        if (folder / "config.json").is_file():
+            raise UserError(f"{folder}: a run without a checkpoint; train it to its first one")
+        checkpoint = folder
+    manifest = read_manifest(checkpoint)
+    config = parse_config({"model": manifest["config"]["model"]}, source=str(checkpoint))
+    index = read_index(data) if data else _index_of(manifest["config"]["data"], checkpoint)
+    if index.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"{index.location}: has {index.vocab_size} kinds of tokens, the model of {checkpoint} "
+            f"knows {config.model.vocab_size}; name the data it was trained on with --data"
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(config.model, checkpoint).to(device, dtype)
+    return Trained(model, checkpoint, manifest["step"], index.location, index)
+
+
+def _index_of(section: dict[str, object], checkpoint: Path) -> Index:
+    """The index of the data that a checkpoint's `data` section names first."""
+    sources = section.get("sources")
+    first = sources[0] if isinstance(sources, list) and sources else section
+    path = first.get("path")
+    if not isinstance(path, str):
+        raise UserError(f"{checkpoint}: names no data of its own; give --data SHARDS")
+    return index_of_run(path)
+
+
+def index_of_run(path: str) -> Index:
+    """The index of data that a run's folder names: looking at a run must not run a command."""
+    if path.startswith("pipe:"):
+        raise UserError(f"the run's data is a command, which is not run here: {path}")
+    return read_index(path)
+
+
+def load_model(config: ModelConfig, checkpoint: Path) -> Hourglass:
+    """The plain model with a checkpoint's weights, in fp32."""
+    with torch.device("meta"):  # no initial weights, which would only be thrown away
+        model = Hourglass(config)
+    model.load_state_dict(dict(read_parameters(checkpoint)), assign=True)
+    return model.eval()

@@ -1,0 +1,172 @@
+"""`hg-scale generate`, from a run folder to the terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from hg_scale.checkpoint.find import find_latest
+from hg_scale.commands.main import main
+from tests.runs import TINY, train_in
+from tests.shared import ROOT
+from tests.world import Worlds
+
+
+@pytest.fixture(scope="module")
+def run(worlds: Worlds, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that wrote a checkpoint."""
+    folder = tmp_path_factory.mktemp("text")
+    return trained(worlds, folder, corpus)
+
+
+@pytest.fixture(scope="module")
+def digits(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on images of 8 x 8, in gray."""
+    folder = tmp_path_factory.mktemp("images")
+    np.save(folder / "digits.npy", (load_digits().images * 15.9).astype(np.uint8))
+    script = ROOT / "data_prep" / "prepare_images.py"
+    command = [sys.executable, str(script), "--input", str(folder / "digits.npy"), "--output",
+               str(folder / "shards")]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return trained(worlds, folder, folder / "shards", "model.sequence_length=64")
+
+
+def trained(worlds: Worlds, folder: Path, shards: Path, *sets: str) -> Path:
+    (folder / "tiny.json").write_text(json.dumps({**TINY, "data": {"path": str(shards)}}))
+    words = [word for key in sets for word in ("--set", key)]
+    done = train_in(worlds, 1, folder, "--config", str(folder / "tiny.json"), "--run",
+                    str(folder / "run"), *words)  # fmt: skip
+    assert done.code == 0, done.told
+    return folder / "run"
+
+
+def test_text_after_a_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Longer than the context of 32; the checkpoint's folder is the run's newest."""
+    options = ["--prompt", "the quick", "--tokens", "60", "--seed", "5"]
+    assert main(["generate", str(run), *options]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("the quick")
+    checkpoint = find_latest(run / "checkpoints")
+    assert main(["generate", str(checkpoint), *options]) == 0
+    assert capsys.readouterr().out == text
+    assert main(["generate", str(run), *options[:-1], "6"]) == 0
+    assert capsys.readouterr().out != text
+    assert main(["generate", str(run), *options, "--precision", "bf16"]) == 0
+    assert capsys.readouterr().out.startswith("the quick")
+
+
+def test_prompts_from_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts").write_text("the\ndocument 1 says\n")
+    output = tmp_path / "texts.jsonl"
+    options = ["--prompts", str(tmp_path / "prompts"), "--count", "2", "--tokens", "20"]
+    assert main(["generate", str(run), *options, "--output", str(output)]) == 0
+    shown = capsys.readouterr().out
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["the"] * 2 + ["document 1 says"] * 2
+    assert [f"--- {n} of 4: " in shown for n in (1, 2, 3, 4)] == [True] * 4
+    assert all(1 <= len(line["text"]) <= 20 for line in lines)
+    assert lines[0]["text"] != lines[1]["text"]
+
+
+def test_text_is_shown_as_it_is_made(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        flushed: list[str] = []
+
+        def flush(self) -> None:
+            self.flushed.append(self.getvalue())
+
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    assert main(["generate", str(run), "--prompt", "the", "--tokens", "8", "--top-k", "100"]) == 0
+    lengths = [len(text) for text in terminal.flushed]
+    assert lengths == sorted(lengths) and len(set(lengths)) > 3
+
+
+def test_it_needs_neither_megatron_nor_deepspeed(run: Path) -> None:
+    """They can be absent: an import of either would raise."""
+    code = (
+        "import sys; sys.modules['megatron'] = sys.modules['deepspeed'] = None\n"
+        "from hg_scale.commands.main import main\n"
+        "code = main(sys.argv[1:])\n"
+        "heavy = {name.split('.')[0] for name in sys.modules if sys.modules[name]}\n"
+        "print(sorted(heavy & {'megatron', 'deepspeed', 'webdataset', 'wandb', 'scipy'}))\n"
+        "print('compiler', 'torch._dynamo' in sys.modules)\n"
+        "sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, "generate", str(run), "--prompt", "a", "--tokens", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n[]\ncompiler False\n")
+
+
+def test_images(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.png"
+    assert main(["generate", str(digits), "--count", "5", "--output", str(page)]) == 0
+    assert "5 images" in capsys.readouterr().out
+    assert Image.open(page).size == (3 * 66 + 2, 2 * 66 + 2)
+
+
+def test_lower_halves(digits: Path, tmp_path: Path) -> None:
+    """What was given, two completions, the original; the upper half of all is the same."""
+    originals = (load_digits().images[:3] * 15.9).astype(np.uint8)
+    np.save(tmp_path / "some.npy", originals)
+    page = tmp_path / "page.png"
+    options = ["--complete", str(tmp_path / "some.npy"), "--count", "2", "--output", str(page)]
+    assert main(["generate", str(digits), *options]) == 0
+    pixels = np.asarray(Image.open(page))
+    assert pixels.shape == (3 * 66 + 2, 4 * 66 + 2)
+    for line, original in enumerate(originals):
+        cells = [pixels[2 + line * 66 :, 2 + column * 66 :][:64:8, :64:8] for column in range(4)]
+        assert all((cell[:4] == original[:4]).all() for cell in cells)
+        assert (cells[0][4:] == 128).all() and (cells[3] == original).all()
+        assert (cells[1][4:] != cells[2][4:]).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", "0"], "--tokens"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--top-p", "0"], "--top-p"),
+        (["--top-k", "0"], "--top-k"),
+        (["--keep", "1"], "--keep"),
+        (["--context", "1"], "--context"),
+        (["--batch", "0"], "--batch"),
+        (["--count", "0"], "--count"),
+        (["--prompt", "a", "--prompts", "b"], "give one of them"),
+        (["--prompts", "/nowhere/prompts"], "cannot be read"),
+        (["--prompts", "/dev/null"], "is empty"),
+        (["--complete", "a.png"], "is for images"),
+        (["--data", "/nowhere"], "no such file"),
+        (["--prompt", "a", "--tokens", "1", "--output", "/nowhere/a"], "cannot be written"),
+    ],
+)
+def test_one_line_for_a_fault(
+    run: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(run), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_models_that_cannot_be_used(
+    run: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for folder, options, message in (
+        (tmp_path / "none", [], "no such folder"),
+        (tmp_path, [], "without a checkpoint"),
+        (run / "checkpoints", [], "manifest.json: no such file"),
+        (digits, ["--prompt", "a"], "--prompt is for text"),
+    ):
+        assert main(["generate", str(folder), *options]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
