@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
+
+import torch
 
 from hg_scale.checkpoint.fragments import cover_problems
 from hg_scale.checkpoint.jobs import Report, run_jobs
@@ -55,14 +57,15 @@ class Examine:
         shape, squares, largest, lost, negative = self.source.shapes[name], 0.0, 0.0, 0, 0
         for _, start, stop in pieces(name, shape):
             x = self.source.read(name, kind, start, stop)
-            finite = x.isfinite()
-            if not finite.all():
+            low, high = map(float, x.aminmax())
+            if not (isfinite(low) and isfinite(high)):
+                finite = x.isfinite()
                 lost += int((~finite).sum())
                 x = x[finite]
-            if x.numel():
-                squares += float(x.double().square().sum())
-                largest = max(largest, float(x.abs().max()))
-                negative += int((x < 0).sum())
+                low, high = map(float, x.aminmax()) if x.numel() else (0.0, 0.0)
+            squares += float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+            largest = max(largest, -low, high)
+            negative += int((x < 0).sum()) if low < 0 else 0
         return Health(name, kind, shape, sqrt(squares / prod(shape)), largest, lost, negative)
 
 

@@ -26,7 +26,7 @@ from hg_scale.config.load import parse_config
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.hourglass import Hourglass
 
-PIECE = 1 << 23  # elements read at once: 32 MiB in fp32
+PIECE = 1 << 20  # elements read at once: 4 MiB in fp32; larger ones are slower, each a new mapping
 CONFIG = "config.json"
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _PREFIXES = ("model.", "module.", "module.model.")  # of wrappers around the model
