@@ -9,6 +9,7 @@ model becomes a plain dataclass with the same fields, since its values were chec
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -53,47 +54,76 @@ PARTS = (
 
 
 def bundle(version: str) -> str:
-    """The source of the module. Raises CheckpointError where two parts define one name."""
-    imports: list[str] = []
+    """The source of the module.
+
+    Raises CheckpointError where two parts define one name, or one needs a name of none of them.
+    """
+    imports: dict[str, set[str]] = defaultdict(set)
     bodies: list[str] = []
     owner: dict[str, str] = {}
-    bundled = {part.module for part in PARTS}
+    needed: dict[str, str] = {}
     for part in PARTS:
-        path = _path(part.module)
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        lines = path.read_text(encoding="utf-8").splitlines()
-        body, as_modules = [], []
-        for node in tree.body:
-            names = _defined(node)
+        text = _path(part.module).read_text(encoding="utf-8")
+        lines, body, modules = text.splitlines(), [], []
+        for node in ast.parse(text).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
-                inside = isinstance(node, ast.ImportFrom) and str(node.module).startswith(
-                    "hg_scale."
-                )
-                if inside:
-                    assert isinstance(node, ast.ImportFrom)
-                    paths = [f"{node.module}.{alias.name}" for alias in node.names]
-                    as_modules += [path for path in paths if path in bundled]
-                elif part.names is None and "__future__" not in ast.unparse(node):
-                    imports.append(ast.unparse(node))
+                if part.names is None:
+                    modules += _sort_imports(node, part, imports, needed)
                 continue
+            names = _defined(node)
             if _is_docstring(node) or (part.names is not None and not set(names) & set(part.names)):
                 continue
             for name in names:
                 if name in owner:
                     raise CheckpointError(f"{part.module} and {owner[name]} both define {name}")
                 owner[name] = part.module
-            body.append(
-                _config_class(node, lines) if names == ["ModelConfig"] else _text(node, lines)
-            )
+            config = names == ["ModelConfig"]
+            body.append(_config_class(node, lines) if config else _text(node, lines))
         # `from hg_scale.model import banded` meant a module: here a class with its functions.
-        spaces = [_namespace(module, owner) for module in as_modules]
+        spaces = [_namespace(module, owner) for module in modules]
         comment = f"# {'-' * 20} {part.module.replace('.', '/')}.py"
         bodies.append("\n\n\n".join([comment, *spaces, *body]))
-    wanted = sorted(
-        set(imports) | {"from typing import Any, Literal", "from dataclasses import dataclass"}
-    )
-    text = "\n\n\n".join([_HEADER.format(version=version) + "\n" + "\n".join(wanted), *bodies])
-    return text + "\n"
+    for name, module in needed.items():
+        if name not in owner:
+            raise CheckpointError(f"{module} needs {name}, which no part of the bundle defines")
+    head = _HEADER.format(version=version) + "\n" + _import_lines(imports)
+    return "\n\n\n".join([head, *bodies]) + "\n"
+
+
+def _sort_imports(
+    node: ast.Import | ast.ImportFrom,
+    part: Part,
+    imports: dict[str, set[str]],
+    needed: dict[str, str],
+) -> list[str]:
+    """Note what comes from elsewhere and what from other parts; returns parts used as modules."""
+    if isinstance(node, ast.Import):
+        imports[""] |= {ast.unparse(alias) for alias in node.names}
+        return []
+    module = str(node.module)
+    if not module.startswith("hg_scale."):
+        if module != "__future__":
+            imports[module] |= {ast.unparse(alias) for alias in node.names}
+        return []
+    bundled = {part.module for part in PARTS}
+    used = [f"{module}.{alias.name}" for alias in node.names]
+    needed |= {
+        alias.name: part.module
+        for alias, path in zip(node.names, used, strict=True)
+        if path not in bundled
+    }
+    return [path for path in used if path in bundled]
+
+
+def _import_lines(imports: dict[str, set[str]]) -> str:
+    plain = [f"import {name}" for name in sorted(imports.get("", ()))]
+    imports = {
+        **imports,
+        "dataclasses": imports["dataclasses"] | {"dataclass"},  # of the plain configuration
+        "typing": imports["typing"] | {"Any", "Literal"},
+    }
+    others = [f"from {m} import {', '.join(sorted(imports[m]))}" for m in sorted(imports) if m]
+    return "\n".join([*plain, *others])
 
 
 def _path(module: str) -> Path:

@@ -32,7 +32,7 @@ LATEST, ZERO = "latest_universal", "zero"
 TORCH_FILE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 OURS = "hg_scale"  # what `to-deepspeed` adds to the model states
 _ALLOWED = [OrderedDict, torch.Size]  # beyond tensors, containers and plain values
-_FORBIDDEN = re.compile(r"(?:GLOBAL|function|class|global)\s+`?([\w.]+)`? was not an allowed")
+_FORBIDDEN = re.compile(r"(?:GLOBAL|function|class|global)\s+`?([\w.]+)`?\s+(?:was not|whose)")
 
 
 def load_pickle(path: Path) -> Any:
@@ -74,7 +74,9 @@ class UniversalSource(Source):
             raise CheckpointError(f"{self.folder}: {OURS} is no object in its model states")
         if model is None:
             if "model" not in ours:
-                raise CheckpointError(f"{path}: does not say which model it is of; give --config")
+                raise CheckpointError(
+                    f"{path}: does not say which model it is of; from-deepspeed --config FILE does"
+                )
             model = model_of(ours["model"], self.folder)
         self._shapes = parameter_shapes(model)
         self._cached: tuple[tuple[str, str] | None, Tensor] = (None, torch.empty(0))
@@ -133,7 +135,9 @@ class ConsolidatedSource(Source):
 
     def __init__(self, path: Path, model: ModelConfig | None = None) -> None:
         if model is None:
-            raise CheckpointError(f"{path}: does not say which model it is of; give --config")
+            raise CheckpointError(
+                f"{path}: does not say which model it is of; from-deepspeed --config FILE does"
+            )
         self._files: SafetensorsFiles | _TorchFiles
         folder = path.is_dir()
         safe = path.suffix == ".safetensors" or (

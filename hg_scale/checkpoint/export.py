@@ -54,6 +54,9 @@ class Style:
     files: Mapping[str, str] = field(default_factory=dict)
 
 
+PLAIN = Style()
+
+
 @dataclass(frozen=True)
 class Copy:
     """Reads a piece of a parameter and puts it where it belongs; sent to the workers."""
@@ -76,7 +79,7 @@ def export(
     workers: int = 1,
     shard_bytes: int = SHARD_BYTES,
     tokenizer: Tokenizer | None = None,
-    style: Style = Style(),  # noqa: B008
+    style: Style = PLAIN,
     report: Report,
 ) -> float:
     """Write weights to the new folder `out`; the largest difference of the logits from theirs.

@@ -195,7 +195,7 @@ def test_weights_that_are_not_finite_are_not_exported(trained: Get, tmp_path: Pa
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda out: (out / "config.json").unlink(), "expected a run, a checkpoint"),
+    "no config": (lambda out: (out / "config.json").unlink(), "does not say which model it is of"),
     "half a config": (
         lambda out: (out / "config.json").write_text('{"model": '), "cannot be read"),
     "another model": (

@@ -194,7 +194,7 @@ def test_what_deepspeed_wrote_is_read(worlds: Worlds, tmp_path: Path, stage: int
     worlds.run(2, deepspeed_writes, tree, tmp_path)
     model = parse_config(tree).model
     ours = Reader(tmp_path / "ours" / f"step-{STEPS:08}")
-    with pytest.raises(CheckpointError, match="which model it is of; give --config"):
+    with pytest.raises(CheckpointError, match="which model it is of; from-deepspeed --config"):
         open_source(tmp_path / "universal")
     universal = open_source(tmp_path / "universal", model)
     assert isinstance(universal, UniversalSource)
