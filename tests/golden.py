@@ -13,11 +13,9 @@ import argparse
 import os
 import socket
 import sys
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -25,7 +23,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.reference import Array, reference_config, reference_weights
+from hg_scale.checkpoint.reference import (
+    Array,
+    read_entries,
+    reference_config,
+    reference_weights,
+    under,
+)
 from hg_scale.config.schema import ModelConfig
 from hg_scale.errors import UserError
 from hg_scale.model.block import State
@@ -51,18 +55,9 @@ class Golden:
 
 def read_golden(path: Path, tensor: int = 1) -> Golden:
     """Read a file, for a model in `tensor` slices. Raises CheckpointError naming what is amiss."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            entries: dict[str, Any] = {name: file[name] for name in file.files}
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror or error}") from None
-    except (AttributeError, BadZipFile, EOFError, TypeError, ValueError, zlib.error):
-        raise CheckpointError("not a golden file: expected numpy's .npz, without pickles") from None
-    for name in ("config", "input/tokens_shifted", "output/logits"):
-        if name not in entries:
-            raise CheckpointError(f"not a golden file: has no {name}")
+    entries = read_entries(path, "config", "input/tokens_shifted", "output/logits")
     model = reference_config(str(entries["config"]), tensor)
-    weights = _under(entries, "weight/")
+    weights = under(entries, "weight/")
     ids, logits = entries["input/tokens_shifted"], entries["output/logits"]
     if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
         raise CheckpointError(f"input/tokens_shifted: expected ids (B, L), got {_kind(ids)}")
@@ -73,11 +68,7 @@ def read_golden(path: Path, tensor: int = 1) -> Golden:
         raise CheckpointError(f"output/logits: expected {expected}, got {_kind(logits)}")
     ids = torch.from_numpy(ids.astype(np.int64))
     ours = reference_weights(weights, model)
-    return Golden(model, ours, ids, logits, _under(entries, "act/"))
-
-
-def _under(entries: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
+    return Golden(model, ours, ids, logits, under(entries, "act/"))
 
 
 def _kind(array: np.ndarray) -> str:

@@ -7,9 +7,13 @@ linear weights (out, in) and queries, keys and values fused head by head.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from math import lcm
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +30,26 @@ Array = NDArray[np.float32]
 _KINDS = {"avg": "average", "attention+avg": "attention+average"}
 _ONLY = {"activation": "gelu_tanh", "attention": "relative"}  # what the format can say of these
 _SIZES = {"d_model": "d_model", "heads": "heads", "d_ff": "d_ff", "vocab": "vocab_size"}
+
+
+def read_entries(path: Path, *needed: str) -> dict[str, Any]:
+    """All arrays of a golden file. Raises CheckpointError where it is none; unpickles nothing."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            entries: dict[str, Any] = {name: file[name] for name in file.files}
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror or error}") from None
+    except (AttributeError, BadZipFile, EOFError, TypeError, ValueError, zlib.error):
+        raise CheckpointError("not a golden file: expected numpy's .npz, without pickles") from None
+    for name in needed:
+        if name not in entries:
+            raise CheckpointError(f"not a golden file: has no {name}")
+    return entries
+
+
+def under(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries whose names begin with `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
 
 
 def reference_config(text: str, tensor: int = 1) -> ModelConfig:

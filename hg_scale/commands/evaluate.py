@@ -1,63 +1,161 @@
-"""Score a checkpoint on held-out text."""
+"""Score a model on held-out text."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from math import log
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-HELP = "score a checkpoint on a split of a prepared corpus, in bits per byte"
+from hg_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hg_scale.training.evaluation import Subject
+    from hg_scale.training.scoring import Score
+
+HELP = "score a run, a checkpoint or an export on text, in bits per byte"
+WINDOW, STRIDE = 4096, 128  # of the paper's sliding protocol, section 3.3
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="RUN_OR_CHECKPOINT",
-        help="a run folder (its newest checkpoint) or a checkpoint folder")  # fmt: skip
-    add("--data", metavar="SHARDS", help="prepared corpus (default: that of the run)")
+    add("model", type=Path, metavar="RUN_OR_CHECKPOINT_OR_EXPORT",
+        help="a run folder (its newest checkpoint), a checkpoint folder, or an export")  # fmt: skip
+    add("--data", metavar="SHARDS_OR_FILE",
+        help="prepared corpus, or a plain text file (default: the corpus of the run)")  # fmt: skip
     add("--split", default="test", help="train, validation or test (default: test)")
+    add("--context", type=int, metavar="N",
+        help="windows of N tokens that follow each other (default: as in training)")  # fmt: skip
+    add("--window", type=int, metavar="N",
+        help=f"sliding windows of N tokens (the paper: {WINDOW}), of which the last --stride "
+        "are scored")  # fmt: skip
+    add("--stride", type=int, metavar="N",
+        help=f"tokens from one sliding window to the next (default: {STRIDE})")  # fmt: skip
     add("--windows", type=int, metavar="N", help="score the first N windows only")
     add("--batch", type=int, default=8, metavar="N", help="windows at once (default: 8)")
+    add("--processes", type=int, default=1, metavar="N",
+        help="share the windows out over N processes, a GPU each (default: 1)")  # fmt: skip
     add("--precision", choices=("fp32", "bf16"), default="fp32",
         help="what to compute in (default: fp32)")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="also write the figures here")
 
 
 def run(options: argparse.Namespace) -> int:
-    import torch
+    _check(options)
     from rich.console import Console
     from rich.progress import Progress
 
-    from hg_scale.training.scoring import score_split
-    from hg_scale.training.trained import load_trained
+    from hg_scale.training.evaluation import Task, evaluate
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
-    trained = load_trained(options.checkpoint, options.data, dtype)
-    model, index, checkpoint = trained.model, trained.index, trained.path
-    length = model.config.sequence_length
-    total = index.split(options.split).tokens
-    if options.windows:
-        total = min(total, options.windows * length)
+    stride = options.stride or STRIDE
+    task = Task(
+        options.model, options.data, options.split, options.context or options.window,
+        min(stride, options.window) if options.window else None,
+        options.windows, options.batch, options.precision,
+    )  # fmt: skip
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"scoring {options.split}", total=total)
-        score = score_split(
-            model, index, options.split, options.batch, options.windows,
-            lambda tokens: progress.advance(task, tokens),
-        )  # fmt: skip
-    figures = {
-        "checkpoint": str(checkpoint),
-        "step": trained.step,
-        "data": trained.data,
-        "split": options.split,
-        "precision": options.precision,
-        "context": length,
+        bar = progress.add_task("scoring", total=None)
+        subject, score = evaluate(
+            task, options.processes, lambda tokens: progress.advance(bar, tokens)
+        )
+    found = figures(subject, score, options.precision)
+    _print(subject, score)
+    if options.json:
+        try:
+            options.json.write_text(json.dumps(found, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{options.json}: cannot be written ({error.strerror})") from None
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("context", "window", "stride", "windows", "batch", "processes"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}: expected a number above 0, got {value}")
+    if options.context and options.window:
+        raise UserError("--context and --window: give one of them")
+    if options.stride and not options.window:
+        raise UserError("--stride: needs --window")
+    if options.stride and options.stride > options.window:
+        raise UserError(f"--stride: at most --window {options.window}, or tokens would be left out")
+
+
+def figures(subject: Subject, score: Score, precision: str) -> dict[str, Any]:
+    """All that was measured, for a file."""
+    period = subject.trained.model.config.parsed.total_factor
+    found: dict[str, Any] = {
+        "model": str(subject.trained.path),
+        "step": subject.trained.step,
+        "text": subject.name,
+        "precision": precision,
+        "window": subject.how.length,
+        "stride": subject.how.stride,
         "tokens": score.tokens,
         "bytes": round(score.bytes),
         "nats_per_token": score.nats_per_token,
+        "bits_per_token": score.bits_per_token,
         "bits_per_byte": score.bits_per_byte,
+        "interval_95": score.bits_per_byte * score.relative_interval,
     }
-    print(f"{checkpoint}, step {trained.step:,}, {options.split} split of {trained.data}")
-    print(f"  {score.tokens:,} tokens, {round(score.bytes):,} bytes, each scored once")
-    print(f"  {score.nats_per_token:.4f} nats a token, {score.bits_per_byte:.4f} bits a byte")
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
-    return 0
+    if found["interval_95"] != found["interval_95"]:
+        found["interval_95"] = None  # JSON has no NaN
+    if subject.images:
+        found["bits_per_dimension"] = score.bits_per_token
+    found["nats_by_position"] = [
+        {"from": a, "to": b, "nats_per_token": nats}
+        for a, b, nats in score.by_position(edges(subject.how.length))
+    ]
+    phases = score.by_phase(period)
+    found["nats_by_phase"] = [None if nats != nats else nats for nats in phases]
+    return found
+
+
+def edges(length: int) -> list[int]:
+    """0, 1, 2, 4, 8, ... up to the length: context grows in doublings."""
+    powers = [0] + [2**i for i in range(length.bit_length()) if 2**i < length]
+    return [*powers, length]
+
+
+def _print(subject: Subject, score: Score) -> None:
+    from rich.console import Console
+
+    how, trained = subject.how, subject.trained
+    spread = score.bits_per_byte * score.relative_interval
+    print(f"{trained.path}, step {trained.step:,}, on {subject.name}")
+    if how.stride == how.length:
+        protocol = f"windows of {how.length:,} tokens without context"
+    else:
+        protocol = f"windows of {how.length:,} tokens, the last {how.stride:,} of each scored"
+    print(f"  {score.tokens:,} tokens, {round(score.bytes):,} bytes, each scored once; {protocol}")
+    print(
+        f"  {score.nats_per_token:.4f} nats a token, {score.bits_per_token:.4f} bits a token, "
+        f"{score.bits_per_byte:.4f} bits a byte"
+        + (f" (95% interval +- {spread:.4f})" if spread == spread else "")
+    )
+    if subject.images:
+        print(f"  {score.bits_per_token:.4f} bits a dimension")
+    console = Console(width=None if Console().is_terminal else 100)
+    console.print(_positions(subject, score))
+
+
+def _positions(subject: Subject, score: Score) -> Table:
+    """Bits a token by place in the window, and by place in the outermost group of the innermost."""
+    from rich.table import Table
+
+    table = Table(title="bits a token by position", title_justify="left")
+    table.add_column("position in the window", justify="right")
+    table.add_column("bits", justify="right")
+    for a, b, nats in score.by_position(edges(subject.how.length)):
+        name = f"{a:,}" if b == a + 1 else f"{a:,} to {b - 1:,}"
+        table.add_row(name, f"{nats / log(2):.4f}")
+    period = subject.trained.model.config.parsed.total_factor
+    if period > 1:
+        table.add_section()
+        for phase, nats in enumerate(score.by_phase(period)):
+            if nats == nats:
+                table.add_row(f"{phase} modulo {period}", f"{nats / log(2):.4f}")
+    return table

@@ -22,8 +22,8 @@ _HEADER = 60  # characters of a prompt that head its text
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", type=Path, metavar="RUN_OR_CHECKPOINT",
-        help="a run folder (its newest checkpoint) or a checkpoint folder")  # fmt: skip
+    add("model", type=Path, metavar="RUN_OR_CHECKPOINT_OR_EXPORT",
+        help="a run folder (its newest checkpoint), a checkpoint folder, or an export")  # fmt: skip
     add("--prompt", action="append", metavar="TEXT",
         help="what to go on from; may be repeated (default: a new document)")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="prompts, one a line")
@@ -68,7 +68,8 @@ def run(options: argparse.Namespace) -> int:
     shape = document_shape(trained.index)
     if shape is None:
         if options.complete:
-            raise UserError(f"--complete is for images; {trained.data} holds text: use --prompt")
+            held = f"{trained.data} holds text" if trained.data else "give --data SHARDS"
+            raise UserError(f"--complete is for images; {held}, or use --prompt")
         if options.output:
             _refuse_unwritable(options.output)
         return _write(trained, _prompts(options), how, options.output)

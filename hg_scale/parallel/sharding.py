@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,10 @@ class Shard:
 
 
 WHOLE = Shard()
+P = TypeVar("P", bound=Tensor)
 
 
-def mark(parameter: nn.Parameter, shard: Shard) -> nn.Parameter:
+def mark(parameter: P, shard: Shard) -> P:
     """Note on a parameter which slice it is, in our words and in Megatron's.
 
     DeepSpeed reads `tensor_model_parallel` to count replicated parameters once in norms.

@@ -75,10 +75,9 @@ def write_texts(trained: Trained, prompts: Sequence[bytes], how: Writing) -> Ite
     A text ends at the end of its document, which is not part of it, or after `how.tokens`. The
     beginning of a prompt is the beginning of a document, where the data has documents.
     """
-    index = trained.index
-    if document_shape(index) is not None:
-        raise UserError(f"{index.location}: holds images; `hg-scale generate` draws them")
-    tokenizer = index.open_tokenizer()
+    if document_shape(trained.index) is not None:
+        raise UserError(f"{trained.data}: holds images; `hg-scale generate` draws them")
+    tokenizer = trained.open_tokenizer()
     start = tokenizer.eod or 0
     for first in range(0, len(prompts), how.batch):
         ids = [[start, *tokenizer.encode(p).tolist()] for p in prompts[first : first + how.batch]]
@@ -107,8 +106,10 @@ def in_order(pieces: Iterable[Piece]) -> Iterator[Piece]:
             turn += 1
 
 
-def document_shape(index: Index) -> tuple[int, int, int] | None:
+def document_shape(index: Index | None) -> tuple[int, int, int] | None:
     """(height, width, channels) of the images of a corpus; None where it holds text."""
+    if index is None:
+        return None
     shape = index.source.get("shape")
     if index.source.get("kind") != "images" or not shape or not index.document_tokens:
         return None
@@ -123,7 +124,7 @@ def draw_images(
     made, (row, image) for the last of each image."""
     shape = document_shape(trained.index)
     if shape is None:
-        raise UserError(f"{trained.index.location}: holds text, no images")
+        raise UserError(f"{trained.data}: holds text, no images")
     total = int(np.prod(shape))
     for first in range(0, len(given), how.batch):
         made = [pixels.tolist() for pixels in given[first : first + how.batch]]

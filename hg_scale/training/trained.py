@@ -1,30 +1,43 @@
-"""A trained model to use: from a run folder or a checkpoint, on one device, with its data."""
+"""A trained model to use: from a run, a checkpoint or an export, on one device, with its data."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from hg_scale.checkpoint.export import load_export
 from hg_scale.checkpoint.find import find_latest, read_manifest
 from hg_scale.checkpoint.load import read_parameters
+from hg_scale.checkpoint.open import is_export
+from hg_scale.checkpoint.source import ExportSource
 from hg_scale.config.load import parse_config
 from hg_scale.config.schema import ModelConfig
 from hg_scale.data.index import Index, read_index
+from hg_scale.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerIdentity, load_tokenizer
 from hg_scale.errors import UserError
 from hg_scale.model.hourglass import Hourglass
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with its weights, where they are from, and the index of its data."""
+    """A model with its weights, where they are from, and the index of its data.
+
+    `index` is None for an export that was not told its data.
+    """
 
     model: Hourglass
     path: Path
     step: int
-    data: str
-    index: Index
+    index: Index | None
+    open_tokenizer: Callable[[], Tokenizer]
+
+    @property
+    def data(self) -> str:
+        """Where the data lies; empty where it is not known."""
+        return self.index.location if self.index else ""
 
 
 def load_trained(
@@ -33,13 +46,27 @@ def load_trained(
     dtype: torch.dtype = torch.float32,
     device: str | None = None,
 ) -> Trained:
-    """The newest checkpoint of a run folder, or a checkpoint folder.
+    """The newest checkpoint of a run folder, a checkpoint folder, or an export.
 
     `data`: prepared corpus in place of that of the run. `device`: by default the GPU if there is
     one. Raises UserError where something is missing.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name a run folder or a checkpoint folder")
+        raise UserError(
+            f"{folder}: no such folder; name a run folder, a checkpoint folder or an export"
+        )
+    trained = _export(folder, data) if is_export(folder) else _checkpoint(folder, data)
+    index, known = trained.index, trained.model.config.vocab_size
+    if index is not None and index.vocab_size > known:
+        raise UserError(
+            f"{index.location}: has {index.vocab_size} kinds of tokens, the model of "
+            f"{trained.path} knows {known}; name the data it was trained on with --data"
+        )
+    trained.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+    return trained
+
+
+def _checkpoint(folder: Path, data: str | None) -> Trained:
     checkpoint = find_latest(folder / "checkpoints")
     if checkpoint is None:
         if (folder / "config.json").is_file():
@@ -48,14 +75,33 @@ def load_trained(
     manifest = read_manifest(checkpoint)
     config = parse_config({"model": manifest["config"]["model"]}, source=str(checkpoint))
     index = read_index(data) if data else _index_of(manifest["config"]["data"], checkpoint)
-    if index.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"{index.location}: has {index.vocab_size} kinds of tokens, the model of {checkpoint} "
-            f"knows {config.model.vocab_size}; name the data it was trained on with --data"
-        )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(config.model, checkpoint).to(device, dtype)
-    return Trained(model, checkpoint, manifest["step"], index.location, index)
+    model = load_model(config.model, checkpoint)
+    return Trained(model, checkpoint, manifest["step"], index, index.open_tokenizer)
+
+
+def _export(folder: Path, data: str | None) -> Trained:
+    source, index = ExportSource(folder), read_index(data) if data else None
+    ours = source.tokenizer
+
+    def open_tokenizer() -> Tokenizer:
+        if ours is None:
+            raise UserError(
+                f"{folder}: names no tokenizer; give --data SHARDS, or export with --data"
+            )
+        file = folder / MODEL_FILE
+        identity = TokenizerIdentity.model_validate(ours)
+        return load_tokenizer(identity, file.read_bytes() if file.is_file() else None)
+
+    if index is not None:
+        theirs = index.tokenizer.model_dump()
+        if ours is not None and ours != theirs:
+            raise UserError(
+                f"{data}: made with another tokenizer ({theirs['name']}, vocabulary "
+                f"{theirs['vocab_size']}) than {folder} ({ours['name']}, vocabulary "
+                f"{ours['vocab_size']}); prepare the text again with the tokenizer of the export"
+            )
+        open_tokenizer = index.open_tokenizer
+    return Trained(load_export(folder), folder, source.step, index, open_tokenizer)
 
 
 def _index_of(section: dict[str, object], checkpoint: Path) -> Index:

@@ -46,7 +46,7 @@ def trained(index: Index, **changes: Any) -> Trained:
                             **changes})  # fmt: skip
     model = Hourglass(config)
     initialize(list(model.named_parameters()), config, seed=1)
-    return Trained(model.eval(), Path("checkpoint"), 0, index.location, index)
+    return Trained(model.eval(), Path("checkpoint"), 0, index, index.open_tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+from math import log
+
+import numpy as np
 import pytest
 import torch
 
 from hg_scale.config.schema import ModelConfig
-from hg_scale.data.prepare import Preparation, prepare_bytes
+from hg_scale.data.protocol import Tokens, Windows
 from hg_scale.model.hourglass import Hourglass
 from hg_scale.parallel.initialization import initialize
-from hg_scale.training.scoring import score_split
+from hg_scale.training.scoring import Losses, Score, score_windows
 
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "text").write_bytes(b"the quick brown fox jumps over the lazy dog. " * 60)
-    job = Preparation(folder / "text", folder / "shards", split=(1000, 700, 1000))
-    return prepare_bytes(job)[0]
+TEXT = (b"the quick brown fox jumps over the lazy dog. " * 60)[1000:1700]
+TOKENS = Tokens(np.frombuffer(TEXT, np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -31,35 +29,86 @@ def model() -> Hourglass:
     return model
 
 
-def test_a_uniform_model_scores_8_bits_a_byte(index, model: Hourglass) -> None:  # type: ignore[no-untyped-def]
+def score(model: Hourglass, how: Windows, **options: int) -> Score:
+    return Score(score_windows(model, TOKENS, len(TEXT), how, **options), len(TEXT))
+
+
+def test_a_uniform_model_scores_8_bits_a_byte(model: Hourglass) -> None:
     uniform = Hourglass(model.config)
     torch.nn.init.zeros_(uniform.get_parameter("head.linear.weight"))
     torch.nn.init.zeros_(uniform.get_parameter("head.linear.bias"))
-    score = score_split(uniform, index, "validation")
-    assert score.bits_per_byte == pytest.approx(8, rel=1e-7)
-    assert (score.tokens, score.bytes) == (700, 700)
+    for how in (Windows(64, 64), Windows(64, 16)):
+        found = score(uniform, how)
+        assert found.bits_per_byte == pytest.approx(8, rel=1e-7)
+        assert (found.tokens, found.bytes) == (700, 700)
+        assert found.relative_interval == pytest.approx(0, abs=1e-6)
 
 
-def test_the_score_does_not_depend_on_the_rows(index, model: Hourglass) -> None:  # type: ignore[no-untyped-def]
-    scores = [score_split(model, index, "test", rows).nats for rows in (1, 3, 16)]
+@pytest.mark.parametrize("how", [Windows(64, 64), Windows(64, 24)])
+def test_the_score_does_not_depend_on_the_rows(model: Hourglass, how: Windows) -> None:
+    scores = [score(model, how, rows=rows).nats for rows in (1, 3, 16)]
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-6)
 
 
-def test_every_token_is_scored_once(index, model: Hourglass) -> None:  # type: ignore[no-untyped-def]
-    """Against a loop over the text; the last window is a short one."""
-    text = (b"the quick brown fox jumps over the lazy dog. " * 60)[1000:1700]
-    ids, nats = torch.tensor([0, *text]), 0.0
+@pytest.mark.parametrize("how", [Windows(64, 64), Windows(64, 24)])
+def test_shares_of_the_windows_add_up(model: Hourglass, how: Windows) -> None:
+    whole = score(model, how)
+    count = how.count(len(TEXT))
+    ends = [0, 1, count // 2, count]
+    parts = [
+        score_windows(model, TOKENS, len(TEXT), how, first=a, last=b)
+        for a, b in zip(ends, ends[1:], strict=False)
+    ]
+    joined = Losses.joined(parts)
+    np.testing.assert_allclose(joined.nats, whole.losses.nats, rtol=1e-6)
+    np.testing.assert_allclose(joined.position_nats, whole.losses.position_nats, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [64, 24, 1])
+def test_against_a_loop_over_the_text(model: Hourglass, stride: int) -> None:
+    """Every token once, from the tokens of its window; the last window is a short one."""
+    ids, nats = torch.tensor([0, *TEXT]), []
     with torch.no_grad():
-        for start in range(0, 700, 64):
-            inputs, labels = ids[start : start + 64][: 700 - start], ids[start + 1 : start + 65]
-            logits = model(inputs[None])[0].double()
-            nats += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        place = 0
+        while place < 700:
+            start = 0 if place == 0 else place + stride - 64
+            stop = min(700, 64 if place == 0 else place + stride)
+            logits = model(ids[None, start:stop])[0].double()
+            losses = torch.nn.functional.cross_entropy(
+                logits, ids[start + 1 : stop + 1], reduction="none"
+            )
+            nats += losses[place - start :].tolist()
+            place = stop
     counted: list[int] = []
-    score = score_split(model, index, "validation", rows=4, advance=counted.append)
-    assert score.nats == pytest.approx(nats, rel=1e-6)
-    assert sum(counted) == 700
+    found = score_windows(model, TOKENS, 700, Windows(64, stride), rows=4, advance=counted.append)
+    assert len(nats) == sum(counted) == int(found.tokens.sum()) == 700
+    assert found.nats.sum() == pytest.approx(sum(nats), rel=1e-6)
+    # By position: the first window is scored whole, later ones at their end only.
+    assert found.position_tokens[0] == 1 if stride < 64 else 11
+    assert found.position_nats.sum() == pytest.approx(sum(nats), rel=1e-6)
 
 
-def test_a_part_has_its_share_of_the_bytes(index, model: Hourglass) -> None:  # type: ignore[no-untyped-def]
-    score = score_split(model, index, "validation", limit_windows=5)
-    assert (score.tokens, score.bytes) == (320, 320)
+def test_positions_and_phases_of_made_up_losses() -> None:
+    """Positions 0..5 of two windows, losses equal to the position; the last token not scored."""
+    positions, counts = np.arange(6.0) * 2, np.array([2, 2, 2, 2, 2, 1])
+    positions[5] = 5
+    losses = Losses(np.array([15.0, 10.0]), np.array([6, 5]), positions, counts)
+    found = Score(losses, 11)
+    assert found.by_position([0, 1, 2, 4, 6]) == [(0, 1, 0), (1, 2, 1), (2, 4, 2.5), (4, 6, 13 / 3)]
+    assert found.by_phase(2) == pytest.approx([2.0, 13 / 5])
+    assert found.bits_per_token == pytest.approx(25 / 11 / log(2))
+
+
+def test_the_interval_covers_the_mean_of_the_source() -> None:
+    """200 texts of 1,000 windows whose losses have a known mean: about 95% of the intervals hold
+    it, also where each window resembles the one before."""
+    draw, held = np.random.default_rng(0), 0
+    for _ in range(200):
+        noise = draw.normal(size=1003)
+        windows = 50 + (noise[:-3] + noise[1:-2] + noise[2:-1] + noise[3:])  # of 10 tokens each
+        one = np.zeros(1)
+        losses = Losses(windows, np.full(1000, 10), one, one.astype(int))
+        found = Score(losses, 1)
+        half = found.relative_interval * found.nats_per_token
+        held += abs(found.nats_per_token - 5) <= half
+    assert 175 <= held <= 198

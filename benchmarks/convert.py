@@ -1,0 +1,243 @@
+"""Conversions against plain copying, and the memory they take.
+
+    python benchmarks/convert.py [--gigabytes 1] [--workers 1] [--repeat 3] [--folder DIR]
+
+Makes a checkpoint of so many gigabytes of fp32 parameters (three times that on the disk, with the
+moments), cut as TP2 x DP2 with ZeRO would cut it. Then, in turn and in one run, each conversion and
+a copy of as many bytes as the conversion writes; all are synced to the disk. A conversion runs in a
+process of its own, whose anonymous memory is sampled every 10 ms: what the files take in the page
+cache is not in it, what the interpreter and torch take is, what further workers take is not.
+
+`export` ends by comparing logits; its seconds are given with and without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from statistics import median
+from threading import Event, Thread
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from hg_scale.checkpoint.export import export
+from hg_scale.checkpoint.find import FORMAT_VERSION, MANIFEST
+from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
+from hg_scale.checkpoint.health import faults_of
+from hg_scale.checkpoint.open import open_checkpoint, open_source
+from hg_scale.checkpoint.safetensors_file import create
+from hg_scale.checkpoint.source import parameter_shapes
+from hg_scale.checkpoint.universal import cut_dimensions, to_deepspeed
+from hg_scale.checkpoint.write import Checksum, write_checkpoint
+from hg_scale.config.load import parse_config
+from hg_scale.config.schema import Config, ModelConfig
+
+TENSOR = DATA = 2
+
+
+def model_of_size(gigabytes: float) -> ModelConfig:
+    """The paper's kind of model at width 1024, as deep as it takes."""
+    shape = {
+        "d_model": 1024,
+        "heads": 16,
+        "d_ff": 4096,
+        "vocab_size": 32_000,
+        "sequence_length": 1536,
+    }
+
+    def model(blocks: int) -> ModelConfig:
+        return parse_config({"model": {"hierarchy": f"1@1 {blocks}@3 1@1", **shape}}).model
+
+    def bytes_of(blocks: int) -> int:
+        return 4 * sum(map(prod, parameter_shapes(model(blocks)).values()))
+
+    one, two = bytes_of(1), bytes_of(2)
+    return model(max(1, 1 + round((gigabytes * 1e9 - one) / (two - one))))
+
+
+def make_checkpoint(folder: Path, model: ModelConfig) -> None:
+    """Random weights in four files, as four ranks would have written them."""
+    folder.mkdir(parents=True)
+    shapes, dims = parameter_shapes(model), cut_dimensions(model)
+    files = []
+    for rank in range(TENSOR * DATA):
+        tensor, data = rank % TENSOR, rank // TENSOR
+        fragments = []
+        for name, shape in shapes.items():
+            dim = dims[name]
+            piece = Slice(name, shape) if dim is None else Slice(name, shape, dim, tensor, TENSOR)
+            parts = DATA if dim is not None else DATA * TENSOR
+            part = data if dim is not None else rank
+            edges = [piece.size * i // parts for i in range(parts + 1)]
+            start, stop = list(pairwise(edges))[part]
+            fragments.append(Fragment(piece, start, stop - start))
+        file = f"rank-{rank:05}.safetensors"
+        flat = [(f"{n}.{k}", (f.length,)) for k in KINDS for n, f in enumerate(fragments)]
+        for key, place in create(folder / file, flat).items():
+            generator = torch.Generator().manual_seed(rank)
+            length = fragments[int(key.partition(".")[0])].length
+            place.write(0, torch.empty(length).uniform_(0, 0.05, generator=generator))
+        entry = {"name": file, "bytes": (folder / file).stat().st_size}
+        listed = [fragment.to_json() for fragment in fragments]
+        files.append({**entry, "sha256": Checksum(folder)(file), "fragments": listed})
+    manifest = {
+        "format_version": FORMAT_VERSION, "step": 1, "optimizer_step": 1,
+        "progress": {"step": 1, "position": 0, "skipped": 0, "data": {}},
+        "layout": {"tensor": TENSOR, "pipeline": 1, "data": DATA, "zero_stage": 1},
+        "config": Config(model=model).model_dump(), "versions": {}, "files": files,
+    }  # fmt: skip
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+class Stages:
+    """A report that remembers when each stage began."""
+
+    def __init__(self) -> None:
+        self.begun: dict[str, float] = {}
+
+    def begin(self, what: str, total: int | None) -> None:
+        self.begun[what] = perf_counter()
+
+    def advance(self, count: int) -> None:
+        pass
+
+
+class AnonymousMemory:
+    """The largest RssAnon of this process while it lasts, in bytes."""
+
+    def __enter__(self) -> AnonymousMemory:
+        self.peak, self._over = anonymous_bytes(), Event()
+        self._thread = Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.01):
+            self.peak = max(self.peak, anonymous_bytes())
+
+
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+def measure(verb: str, source: Path, out: Path, workers: int) -> dict[str, float]:
+    """One conversion in this process."""
+    report = Stages()
+    before = anonymous_bytes()
+    start = perf_counter()
+    with AnonymousMemory() as memory:
+        if verb in ("export", "export bf16"):
+            dtype = "bf16" if verb.endswith("bf16") else "fp32"
+            export(open_source(source), out, dtype=dtype, workers=workers, report=report)
+        elif verb == "to-deepspeed":
+            to_deepspeed(open_checkpoint(source), out, workers=workers, report=report)
+        elif verb == "verify":
+            assert not list(faults_of(open_source(source), workers, report))
+        else:
+            write_checkpoint(open_source(source), out, workers=workers, report=report)
+    end = perf_counter()
+    return {"seconds": end - start, "before": before, "peak": memory.peak,
+            "comparing": compared(report, source, out, verb)}  # fmt: skip
+
+
+def compared(report: Stages, source: Path, out: Path, verb: str) -> float:
+    """Seconds that the comparison of the logits takes, done once more by itself."""
+    if not verb.startswith("export"):
+        return 0.0
+    from hg_scale.checkpoint.streamed import largest_difference
+
+    start = perf_counter()
+    largest_difference(open_source(source), open_source(out), report)
+    return perf_counter() - start
+
+
+def size_of(path: Path) -> int:
+    """Bytes below a folder that are really on the disk: a hole takes none."""
+    return sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
+
+
+def copy(source: Path, out: Path, size: int) -> float:
+    """Seconds to copy `size` bytes of a checkpoint's files, synced."""
+    out.mkdir()
+    start, left = perf_counter(), size
+    for file in sorted(source.glob("*.safetensors")):
+        with file.open("rb") as data, (out / file.name).open("wb") as target:
+            while left > 0 and (sent := os.sendfile(target.fileno(), data.fileno(), None, left)):
+                left -= sent
+            os.fsync(target.fileno())
+    seconds = perf_counter() - start
+    shutil.rmtree(out)
+    return seconds * size / (size - max(left, 0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--gigabytes", type=float, default=1.0, metavar="GB")
+    parser.add_argument("--workers", type=int, default=1, metavar="N")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="where to write (default: /tmp)")
+    parser.add_argument(
+        "--measure", nargs=3, metavar=("VERB", "SOURCE", "OUT"), help=argparse.SUPPRESS
+    )
+    options = parser.parse_args()
+    if options.measure:
+        verb, source, out = options.measure
+        print(json.dumps(measure(verb, Path(source), Path(out), options.workers)))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        run(Path(name), options)
+
+
+def run(folder: Path, options: argparse.Namespace) -> None:
+    model = model_of_size(options.gigabytes)
+    make_checkpoint(folder / "checkpoint", model)
+    size = 4 * sum(map(prod, parameter_shapes(model).values()))
+    print(
+        f"{size / 1e9:.2f} GB of fp32 parameters, '{model.hierarchy}', --workers {options.workers}"
+    )
+    print("conversion      MB/s  of copying  seconds  comparing  anonymous memory: before  peak")
+    sources = {"import": "export", "from-deepspeed": "to-deepspeed"}
+    for verb in ("export", "export bf16", "import", "to-deepspeed", "from-deepspeed", "verify"):
+        source, out = folder / sources.get(verb, "checkpoint"), folder / verb
+        rounds: list[dict[str, Any]] = []
+        copies = []
+        for _ in range(options.repeat):
+            shutil.rmtree(out, ignore_errors=True)
+            os.sync()
+            command = [sys.executable, __file__, "--workers", str(options.workers)]
+            done = subprocess.run(
+                [*command, "--measure", verb, str(source), str(out)],
+                check=True, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            rounds.append(json.loads(done.stdout))
+            moved = size_of(out) if out.exists() else size_of(source)
+            os.sync()
+            copies.append(copy(folder / "checkpoint", folder / "copy", moved))
+        seconds, comparing, before, peak = (
+            median(r[key] for r in rounds) for key in ("seconds", "comparing", "before", "peak")
+        )
+        rate = moved / (seconds - comparing)
+        print(
+            f"{verb:14} {rate / 1e6:5.0f}  {rate * median(copies) / moved:10.2f}  {seconds:7.2f}"
+            f"  {comparing:9.2f}  {before / 1e6:21.0f} MB  {peak / 1e6:5.0f} MB",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Writing a checkpoint from weights that were not trained here: imports, averages.
+
+What starts from one begins anew: step 0, the first of its data, Adam's moments zero and its step
+count 0, so that a warm-up does what it does in any run. Where the source carries moments and says
+where training stood (DeepSpeed's universal format), that is kept, and training goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from hg_scale.checkpoint.export import copy_pieces, split_into_files
+from hg_scale.checkpoint.find import FORMAT_VERSION, MANIFEST
+from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
+from hg_scale.checkpoint.jobs import Report, run_jobs
+from hg_scale.checkpoint.output import new_folder
+from hg_scale.checkpoint.safetensors_file import Place, create
+from hg_scale.checkpoint.source import Source
+from hg_scale.config.schema import Config
+
+FILE_BYTES = 16_000_000_000
+_LAYOUT = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 0}
+
+
+def write_checkpoint(
+    source: Source, out: Path, *, workers: int = 1, report: Report, file_bytes: int = FILE_BYTES
+) -> None:
+    """Write the checkpoint folder `out`. Raises CheckpointError."""
+    goes_on = source.kinds == KINDS and source.progress is not None
+    with new_folder(out) as folder:
+        places: dict[tuple[str, str], Place] = {}
+        files: dict[str, list[str]] = {}
+        sizes = {name: 4 * len(KINDS) * prod(shape) for name, shape in source.shapes.items()}
+        for rank, names in enumerate(split_into_files(sizes, file_bytes)):
+            file = f"rank-{rank:05}.safetensors"
+            files[file] = names
+            # By kind, so that moments that are not written are one hole of the file.
+            tensors = [
+                (f"{number}.{kind}", source.shapes[name])
+                for kind in KINDS
+                for number, name in enumerate(names)
+            ]
+            flat = [(key, (prod(shape),)) for key, shape in tensors]
+            made = create(folder / file, flat)
+            for number, name in enumerate(names):
+                for kind in KINDS if goes_on else ("fp32",):
+                    places[name, kind] = made[f"{number}.{kind}"]
+        copy_pieces(source, places, workers, report, "importing")
+        sizes = {file: (folder / file).stat().st_size for file in files}
+        report.begin("checksums", sum(sizes.values()))
+        entries = []
+        for file, digest in run_jobs(Checksum(folder), files, workers):
+            report.advance(sizes[file])
+            fragments = [
+                Fragment(Slice(name, source.shapes[name]), 0, prod(source.shapes[name])).to_json()
+                for name in files[file]
+            ]
+            entries.append(
+                {"name": file, "bytes": sizes[file], "sha256": digest, "fragments": fragments}
+            )
+        manifest = _head(source, goes_on) | {"files": entries}
+        (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """sha256 of a file of `folder`."""
+
+    folder: Path
+
+    def __call__(self, file: str) -> str:
+        with (self.folder / file).open("rb") as data:
+            return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def _head(source: Source, goes_on: bool) -> dict[str, Any]:
+    """The manifest but for the files, as a run would have written it."""
+    step = source.step if goes_on else 0
+    begin = {"step": 0, "position": 0, "skipped": 0, "data": {}}
+    return {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "progress": source.progress if goes_on else begin,
+        "optimizer_step": source.optimizer_step if goes_on else 0,
+        "layout": _LAYOUT,
+        "config": Config(model=source.model).model_dump(),  # type: ignore[call-arg]
+        "versions": {name: _version(name) for name in ("hg-scale", "torch", "deepspeed", "numpy")},
+        "tokenizer": source.tokenizer,
+        "source": {"kind": source.what, "name": source.path.resolve().name, "step": source.step},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

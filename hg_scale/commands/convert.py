@@ -1,0 +1,256 @@
+"""Look at checkpoints, take them elsewhere, bring weights here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hg_scale.checkpoint.source import Source
+    from hg_scale.data.tokenizer import Tokenizer
+
+HELP = "inspect, verify, export, import, compare and average checkpoints"
+
+_ANY = "a run (its newest checkpoint), a checkpoint, an export, a golden file or DeepSpeed's"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="convert_verb", metavar="VERB", required=True)
+
+    def verb(
+        name: str, run_verb: Callable[[argparse.Namespace], int], text: str, *paths: str
+    ) -> Callable[..., Any]:
+        parser = verbs.add_parser(name, help=text, description=text)
+        for path in paths:
+            parser.add_argument(path.lower(), type=Path, metavar=path)
+        add = parser.add_argument
+        add("--workers", type=_at_least_one, default=1, metavar="N", help="processes (default: 1)")
+        parser.set_defaults(run_convert_verb=run_verb)
+        return add
+
+    add = verb("inspect", _inspect, f"what is in {_ANY}", "SOURCE")
+    add("--brief", action="store_true", help="read no weights: no health, no figures a tensor")
+    verb("verify", _verify, "checksums, every element exactly once, all numbers finite", "SOURCE")
+    for name, run_verb, text in (
+        ("export", _export, "safetensors, config.json, tokenizer and a model card"),
+        ("to-hf", _to_hf, "a folder that transformers loads with trust_remote_code"),
+    ):
+        add = verb(name, run_verb, text, "SOURCE", "OUT")
+        add("--dtype", choices=("fp32", "bf16"), default="fp32",
+            help="of the weights (default: fp32)")  # fmt: skip
+        add("--data", metavar="SHARDS", help="prepared data, whose tokenizer is meant; default: "
+            "that of the run, where it can be found")  # fmt: skip
+        add("--shard-gb", type=float, default=5.0, metavar="GB",
+            help="largest file (default: 5)")  # fmt: skip
+    verb("import", _import, "a checkpoint, to train on, from an export or a golden file",
+         "SOURCE", "OUT")  # fmt: skip
+    verb("from-hf", _import, "a checkpoint from a folder of to-hf", "SOURCE", "OUT")
+    verb("to-deepspeed", _to_deepspeed, "DeepSpeed's universal format", "CHECKPOINT", "OUT")
+    add = verb("from-deepspeed", _import, "a checkpoint from DeepSpeed's universal format or its "
+               "consolidated fp32 weights", "SOURCE", "OUT")  # fmt: skip
+    add("--config", type=Path, metavar="FILE", help="configuration with the model, where the "
+        "weights do not say it")  # fmt: skip
+    add = verb("diff", _diff, "largest differences by tensor; exits with 1 where there are any",
+               "A", "B")  # fmt: skip
+    add("--top", type=int, default=20, metavar="N", help="tensors to list (default: 20)")
+    add = verb("average", _average, "the mean of the weights, as a checkpoint")
+    add("sources", type=Path, nargs="+", metavar="SOURCE")
+    add("--out", type=Path, required=True, metavar="OUT")
+
+
+def run(options: argparse.Namespace) -> int:
+    return options.run_convert_verb(options)
+
+
+def _console() -> Console:
+    """Standard output; what is no terminal gets lines as long as they need to be."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of processes, got '{text}'")
+    return int(text)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from hg_scale.checkpoint.health import health_of
+    from hg_scale.checkpoint.inspection import facts_of, tensors_table
+    from hg_scale.checkpoint.open import open_source
+    from hg_scale.data.progress import on_stderr
+
+    source = open_source(options.source)
+    health = []
+    if not options.brief:
+        with on_stderr() as progress:
+            health = list(health_of(source, options.workers, progress))
+    console = _console()
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for key, value in facts_of(source, health).items():
+        grid.add_row(key, value)
+    console.print(str(source.path), style="bold", markup=False)
+    console.print(grid)
+    console.print(tensors_table(source, health))
+    return 1 if any(h.fault for h in health) else 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    import sys
+
+    from hg_scale.checkpoint.health import faults_of
+    from hg_scale.checkpoint.open import open_source
+    from hg_scale.data.progress import on_stderr
+
+    source, faults = open_source(options.source), 0
+    with on_stderr() as progress:
+        for fault in faults_of(source, options.workers, progress):
+            faults += 1
+            print(f"hg-scale convert verify: {fault}", file=sys.stderr)
+    if faults:
+        print(f"{source.path}: {faults} faults")
+        return 1
+    print(
+        f"{source.path}: a whole {source.what} of step {source.step:,}: {len(source.shapes)} "
+        f"tensors, {source.parameters:,} parameters, {', '.join(source.kinds)}"
+    )
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from hg_scale.checkpoint.export import export
+
+    return _write_export(options, export)
+
+
+def _to_hf(options: argparse.Namespace) -> int:
+    from hg_scale.checkpoint.huggingface import to_huggingface
+
+    return _write_export(options, to_huggingface)
+
+
+def _write_export(options: argparse.Namespace, write: Callable[..., float]) -> int:
+    from hg_scale.checkpoint.errors import CheckpointError
+    from hg_scale.checkpoint.open import open_source
+    from hg_scale.data.progress import on_stderr
+
+    if not options.shard_gb > 0:
+        raise CheckpointError(f"--shard-gb {options.shard_gb}: expected more than 0")
+    source = open_source(options.source)
+    tokenizer = _tokenizer(source, options.data)
+    with on_stderr() as progress:
+        difference = write(
+            source, options.out, dtype=options.dtype, workers=options.workers,
+            shard_bytes=int(options.shard_gb * 1e9), tokenizer=tokenizer, report=progress,
+        )  # fmt: skip
+    print(
+        f"{options.out}: {source.parameters:,} parameters of step {source.step:,} in "
+        f"{options.dtype}; largest difference of the logits {difference:.2e}"
+    )
+    return 0
+
+
+def _tokenizer(source: Source, data: str | None) -> Tokenizer | None:
+    """That of `data`, or of the data that the run was trained on, where that is at hand."""
+    import sys
+
+    from hg_scale.checkpoint.source import CheckpointSource
+    from hg_scale.data.errors import DataError
+    from hg_scale.data.index import is_local, read_index
+
+    if data:
+        return read_index(data).open_tokenizer()
+    if not isinstance(source, CheckpointSource):
+        return None
+    sources = source.manifest["config"]["data"].get("sources") or [{}]
+    path = source.manifest["config"]["data"].get("path") or sources[0].get("path")
+    try:
+        if path and is_local(path):
+            return read_index(path).open_tokenizer()
+    except DataError:
+        pass
+    if source.tokenizer is None:
+        print(
+            f"the data of {source.path} is not at hand, so the tokenizer is left out; give it with "
+            "--data SHARDS",
+            file=sys.stderr,
+        )
+    return None
+
+
+def _import(options: argparse.Namespace) -> int:
+    from hg_scale.checkpoint.open import open_source
+    from hg_scale.checkpoint.write import write_checkpoint
+    from hg_scale.config.load import load_config
+    from hg_scale.data.progress import on_stderr
+
+    config = getattr(options, "config", None)
+    source = open_source(options.source, load_config(config).model if config else None)
+    with on_stderr() as progress:
+        write_checkpoint(source, options.out, workers=options.workers, report=progress)
+    return _say_how_to_start(options.out)
+
+
+def _average(options: argparse.Namespace) -> int:
+    from hg_scale.checkpoint.average import AverageSource
+    from hg_scale.checkpoint.open import open_source
+    from hg_scale.checkpoint.write import write_checkpoint
+    from hg_scale.data.progress import on_stderr
+
+    source = AverageSource([open_source(path) for path in options.sources])
+    with on_stderr() as progress:
+        write_checkpoint(source, options.out, workers=options.workers, report=progress)
+    return _say_how_to_start(options.out)
+
+
+def _say_how_to_start(out: Path) -> int:
+    from hg_scale.checkpoint.open import open_checkpoint
+
+    source = open_checkpoint(out)
+    step = source.manifest["progress"]["step"]
+    state = f"with Adam's moments, at step {step:,}" if step else "weights only, at step 0"
+    print(f"{out}: {source.parameters:,} parameters, {state}")
+    print(f"train from it with --set checkpoint.start_from={out}")
+    return 0
+
+
+def _to_deepspeed(options: argparse.Namespace) -> int:
+    from hg_scale.checkpoint.open import open_checkpoint
+    from hg_scale.checkpoint.universal import to_deepspeed
+    from hg_scale.data.progress import on_stderr
+
+    source = open_checkpoint(options.checkpoint)
+    with on_stderr() as progress:
+        to_deepspeed(source, options.out, workers=options.workers, report=progress)
+    print(f"{options.out}: step {source.step:,} in DeepSpeed's universal format")
+    return 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+
+    from hg_scale.checkpoint.compare import differences
+    from hg_scale.checkpoint.inspection import differences_table
+    from hg_scale.checkpoint.open import open_source
+    from hg_scale.data.progress import on_stderr
+
+    a, b = open_source(options.a), open_source(options.b)
+    with on_stderr() as progress:
+        found = list(differences(a, b, options.workers, progress))
+    unequal = [d for d in found if d.unequal]
+    compared = ", ".join(dict.fromkeys(d.kind for d in found))
+    if not unequal:
+        print(f"bit-equal: {len(found)} tensors ({compared})")
+        return 0
+    _console().print(differences_table(unequal, options.top))
+    print(f"{len(unequal)} of {len(found)} tensors differ ({compared})")
+    return 1

@@ -1,0 +1,177 @@
+"""The evaluation of a trained model on a text, by one process or several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+
+from hg_scale.data.evaluation import split_bytes
+from hg_scale.data.protocol import Text, Tokens, Windows
+from hg_scale.data.shards import SplitReader
+from hg_scale.errors import UserError
+from hg_scale.training.generation import document_shape
+from hg_scale.training.scoring import Losses, Score, score_windows
+from hg_scale.training.trained import Trained, load_trained
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be scored, and how; small enough to be sent to a process.
+
+    `data`: a prepared corpus (whose `split` is scored) or a plain file; None: the corpus of the
+    run. `length`: tokens in a window, None: as in training; `stride`: None, no context;
+    `windows`: only so many.
+    """
+
+    model: Path
+    data: str | None = None
+    split: str = "test"
+    length: int | None = None
+    stride: int | None = None
+    windows: int | None = None
+    rows: int = 8
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and the text that it is scored on: `tokens` that stand for `bytes`."""
+
+    trained: Trained
+    text: Text
+    name: str
+    tokens: int
+    bytes: float
+    how: Windows
+    begin: int
+    images: bool
+
+    @property
+    def windows(self) -> int:
+        return self.how.count(self.tokens)
+
+
+def open_subject(task: Task, device: str | None = None) -> Subject:
+    """The model and the text of a task. Raises UserError where they do not fit each other."""
+    plain = Path(task.data) if task.data and Path(task.data).is_file() else None
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[task.precision]
+    trained = load_trained(task.model, None if plain else task.data, dtype, device)
+    length = task.length or trained.model.config.sequence_length
+    how = Windows(length, task.stride or length)
+    images = False
+    text: Text
+    if plain:
+        raw, tokenizer = plain.read_bytes(), trained.open_tokenizer()
+        ids = tokenizer.encode(raw)
+        text, tokens, size = Tokens(ids), len(ids), float(len(raw))
+        name, begin = str(plain), tokenizer.eod or 0
+        if not tokens:
+            raise UserError(f"{plain}: is empty")
+    else:
+        index = trained.index
+        if index is None:
+            raise UserError(f"{task.model}: an export names no data; give --data SHARDS or FILE")
+        text, tokens = SplitReader(index, task.split), index.split(task.split).tokens
+        size = float(split_bytes(index, task.split))
+        name, begin = f"{task.split} split of {index.location}", index.eod or 0
+        images = document_shape(index) is not None
+        if images and (how.length, how.stride) != (index.document_tokens,) * 2:
+            raise UserError(
+                f"{index.location}: an image is {index.document_tokens} tokens, and is scored on "
+                "its own: leave --context, --window and --stride out"
+            )
+    if task.windows is not None:
+        part = min(tokens, how.length + (task.windows - 1) * how.stride)
+        tokens, size = part, size * part / tokens
+    return Subject(trained, text, name, tokens, size, how, begin, images)
+
+
+def evaluate(
+    task: Task, processes: int = 1, advance: Callable[[int], object] = lambda tokens: None
+) -> tuple[Subject, Score]:
+    """Score a task; each of several processes takes consecutive windows. `advance` is told tokens.
+
+    The result does not depend on their number, beyond rounding. Raises UserError, here, for what
+    any process meets.
+    """
+    subject = open_subject(task, "cpu" if processes > 1 else None)
+    processes = min(processes, subject.windows)
+    if processes == 1:
+        losses = _share(subject, task.rows, 0, 1, advance)
+    else:
+        losses = _spread(task, processes, advance)
+    return subject, Score(losses, subject.bytes)
+
+
+def _share(
+    subject: Subject, rows: int, rank: int, size: int, advance: Callable[[int], object]
+) -> Losses:
+    """Losses of the `rank`-th of `size` equal parts."""
+    ends = np.linspace(0, subject.windows, size + 1).round().astype(int)
+    return score_windows(
+        subject.trained.model, subject.text, subject.tokens, subject.how, rows=rows,
+        begin=subject.begin, separate=subject.images, first=int(ends[rank]),
+        last=int(ends[rank + 1]), advance=advance,
+    )  # fmt: skip
+
+
+def _spread(task: Task, processes: int, advance: Callable[[int], object]) -> Losses:
+    context = mp.get_context("spawn")
+    results: Any = context.Queue()
+    workers = [
+        context.Process(target=_work, args=(task, rank, processes, results), daemon=True)
+        for rank in range(processes)
+    ]
+    parts: dict[int, Losses] = {}
+    try:
+        for worker in workers:
+            worker.start()
+        while len(parts) < processes:
+            try:
+                rank, kind, value = results.get(timeout=5)
+            except Empty:
+                dead = [i for i, w in enumerate(workers) if not w.is_alive() and i not in parts]
+                if dead and results.empty():
+                    code = workers[dead[0]].exitcode
+                    raise UserError(
+                        f"process {dead[0]} of the evaluation died (exit code {code}); with too "
+                        "little memory, use fewer --processes or a smaller --batch"
+                    ) from None
+                continue
+            if kind == "fault":
+                raise UserError(value)
+            if kind == "tokens":
+                advance(value)
+            else:
+                parts[rank] = value
+    finally:
+        for worker in workers:
+            if worker.pid is not None:
+                worker.kill()
+                worker.join()
+    return Losses.joined([parts[rank] for rank in range(processes)])
+
+
+def _work(task: Task, rank: int, size: int, results: Any) -> None:
+    """One process: on a GPU of its own where there are several, else on its share of the cores."""
+    device = None
+    if torch.cuda.is_available():
+        device = f"cuda:{rank % torch.cuda.device_count()}"
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
+    try:
+        subject = open_subject(task, device)
+        told = _share(subject, task.rows, rank, size, lambda n: results.put((rank, "tokens", n)))
+        results.put((rank, "losses", told))
+    except UserError as error:
+        results.put((rank, "fault", str(error)))
+    results.close()
+    results.join_thread()

@@ -1,0 +1,101 @@
+"""`hg-scale evaluate` of a run, a checkpoint, an export; on shards and on files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hg_scale.commands.main import main
+from hg_scale.data.evaluation import split_text
+from hg_scale.data.index import read_index
+from tests.runs import records, train_in
+from tests.world import Worlds
+
+
+@pytest.fixture(scope="module")
+def run(worlds: Worlds, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the tiny model, 6 steps long."""
+    from tests.runs import TINY
+
+    folder = tmp_path_factory.mktemp("evaluated")
+    config = folder / "tiny.json"
+    config.write_text(json.dumps({**TINY, "data": {"path": str(corpus)}}))
+    arguments = ("--config", str(config), "--set", "training.validation_windows=null")
+    done = train_in(worlds, 1, folder, *arguments, "--run", str(folder / "run"))
+    assert done.code == 0, done.told
+    return folder / "run"
+
+
+def evaluate(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    path = tmp_path / "figures.json"
+    assert main(["evaluate", *arguments, "--json", str(path)]) == 0
+    return dict(json.loads(path.read_text()))
+
+
+def test_it_gives_the_validation_of_the_training(run: Path, tmp_path: Path) -> None:
+    figures = evaluate(tmp_path, str(run), "--split", "validation")
+    expected = records(run)[-1]
+    assert figures["bits_per_byte"] == pytest.approx(expected["validation_bits_per_byte"], rel=1e-5)
+    assert (figures["step"], figures["window"], figures["stride"]) == (6, 32, 32)
+
+
+@pytest.mark.parametrize("protocol", [(), ("--window", "48", "--stride", "20")])
+def test_processes_and_batches_change_nothing(
+    run: Path, tmp_path: Path, protocol: tuple[str, ...]
+) -> None:
+    common = (str(run), "--split", "validation", *protocol)
+    alone = evaluate(tmp_path, *common)
+    shared = evaluate(tmp_path, *common, "--processes", "2", "--batch", "5")
+    assert shared["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-6)
+    assert shared["interval_95"] == pytest.approx(alone["interval_95"], rel=1e-3)
+    assert shared["tokens"] == alone["tokens"]
+    for a, b in zip(shared["nats_by_position"], alone["nats_by_position"], strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_sliding_by_the_window_is_no_context(run: Path, tmp_path: Path) -> None:
+    chunks = evaluate(tmp_path, str(run), "--context", "40")
+    slides = evaluate(tmp_path, str(run), "--window", "40", "--stride", "40")
+    assert slides == chunks
+
+
+def test_a_file_is_scored_like_the_split_with_its_text(
+    run: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Without document ends they differ by what stands for these; here is one document only."""
+    text = split_text(read_index(corpus), "validation")
+    file = tmp_path / "text"
+    file.write_bytes(text)
+    figures = evaluate(tmp_path, str(run), "--data", str(file))
+    assert figures["bytes"] == figures["tokens"] == len(text)
+    assert 4 < figures["bits_per_byte"] < 9
+
+
+def test_an_export_scores_a_file_without_its_data(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    file.write_bytes(b"the quick brown fox " * 20)
+    assert main(["convert", "export", str(run), str(tmp_path / "export")]) == 0
+    ours = evaluate(tmp_path, str(run), "--data", str(file))
+    theirs = evaluate(tmp_path, str(tmp_path / "export"), "--data", str(file))
+    assert theirs["bits_per_byte"] == ours["bits_per_byte"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--window", "32", "--stride", "33"), "at most --window 32"),
+        (("--stride", "3"), "--stride: needs --window"),
+        (("--context", "0"), "--context: expected a number above 0"),
+        (("--context", "8", "--window", "8"), "give one of them"),
+        (("--data", "nowhere"), "nowhere"),
+        (("--split", "tset"), "tset"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
+) -> None:
+    assert main(["evaluate", str(run), *arguments]) == 2
+    assert words in capsys.readouterr().err
