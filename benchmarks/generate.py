@@ -101,6 +101,7 @@ def main() -> None:
 
 def compare(kind: str, rounds: int) -> None:
     near, far = 400, 4000
+    whole = near - near % 3  # the public package fails at lengths that 3 does not divide
     short, flat = make(HOURGLASS, kind), make(FLAT, kind)
     windows = make(HOURGLASS, kind, window=[512, None])
     length = far + STEPS * (rounds + 2)
@@ -109,12 +110,12 @@ def compare(kind: str, rounds: int) -> None:
         for position in (near, far):
             step = decoding(model, position, length if position == far else 1000)
             candidates[f"{name} cached at {position:,}"] = step, STEPS
-    candidates[f"{HOURGLASS} recomputed at {near}"] = recomputing(short, near), 1
-    other = public(near)
+    candidates[f"{HOURGLASS} recomputed at {whole}"] = recomputing(short, whole), 1
+    other = public(whole)
     if other is not None:
-        candidates[f"public recomputed at {near}"] = recomputing(other, near), 1
+        candidates[f"public recomputed at {whole}"] = recomputing(other, whole), 1
     times = milliseconds(candidates, rounds)
-    print(f"\n{kind}")
+    print(f"\n{kind}", flush=True)
     for name, ms in times.items():
         print(f"  {name:40} {ms:8.2f}   {1e3 / ms:7.1f} tokens/s")
     ours = times[f"{HOURGLASS} cached at {near:,}"]

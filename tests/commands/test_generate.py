@@ -63,6 +63,12 @@ def test_text_after_a_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out.startswith("the quick")
 
 
+def test_a_summary_shows_a_sample(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["summary", str(run), "--sample", "40"]) == 0
+    head, sample = capsys.readouterr().out.split("(temperature 0.8):\n")
+    assert "hourglass 1@1 1@2 1@1, step 6" in head and sample.strip()
+
+
 def test_prompts_from_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompts").write_text("the\ndocument 1 says\n")
     output = tmp_path / "texts.jsonl"
