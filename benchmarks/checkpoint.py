@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+LENGTH = 32  # of a window: short steps show best how long each is held up
 Options = argparse.Namespace
 Report = Callable[[str], None]
 
@@ -39,14 +40,16 @@ def make_engine_of(width: int, tensor: int = 1) -> Any:
 
     tree = {
         "model": {"hierarchy": "2@1 4@2 2@1", "d_model": width, "d_ff": 4 * width, "heads": 8,
-                  "sequence_length": 128, "positions": "rotary"},
+                  "sequence_length": LENGTH, "positions": "rotary"},
         "training": {"global_batch_size": 2, "precision": "fp32", "steps": 10_000},
         "parallel": {"tensor": tensor, "zero_stage": 1},
     }  # fmt: skip
     config = parse_config(tree, world_size=dist.get_world_size())
     mesh, parts = make_mesh(config.parallel)
     engine = make_engine(config, mesh, parts, torch.device("cpu"))
-    ids = torch.randint(0, 256, (engine.rows, 129), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        0, 256, (engine.rows, LENGTH + 1), generator=torch.Generator().manual_seed(1)
+    )
     return engine, ids
 
 
