@@ -32,6 +32,12 @@ class LocalState:
     fragment: Fragment
     tensors: dict[str, Tensor]  # by kind, see fragments.KINDS
 
+    def part(self, start: int, length: int) -> LocalState:
+        """Elements [start, start + length) of the fragment."""
+        piece = Fragment(self.fragment.slice, self.fragment.start + start, length)
+        tensors = {kind: tensor.narrow(0, start, length) for kind, tensor in self.tensors.items()}
+        return LocalState(self.parameter, piece, tensors)
+
 
 def local_states(engine: Any, slices: Slices) -> Iterator[LocalState]:
     """The fp32 weights and moments that this rank holds, in the order of the parameters."""
@@ -85,6 +91,18 @@ def optimizer_step(engine: Any) -> int:
     return max((int(state["step"]) for state in states if "step" in state), default=0)
 
 
+def needed(engine: Any, slices: Slices) -> Iterator[tuple[str, Fragment]]:
+    """What `load_states` reads: (kind, fragment)."""
+    for parameter, located in _by_parameter(engine, slices):
+        piece = slices[parameter]
+        if _computes_with_all(parameter, piece):
+            yield "fp32", Fragment(piece, 0, piece.size)
+        elif located:
+            yield "fp32", located.fragment
+        if located:
+            yield from ((kind, located.fragment) for kind in located.tensors if kind != "fp32")
+
+
 @torch.no_grad()
 def load_states(
     engine: Any, slices: Slices, read: Callable[[str, Fragment], Tensor], step: int
@@ -92,27 +110,38 @@ def load_states(
     """Set weights, moments and the optimizer's step count.
 
     `read(kind, fragment)` gives flat fp32 elements. The copies that the model computes with are
-    read whole, each rounded from the same fp32 values as its master.
+    each rounded from the same fp32 values as its master.
     """
-    for local in local_states(engine, slices):
-        for kind, tensor in local.tensors.items():
-            tensor.copy_(read(kind, local.fragment))
+    for parameter, local in _by_parameter(engine, slices):
+        piece = slices[parameter]
+        whole = mine = None
+        if _computes_with_all(parameter, piece):
+            whole = read("fp32", Fragment(piece, 0, piece.size))
+            parameter.copy_(whole.view(parameter.shape))
+        if local:
+            fragment = local.fragment
+            begin, end = fragment.start, fragment.end
+            mine = read("fp32", fragment) if whole is None else whole[begin:end]
+            local.tensors["fp32"].copy_(mine)
+            for kind, tensor in local.tensors.items():
+                if kind != "fp32":
+                    tensor.copy_(read(kind, fragment))
+        if mine is not None and hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.view(-1)[: mine.numel()].copy_(mine)
     for state in engine.basic_optimizer.state.values():
         if "step" in state:
             state["step"].fill_(step)
-    for parameter, piece in slices.items():
-        whole = read("fp32", Fragment(piece, 0, piece.size))
-        if hasattr(parameter, "ds_tensor"):
-            _set_zero3_copy(parameter, whole)
-        else:
-            parameter.copy_(whole.view(parameter.shape))
 
 
-def _set_zero3_copy(parameter: Any, whole: Tensor) -> None:
-    """This rank's share of a ZeRO-3 parameter, and all of it where it is kept gathered."""
-    share = parameter.ds_tensor
-    start = share.numel() * torch.distributed.get_rank(parameter.ds_process_group)
-    mine = whole[start : start + share.numel()]
-    share.view(-1)[: mine.numel()].copy_(mine)
-    if parameter.numel() == whole.numel():
-        parameter.copy_(whole.view(parameter.shape))
+def _by_parameter(engine: Any, slices: Slices) -> Iterator[tuple[nn.Parameter, LocalState | None]]:
+    """Every parameter with what this rank holds of its state; None: nothing."""
+    held = {local.parameter: local for local in local_states(engine, slices)}
+    return ((parameter, held.get(parameter)) for parameter in slices)
+
+
+def _computes_with_all(parameter: nn.Parameter, piece: Slice) -> bool:
+    """Whether this rank has the whole slice: always, but for ZeRO 3, which gathers it in a step.
+
+    There `ds_tensor` is this rank's share, the same elements as those of its master.
+    """
+    return not hasattr(parameter, "ds_tensor") or parameter.numel() == piece.size

@@ -6,9 +6,10 @@ last; it exists when its manifest does.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,40 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _FOLDER = re.compile(r"step-(\d{8,})")
 
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+"""From the manifest of a format version to that of the next; older ones are refused by name."""
+
 
 def folder_name(step: int) -> str:
     """The folder of a step's checkpoint."""
     return f"step-{step:08}"
 
 
-def find_latest(folder: Path, report: Callable[[str], None] = lambda _: None) -> Path | None:
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """All checkpoints by step, whole or damaged."""
+    return {int(m[1]): p for p in folder.iterdir() if (m := _FOLDER.fullmatch(p.name))}
+
+
+def find_latest(
+    folder: Path,
+    report: Callable[[str], None] = lambda _: None,
+    known: Mapping[Path, str] | None = None,
+) -> Path | None:
     """The newest whole checkpoint; damaged ones are reported by name and passed over.
 
-    None where the folder holds no checkpoint at all. Raises CheckpointError where it holds some and
-    none is whole: to begin anew then would throw the run away.
+    `known` are faults found by other means, as by `content_damage`. None where the folder holds no
+    checkpoint at all. Raises CheckpointError where it holds some and none is whole: to begin anew
+    then would throw the run away.
     """
     if not folder.is_dir():
         return None
-    steps = {int(m[1]): p for p in folder.iterdir() if (m := _FOLDER.fullmatch(p.name))}
+    steps = checkpoints_in(folder)
     faults: list[tuple[Path, str]] = []
     for step in sorted(steps, reverse=True):
-        fault = damage(steps[step])
+        fault = (known or {}).get(steps[step]) or damage(steps[step])
         if fault is None:
-            for path, known in faults:
-                report(f"passing over {path}: {known}")
+            for path, met in faults:
+                report(f"passing over {path}: {met}")
             return steps[step]
         faults.append((steps[step], fault))
     if faults:
@@ -56,17 +70,49 @@ def damage(checkpoint: Path) -> str | None:
         manifest = read_manifest(checkpoint)
     except CheckpointError as error:
         return str(error)
-    for file in manifest["files"]:
-        path = checkpoint / file["name"]
-        if not path.is_file():
-            return f"{file['name']} is missing"
-        if path.stat().st_size != file["bytes"]:
-            return f"{file['name']} has {path.stat().st_size} bytes, expected {file['bytes']}"
+    faults = (_size_damage(checkpoint, file) for file in manifest["files"])
+    return next((fault for fault in faults if fault), None)
+
+
+def content_damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
+    """As `damage`, of every `parts`-th file from the `part`-th on, and with their checksums.
+
+    So the ranks of a world share the reading.
+    """
+    try:
+        manifest = read_manifest(checkpoint)
+    except CheckpointError as error:
+        return str(error)
+    for file in manifest["files"][part::parts]:
+        if fault := _size_damage(checkpoint, file):
+            return fault
+        try:
+            with (checkpoint / file["name"]).open("rb") as data:
+                digest = hashlib.file_digest(data, "sha256").hexdigest()
+        except OSError as error:
+            return f"{file['name']} cannot be read: {error.strerror}"
+        if digest != file["sha256"]:
+            return f"{file['name']}: changed since it was written (sha256 differs)"
+    return None
+
+
+def _size_damage(checkpoint: Path, file: dict[str, Any]) -> str | None:
+    try:
+        size = (checkpoint / file["name"]).stat().st_size
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        return f"{file['name']} {'is missing' if missing else f'cannot be read: {error.strerror}'}"
+    if size != file["bytes"]:
+        return f"{file['name']} has {size} bytes, expected {file['bytes']}"
     return None
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest. Raises CheckpointError where it is missing, broken or of another format."""
+    """The manifest, as of the current format version.
+
+    Raises CheckpointError where it is missing, broken, changed since it was written, or of a
+    version that cannot be read.
+    """
     path = checkpoint / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -74,9 +120,30 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such file; the save was never finished") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format version {version}, expected {FORMAT_VERSION}")
-    if not isinstance(manifest.get("files"), list):
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), list):
         raise CheckpointError(f"{path}: lists no files; use another checkpoint")
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION and version not in MIGRATIONS:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        remedy = "update hg_scale" if newer else "read it with the hg_scale that wrote it"
+        raise CheckpointError(
+            f"{path}: format version {version}, expected {FORMAT_VERSION}; {remedy}"
+        )
+    if manifest.get("manifest_sha256") not in (None, _digest(manifest)):
+        raise CheckpointError(f"{path}: changed since it was written (sha256 differs)")
+    while version != FORMAT_VERSION:
+        manifest = MIGRATIONS[version](manifest)
+        version += 1
     return manifest
+
+
+def seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a checksum of itself, which `read_manifest` checks where there is one."""
+    manifest = json.loads(json.dumps(manifest))  # as it will be read: lists, keys of text
+    return {**manifest, "manifest_sha256": _digest(manifest)}
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """Of all that it says, in one spelling."""
+    rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -118,6 +118,10 @@ class _Rectangle:
             (self.stride * step, step),
         )
 
+    def span(self, rows: slice, columns: slice) -> tuple[int, int]:
+        """The stretch of the fragment that has those elements: (begin, end)."""
+        return self.at(rows.start, columns.start), self.at(rows.stop - 1, columns.stop - 1) + 1
+
     def at(self, row: int, column: int) -> int:
         """Where an element lies in the fragment."""
         return self.offset + (row - self.top) * self.stride + column - self.left
@@ -158,24 +162,40 @@ def assemble(
     result = np.empty(wanted.length, np.float32)
     found = 0
     for fragment in written:
-        dim = _common_dimension(fragment.slice, wanted.slice)
-        for target in _rectangles(wanted, dim):
-            for source in _rectangles(fragment, dim):
-                rows = slice(max(target.top, source.top), min(target.bottom, source.bottom))
-                columns = slice(max(target.left, source.left), min(target.right, source.right))
-                if rows.start >= rows.stop or columns.start >= columns.stop:
-                    continue
-                begin = source.at(rows.start, columns.start)
-                end = source.at(rows.stop - 1, columns.stop - 1) + 1
-                data = piece(fragment, begin, end)
-                target.view(result, rows, columns)[:] = source.view(data, rows, columns, begin)
-                found += (rows.stop - rows.start) * (columns.stop - columns.start)
+        for target, source, rows, columns in _overlaps(wanted, fragment):
+            begin, end = source.span(rows, columns)
+            data = piece(fragment, begin, end)
+            target.view(result, rows, columns)[:] = source.view(data, rows, columns, begin)
+            found += (rows.stop - rows.start) * (columns.stop - columns.start)
     if found != wanted.length:
         raise ValueError(
             f"{wanted.slice.name}: {found:,} elements are there of the {wanted.length:,} that "
             "this rank needs; use another checkpoint"
         )
     return result
+
+
+def spans(wanted: Fragment, written: Iterable[Fragment]) -> Iterator[tuple[Fragment, int, int]]:
+    """What `assemble` will ask for: (written fragment, begin, end).
+
+    Raises ValueError naming the parameter where shapes or cuts do not fit.
+    """
+    for fragment in written:
+        for _, source, rows, columns in _overlaps(wanted, fragment):
+            yield fragment, *source.span(rows, columns)
+
+
+def _overlaps(
+    wanted: Fragment, fragment: Fragment
+) -> Iterator[tuple[_Rectangle, _Rectangle, slice, slice]]:
+    """Rows and columns that a rectangle of one and a rectangle of the other have in common."""
+    dim = _common_dimension(fragment.slice, wanted.slice)
+    for target in _rectangles(wanted, dim):
+        for source in _rectangles(fragment, dim):
+            rows = slice(max(target.top, source.top), min(target.bottom, source.bottom))
+            columns = slice(max(target.left, source.left), min(target.right, source.right))
+            if rows.start < rows.stop and columns.start < columns.stop:
+                yield target, source, rows, columns
 
 
 def _common_dimension(source: Slice, target: Slice) -> int:

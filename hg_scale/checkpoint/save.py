@@ -7,22 +7,25 @@ disk) tells the others: all give this save up together.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.find import FORMAT_VERSION, MANIFEST, folder_name
+from hg_scale.checkpoint.find import FORMAT_VERSION, MANIFEST, folder_name, seal
 from hg_scale.checkpoint.fragments import Fragment, cover_problems
+from hg_scale.checkpoint.rank_file import Staged, gather, write_rank_file
+from hg_scale.checkpoint.retention import Keep, prune, remove_leftovers
+
+T = TypeVar("T")
+Group = dist.ProcessGroup | None
 
 
 def save(folder: Path, step: int, states: Iterable[LocalState], meta: dict[str, Any]) -> Path:
@@ -31,73 +34,78 @@ def save(folder: Path, step: int, states: Iterable[LocalState], meta: dict[str, 
     `states` are those fragments that this rank is to write. Raises CheckpointError on every rank
     where one of them failed; older checkpoints are left as they are.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
+    return write_checkpoint(folder, step, lambda: gather(states), meta)
+
+
+def write_checkpoint(
+    folder: Path,
+    step: int,
+    staged: Callable[[], Staged],
+    meta: dict[str, Any],
+    group: Group = None,
+    keep: Keep = Keep(),  # noqa: B008  # frozen
+    damaged: Collection[Path] = (),
+    warn: Callable[[str], None] = lambda _: None,
+) -> Path:
+    """As `save`, over a process group of all ranks.
+
+    `staged` gives what this rank writes, or raises what kept it. Once the checkpoint is there,
+    `latest` names it and what it supersedes is removed (`retention.prune`); rank 0 warns where
+    these fail.
+    """
+    rank = dist.get_rank()
     final = folder / folder_name(step)
     temporary = folder / f".{final.name}.tmp"
+
+    def prepare() -> None:
+        if rank == 0:
+            remove_leftovers(folder)
+            temporary.mkdir(parents=True)
+
+    def write() -> dict[str, Any]:
+        return write_rank_file(temporary / f"rank-{rank:05}.safetensors", staged())
+
+    def commit() -> None:
+        if rank == 0:
+            _write_manifest(temporary, step, entries, meta)
+            _put_in_place(temporary, final)
+
     try:
-        _agree(lambda: _fresh(temporary) if rank == 0 else None, "prepare the folder")
-        entry = _agree(lambda: _write_rank(temporary, rank, states), "write its file")
-        entries: list[Any] = [None] * world
-        dist.all_gather_object(entries, entry)
-
-        def commit() -> None:
-            if rank == 0:
-                _write_manifest(temporary, step, entries, meta)
-                _put_in_place(temporary, final)
-                _replace(folder / "latest", final.name + "\n")
-
-        _agree(commit, "finish the manifest")
+        _agree(prepare, "prepare the folder", group)
+        entry = _agree(write, "write its file", group)
+        entries: list[Any] = [None] * dist.get_world_size()
+        dist.gather_object(entry, entries if rank == 0 else None, group=group)
+        _agree(commit, "finish the manifest", group)
     except CheckpointError:
         if rank == 0:  # every rank is through with it
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+    if rank == 0:
+        try:
+            _replace(folder / "latest", final.name + "\n")
+        except OSError as error:  # what it names must stay, too
+            warn(f"{folder / 'latest'} does not name {final.name}: {error.strerror}")
+        else:
+            for fault in prune(folder, step, keep, damaged):
+                warn(fault)
     return final
 
 
-def _agree(work: Any, what: str) -> Any:
+def _agree(work: Callable[[], T], what: str, group: Group) -> T:
     """Do something on each rank; where any fails, all raise, naming it."""
     result, fault = None, None
     try:
         result = work()
     except OSError as error:
-        fault = f"{error.strerror or error} ({error.filename})" if error.filename else str(error)
-    except Exception as error:  # safetensors wraps a full disk in an error of its own
+        fault = (error.strerror or str(error)) + (f" ({error.filename})" if error.filename else "")
+    except Exception as error:
         fault = f"{type(error).__name__}: {error}"
     faults: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
+    dist.all_gather_object(faults, fault, group=group)
     for rank, message in enumerate(faults):
         if message:
             raise CheckpointError(f"not saved: rank {rank} could not {what}: {message}")
-    return result
-
-
-def _fresh(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-
-
-def _write_rank(folder: Path, rank: int, states: Iterable[LocalState]) -> dict[str, Any]:
-    """This rank's file, and its entry in the manifest."""
-    tensors: dict[str, torch.Tensor] = {}
-    fragments = []
-    for number, local in enumerate(states):
-        fragments.append(local.fragment.to_json())
-        for kind, tensor in local.tensors.items():
-            # A copy: a view would make safetensors write the storage around it.
-            tensors[f"{number}.{kind}"] = tensor.detach().to("cpu", torch.float32).clone()
-    name = f"rank-{rank:05}.safetensors"
-    path = folder / name
-    save_file(tensors, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {
-        "name": name,
-        "bytes": path.stat().st_size,
-        "sha256": digest,
-        "fragments": fragments,
-    }
+    return result  # type: ignore[return-value]
 
 
 def _write_manifest(
@@ -107,14 +115,21 @@ def _write_manifest(
     if problems:
         raise ValueError(f"parameters are not written whole and once: {'; '.join(problems[:3])}")
     manifest = {"format_version": FORMAT_VERSION, "step": step, **meta, "files": files}
-    _replace(folder / MANIFEST, json.dumps(manifest))
+    _replace(folder / MANIFEST, json.dumps(seal(manifest)))
     _sync_folder(folder)
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
-    """Rename the folder; one of this step, by a run that died after it, goes only then."""
-    older = temporary.with_suffix(".old")
+    """Rename the folder; one of this step goes only then.
+
+    There is one where it was damaged and passed over. `latest` is not left to name it meanwhile.
+    """
+    older = final.with_name(f".{final.name}.old")
     if final.exists():
+        latest = final.parent / "latest"
+        with suppress(OSError):
+            if latest.read_text().strip() == final.name:
+                latest.unlink()
         shutil.rmtree(older, ignore_errors=True)
         os.rename(final, older)
     os.rename(temporary, final)
@@ -125,11 +140,15 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 def _replace(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _sync_folder(folder: Path) -> None:

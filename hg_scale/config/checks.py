@@ -23,6 +23,7 @@ def cross_checks(config: Config, world_size: int | None = None) -> list[Problem]
         *_batches(config, world_size),
         *_parallel(config, world_size),
         *_data(config),
+        *_checkpoint(config),
         *_schedule(config),
         *deepspeed_problems(config),
     ]
@@ -265,6 +266,9 @@ def _batches(config: Config, world_size: int | None) -> Iterator[Problem]:
     remedy = f"nearest global batches: {_near_multiples(batch, micro * ranks)}"
     if legal:
         remedy += f"; legal micro batches for {batch}: {', '.join(map(str, legal))}"
+    if ranks > 1 and batch % micro == 0:
+        sizes = [n for n in range(1, batch // micro + 1) if batch // micro % n == 0]
+        remedy += f"; data-parallel sizes that fit: {', '.join(map(str, sizes))}"
     yield Problem(
         "training.global_batch_size",
         f"must be a multiple of micro_batch_size {micro}{spread} = {micro * ranks}; {remedy}",
@@ -321,6 +325,25 @@ def _data(config: Config) -> Iterator[Problem]:
         yield Problem(
             "data.sources",
             f"{labels.count(label)} sources are called {label!r}; give each a `name` of its own",
+        )
+
+
+def _checkpoint(config: Config) -> Iterator[Problem]:
+    checkpoint = config.checkpoint
+    if checkpoint.keep_every and not checkpoint.keep_last:
+        yield Problem(
+            "checkpoint.keep_every",
+            "names exceptions from checkpoint.keep_last, which is 0 and keeps all; set both",
+            checkpoint.keep_every,
+            ("checkpoint.keep_last",),
+        )
+    if checkpoint.keep_every and checkpoint.every and checkpoint.keep_every % checkpoint.every:
+        yield Problem(
+            "checkpoint.keep_every",
+            f"must be a multiple of checkpoint.every {checkpoint.every}, or few checkpoints fall "
+            f"on it; nearest: {_near_multiples(checkpoint.keep_every, checkpoint.every)}",
+            checkpoint.keep_every,
+            ("checkpoint.every",),
         )
 
 

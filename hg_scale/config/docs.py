@@ -45,7 +45,7 @@ def markdown() -> str:
             f"## {name}\n\n{summary}\n\n| key | type | default | meaning |\n| - | - | - | - |"
         )
         for key, field in model.model_fields.items():
-            parts[-1] += "\n" + _row(f"{name}.{key}", field)
+            parts[-1] += "\n" + _row(f"{name}.{field.alias or key}", field)
             for inner, of in _entries(field.annotation).items():
                 parts[-1] += "\n" + _row(f"{name}.{key}[].{inner}", of)
         parts[-1] += "\n"

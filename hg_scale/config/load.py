@@ -194,14 +194,14 @@ def _in_words(path: str, items: list[dict[str, Any]], tree: dict[str, Any]) -> P
         model: Any = Config
         for part in parents:
             model = model.model_fields[part].annotation
-        known = list(model.model_fields) + (list(_FILE_KEYS) if model is Config else [])
+        known = keys_of(model) + (list(_FILE_KEYS) if model is Config else [])
         nearest = difflib.get_close_matches(last, known, 1, 0.5)
         elsewhere = [
             f"{name}.{last}"
             for name, field in Config.model_fields.items()
             if isinstance(field.annotation, type)
             and issubclass(field.annotation, BaseModel)
-            and last in field.annotation.model_fields
+            and last in keys_of(field.annotation)
         ]
         hint = nearest[0] if nearest else None
         if elsewhere:
@@ -231,6 +231,11 @@ def _entry_in_words(item: dict[str, Any], depth: int) -> str:
     messages = {"extra_forbidden": "unknown key", "missing": "missing"}
     message = messages.get(item["type"], item["msg"].replace("Input should be", "expected"))
     return f"entry {number + 1}, {key}: {message}"
+
+
+def keys_of(model: type[BaseModel]) -> list[str]:
+    """The keys of a section as a file spells them."""
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def section_models() -> dict[str, type[BaseModel]]:

@@ -32,7 +32,9 @@ Precision = Literal["fp32", "bf16"]
 class Section(BaseModel):
     """Base of all sections: unknown keys refused, no silent conversion, immutable."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, serialize_by_alias=True
+    )
 
 
 class ModelConfig(Section):
@@ -319,6 +321,21 @@ class CheckpointConfig(Section):
     """Saving and resuming."""
 
     every: NonNegative = Field(0, description="Steps between checkpoints; 0: after the last only.")
+    keep_last: NonNegative = Field(
+        0, description="How many of the newest whole checkpoints are kept; 0: all."
+    )
+    keep_every: NonNegative = Field(
+        0,
+        description="`keep_last`: checkpoints whose step is a multiple of this are kept as well; "
+        "0: none.",
+    )
+    async_: bool = Field(
+        True,
+        alias="async",
+        description="Training waits for the copy to host memory only, and goes on while that is "
+        "written. It takes host memory for what the rank writes, 12 bytes for each parameter in "
+        "its share of the optimizer. false: training waits for the disk.",
+    )
     start_from: str | None = Field(
         None,
         description="A checkpoint folder to begin from where the run folder has none yet: weights, "

@@ -27,14 +27,18 @@ class MetricsLog:
 
     A run that died leaves lines of steps after its last checkpoint, and perhaps half a line. Going
     on after `resume_step` (0: from the start) drops both, so that every step stands there once.
+    Lines that cannot be written (a full disk) are lost, and `warn` says so once.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int = 0) -> None:
+    def __init__(
+        self, run_dir: Path, resume_step: int = 0, warn: Callable[[str], None] = print
+    ) -> None:
+        self._warn, self._torn, self._lost = warn, False, False
         self.path = run_dir / "metrics.jsonl"
         run_dir.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             _cut_back(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)  # a line, a write
+        self._file = self.path.open("ab", buffering=0)  # a line, a write
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append `record` and the time of day in seconds since 1970.
@@ -42,7 +46,17 @@ class MetricsLog:
         What is not finite becomes null, since JSON has no NaN.
         """
         line = {**_legal(record), "time": round(time.time(), 3)}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        text = json.dumps(line, allow_nan=False) + "\n"
+        data = ("\n" * self._torn + text).encode()
+        try:
+            written = self._file.write(data)
+            self._torn = written < len(data)
+            fault = "the disk is full" if self._torn else None
+        except OSError as error:
+            fault = error.strerror
+        if fault and not self._lost:
+            self._lost = True
+            self._warn(f"{self.path}: lines are lost: {fault}; the run goes on")
 
     def close(self) -> None:
         """Close the file."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from hg_scale.checkpoint.find import damage, find_latest
-from hg_scale.config.errors import ConfigError, Problem
+from hg_scale.config.errors import ConfigError
 from hg_scale.config.schema import Config
 from hg_scale.data.schedule import Source
 from hg_scale.errors import UserError
@@ -21,6 +20,7 @@ from hg_scale.parallel.launch import Launch
 from hg_scale.parallel.mesh import Mesh, make_mesh, start_processes
 from hg_scale.training.agreement import Stopped, together
 from hg_scale.training.batches import Batches
+from hg_scale.training.begin import agreed_source
 from hg_scale.training.console import Console, quiet_libraries
 from hg_scale.training.corpora import bytes_per_token, open_sources
 from hg_scale.training.device import peak_flops
@@ -28,8 +28,9 @@ from hg_scale.training.held_out import HeldOut
 from hg_scale.training.loop import Parts, Progress, Record, training_loop
 from hg_scale.training.metrics import MetricsLog
 from hg_scale.training.profiling import StepProfiler
+from hg_scale.training.saver import Saver
 from hg_scale.training.schedule import Schedule
-from hg_scale.training.state import load_state, refuse_other_model, save_state
+from hg_scale.training.state import layout_of, load_state
 from hg_scale.training.wandb_log import WandbLog
 
 FAILED, USAGE_ERROR = 1, 2
@@ -49,7 +50,13 @@ def train(
     others end with it.
     """
     fault: Exception | None = None
-    with quiet_libraries(folder / "logs" / f"rank-{launch.rank}.log") as terminal:
+    with ExitStack() as stack:
+        try:
+            log = folder / "logs" / f"rank-{launch.rank}.log"
+            terminal = stack.enter_context(quiet_libraries(log))
+        except OSError as error:
+            print(f"{folder}: rank {launch.rank} cannot write there: {error}", file=sys.stderr)
+            return FAILED
         console = Console(config.training.steps, rank=launch.rank, stream=terminal)
         try:
             with console:
@@ -85,19 +92,21 @@ def _train(
         # product that it is to overlap with. CUDA reads it when the device is first used.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = start_processes(launch)
-    source = agreed_source(config, checkpoints, console, device)
+    beginning = agreed_source(config, checkpoints, console, device)
     sources = together(lambda: open_sources(config), device)
     mesh, layers = make_mesh(config.parallel)
 
     from hg_scale.training.engine import make_engine  # imports DeepSpeed
 
     engine = make_engine(config, mesh, layers, device)
-    progress = load_state(engine, source) if source else Progress()
+    progress = Progress()
+    if checkpoint := beginning.checkpoint:
+        progress = together(lambda: load_state(engine, checkpoint), device)
     peak = peak_flops(config.training.precision, device.type)
     describe(config, mesh, console, engine.cut)
     console.print(f"peak of one device: {peak.flops / 1e12:.3g} TFLOP/s ({peak.source})")
-    if source:
-        console.print(f"resumed at step {progress.step} from {source}")
+    if checkpoint:
+        console.print(beginning.in_words(progress.step, layout_of(engine)))
 
     steps = config.training.steps
     last = steps if stop_at is None else min(steps, stop_at)
@@ -119,7 +128,16 @@ def _train(
         ),
         device,
     )
-    with batches, RunLog(config, folder, console, progress.step, launch.rank) as log:
+    damaged = beginning.damaged
+    with (
+        batches,
+        together(
+            lambda: RunLog(config, folder, console, progress.step, launch.rank), device
+        ) as log,
+        Saver(
+            engine, checkpoints, config, last_step=last, warn=console.warn, damaged=damaged
+        ) as saver,
+    ):
         parts = Parts(
             engine=engine,
             batches=batches,
@@ -127,58 +145,13 @@ def _train(
             learning_rate=make_schedule(config),
             log=log.write,
             advance=console.advance,
-            save=lambda progress: save_state(engine, checkpoints, progress, config),
+            save=saver.save,
             profiler=StepProfiler(folder, profile, launch.rank, console.warn),
             bytes_per_token=bytes_per_token(sources),
             peak=peak,
         )
         training_loop(config, parts, progress, last)
     console.print(f"step {progress.step} of {config.training.steps} saved in {checkpoints}")
-
-
-def agreed_source(
-    config: Config, checkpoints: Path, console: Console, device: torch.device
-) -> Path | None:
-    """What `find_source` gives the first rank, on all ranks.
-
-    Raises on all of them where one does not see that checkpoint: each looking for itself, some
-    could begin anew (a folder of their node's own, a slow file system) beside others that go on.
-    """
-    rank = dist.get_rank()
-    found = together(
-        lambda: find_source(config, checkpoints, console) if rank == 0 else None, device
-    )
-    chosen = [found]
-    dist.broadcast_object_list(chosen, src=0, device=device)
-    source = chosen[0]
-
-    def look() -> None:
-        fault = damage(source) if source else None
-        if fault:
-            raise UserError(
-                f"rank {rank} does not see the first rank's checkpoint {source} whole ({fault}); "
-                "the run folder must be one that all nodes share"
-            )
-
-    together(look, device)
-    return source
-
-
-def find_source(config: Config, checkpoints: Path, console: Console) -> Path | None:
-    """The checkpoint to begin from: the run's newest whole one, or `checkpoint.start_from`.
-
-    Raises CheckpointError where the run's are all damaged, ConfigError where `start_from` is no
-    whole checkpoint, or where either holds another model.
-    """
-    source = find_latest(checkpoints, report=console.print)
-    if source is None and config.checkpoint.start_from:
-        source = Path(config.checkpoint.start_from)
-        if fault := damage(source):
-            message = f"not a whole checkpoint, such as RUN/checkpoints/step-00001000: {fault}"
-            raise ConfigError([Problem("checkpoint.start_from", message, str(source))])
-    if source:
-        refuse_other_model(config, source)
-    return source
 
 
 def make_schedule(config: Config) -> Schedule:
@@ -231,9 +204,11 @@ class RunLog:
         self._metrics: MetricsLog | None = None
         self._wandb: WandbLog | None = None
         if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
-            self._metrics = MetricsLog(folder, step)
+            try:
+                (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+                self._metrics = MetricsLog(folder, step, console.warn)
+            except OSError as error:
+                raise UserError(f"{folder}: cannot be written: {error}") from None
             if config.logging.wandb_project:
                 self._wandb = WandbLog(
                     folder,

@@ -12,13 +12,15 @@ from hg_scale.checkpoint.deepspeed_state import (
     LocalState,
     load_states,
     local_states,
+    needed,
     optimizer_step,
 )
 from hg_scale.checkpoint.find import read_manifest
 from hg_scale.checkpoint.load import Reader
+from hg_scale.checkpoint.rank_file import share
 from hg_scale.checkpoint.save import save
 from hg_scale.config.errors import ConfigError, Problem
-from hg_scale.config.schema import Config
+from hg_scale.config.schema import Config, ModelConfig
 from hg_scale.training.loop import Progress
 
 if TYPE_CHECKING:
@@ -30,39 +32,59 @@ _FREE = {"sequence_length", "dropout", "shorten_factor_choices", "initialization
 
 def save_state(engine: Engine, folder: Path, progress: Progress, config: Config) -> Path:
     """Write a checkpoint of all ranks; the data position is part of `progress`."""
-    mesh = engine.mesh
-    meta = {
-        "progress": asdict(progress),
-        "optimizer_step": optimizer_step(engine.deepspeed),
-        "layout": {
-            "tensor": mesh.tensor,
-            "pipeline": mesh.pipeline,
-            "data": mesh.data,
-            "zero_stage": config.parallel.zero_stage,
-        },
-        "config": config.model_dump(),
-        "versions": {name: version(name) for name in ("hg-scale", "torch", "deepspeed", "numpy")},
-    }
+    meta = describe_state(engine, progress, config)
     return save(folder, progress.step, written_here(engine), meta)
 
 
+def describe_state(engine: Engine, progress: Progress, config: Config) -> dict[str, Any]:
+    """What the manifest says beside the files; later steps do not change it.
+
+    There is no random state among it: whatever is random is a function of `training.seed` and the
+    step.
+    """
+    return {
+        "progress": asdict(progress),
+        "optimizer_step": optimizer_step(engine.deepspeed),
+        "layout": layout_of(engine),
+        "config": config.model_dump(),
+        "versions": {name: version(name) for name in ("hg-scale", "torch", "deepspeed", "numpy")},
+    }
+
+
+def layout_of(engine: Engine) -> dict[str, int]:
+    """The layout as a manifest has it."""
+    mesh, zero_stage = engine.mesh, engine.config.parallel.zero_stage
+    sizes = {"tensor": mesh.tensor, "pipeline": mesh.pipeline, "data": mesh.data}
+    return {**sizes, "zero_stage": zero_stage}
+
+
+def layout_in_words(layout: dict[str, int]) -> str:
+    """A layout in a few characters."""
+    return (
+        f"TP{layout['tensor']} x PP{layout['pipeline']} x DP{layout['data']}, "
+        f"ZeRO {layout['zero_stage']}"
+    )
+
+
 def written_here(engine: Engine) -> Iterator[LocalState]:
-    """The fragments that this rank writes: what several ranks hold alike is written by one."""
+    """The fragments that this rank writes: of what several ranks hold alike, an equal share."""
     mesh, copies = engine.mesh, engine.config.parallel.zero_stage == 0
-    for number, local in enumerate(local_states(engine.deepspeed, engine.slices)):
-        whole = local.fragment.slice.dim is None
-        if whole and number % mesh.tensor != mesh.tensor_rank:
-            continue  # alike on all tensor ranks: they take turns
-        if copies and number % mesh.data != mesh.data_rank:
-            continue  # without ZeRO, alike on all data-parallel ranks
+    cut: list[LocalState] = []
+    whole: list[LocalState] = []  # alike on all tensor ranks
+    for local in local_states(engine.deepspeed, engine.slices):
         if getattr(local.parameter, "ds_pipe_replicated", False):
             continue  # the first stage writes it
-        yield local
+        (whole if local.fragment.slice.dim is None else cut).append(local)
+    # Without ZeRO, all is alike on the data-parallel ranks.
+    index, count = (mesh.data_rank, mesh.data) if copies else (0, 1)
+    yield from share(cut, index, count)
+    yield from share(whole, index * mesh.tensor + mesh.tensor_rank, count * mesh.tensor)
 
 
 def load_state(engine: Engine, checkpoint: Path) -> Progress:
     """Set weights, optimizer and counters from a checkpoint written in any layout."""
     reader = Reader(checkpoint)
+    reader.prefetch(needed(engine.deepspeed, engine.slices))
     load_states(engine.deepspeed, engine.slices, reader.read, reader.manifest["optimizer_step"])
     return Progress(**reader.manifest["progress"])
 
@@ -71,7 +93,8 @@ def refuse_other_model(config: Config, checkpoint: Path) -> None:
     """Raise ConfigError listing the keys in which a checkpoint's model differs."""
     manifest = read_manifest(checkpoint)
     ours = config.model.model_dump()
-    theirs: dict[str, Any] = manifest["config"]["model"]
+    # A key that is younger than the checkpoint had its default's meaning.
+    theirs: dict[str, Any] = ModelConfig().model_dump() | manifest["config"]["model"]  # type: ignore[call-arg]
     problems = [
         Problem(
             f"model.{key}",

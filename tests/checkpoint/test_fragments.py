@@ -10,7 +10,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hg_scale.checkpoint.fragments import Array, Fragment, Slice, assemble, cover_problems
+from hg_scale.checkpoint.fragments import (
+    Array,
+    Fragment,
+    Slice,
+    assemble,
+    cover_problems,
+    spans,
+)
 
 
 def fragments_of(draw: Any, shape: tuple[int, ...], dim: int, label: str) -> list[Fragment]:
@@ -42,12 +49,17 @@ def test_any_layout_reads_what_any_other_wrote(data: st.DataObject) -> None:
     written = fragments_of(data.draw, shape, dim, "writer")
     assert cover_problems(written) == []
 
+    asked = []
+
     def piece(fragment: Fragment, a: int, b: int) -> Array:
         assert 0 <= a < b <= fragment.length
+        asked.append((fragment, a, b))
         return data_of(fragment, whole)[a:b]
 
     for wanted in fragments_of(data.draw, shape, dim, "reader"):
+        asked.clear()
         np.testing.assert_array_equal(assemble(wanted, written, piece), data_of(wanted, whole))
+        assert list(spans(wanted, written)) == asked
 
 
 def test_a_scalar_is_a_parameter_too() -> None:

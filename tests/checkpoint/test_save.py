@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,14 @@ from torch import nn
 
 from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.find import find_latest, read_manifest
+from hg_scale.checkpoint.find import (
+    FORMAT_VERSION,
+    MIGRATIONS,
+    content_damage,
+    find_latest,
+    read_manifest,
+    seal,
+)
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
 from hg_scale.checkpoint.load import Reader, read_parameters, verify
 from hg_scale.checkpoint.save import save
@@ -156,6 +164,12 @@ def damage_empty_manifest(path: Path) -> None:
     (path / "manifest.json").write_text('{"format_version": 1}')
 
 
+def damage_flipped_manifest(path: Path) -> None:
+    """A byte that leaves it legal JSON."""
+    file = path / "manifest.json"
+    file.write_text(file.read_text().replace('"optimizer_step": 7', '"optimizer_step": 8'))
+
+
 def damage_version(path: Path) -> None:
     file = path / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 9}))
@@ -169,7 +183,8 @@ def damage_version(path: Path) -> None:
         (damage_no_manifest, "the save was never finished"),
         (damage_half_manifest, "cannot be read"),
         (damage_empty_manifest, "lists no files"),
-        (damage_version, "format version 9, expected 1"),
+        (damage_flipped_manifest, "manifest.json: changed since it was written"),
+        (damage_version, "format version 9, expected 1; update hg_scale"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over(
@@ -184,6 +199,58 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
     assert message in lines[0]
     with pytest.raises(CheckpointError, match=message):
         Reader(newest)
+
+
+def test_an_older_format_is_migrated_or_refused_by_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "step-00000001" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["count"] = manifest.pop("optimizer_step")
+    path.write_text(json.dumps(seal(manifest | {"format_version": FORMAT_VERSION - 1})))
+    with pytest.raises(CheckpointError, match="format version 0, expected 1; read it with the"):
+        read_manifest(path.parent)
+
+    def rename(older: dict[str, Any]) -> dict[str, Any]:
+        return {**older, "optimizer_step": older["count"]}
+
+    monkeypatch.setitem(MIGRATIONS, FORMAT_VERSION - 1, rename)
+    assert read_manifest(path.parent)["optimizer_step"] == 7
+    assert torch.equal(Reader(path.parent).whole("head.weight"), WHOLE)
+    path.write_text(path.read_text().replace('"step": 1', '"step": 2'))
+    with pytest.raises(CheckpointError, match="changed since it was written"):
+        read_manifest(path.parent)
+
+
+def test_a_manifest_without_a_checksum_of_itself(folder: Path) -> None:
+    path = folder / "step-00000001" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["manifest_sha256"]
+    path.write_text(json.dumps(manifest))
+    assert read_manifest(path.parent)["step"] == 1
+
+
+def test_faults_that_are_known_otherwise(folder: Path) -> None:
+    newest, lines = folder / "step-00000002", []
+    assert find_latest(folder, lines.append, {newest: "rotten"}) == folder / "step-00000001"
+    assert lines == [f"passing over {newest}: rotten"]
+
+
+def test_ranks_share_the_reading_of_checksums(folder: Path) -> None:
+    path = folder / "step-00000002"
+    flip(path / "rank-00001.safetensors")
+    assert content_damage(path, 0, 2) is None
+    assert "rank-00001.safetensors: changed since" in str(content_damage(path, 1, 2))
+    assert content_damage(path, 2, 3) is None  # more ranks than files
+    damage_missing(path)
+    assert content_damage(path, 1, 2) == "rank-00001.safetensors is missing"
+
+
+def flip(file: Path) -> None:
+    """Change one bit near the end."""
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
 
 
 def test_a_folder_whose_checkpoints_are_all_damaged_is_refused(folder: Path) -> None:
@@ -209,12 +276,10 @@ def test_leftovers_and_strangers_are_no_checkpoints(folder: Path) -> None:
 
 
 def test_verify_finds_a_flipped_byte(folder: Path) -> None:
-    path = folder / "step-00000002" / "rank-00000.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.write_bytes(data)
+    path = folder / "step-00000002"
+    flip(path / "rank-00000.safetensors")
     with pytest.raises(CheckpointError, match="rank-00000.safetensors: changed since"):
-        verify(path.parent)
+        verify(path)
 
 
 def test_verify_finds_what_is_not_finite(worlds: Worlds, folder: Path) -> None:
@@ -227,9 +292,40 @@ def test_verify_finds_a_hole(folder: Path) -> None:
     path = folder / "step-00000002" / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["files"][1]["fragments"][0]["length"] = 4
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(seal(manifest)))
     with pytest.raises(CheckpointError, match="head.weight: slice 1 of 2"):
         verify(path.parent)
+
+
+def damage_header(path: Path) -> None:
+    (path / "rank-00001.safetensors").write_bytes(b"\xff" * 64)
+
+
+def damage_names(path: Path) -> None:
+    data = (path / "rank-00001.safetensors").read_bytes()
+    (path / "rank-00001.safetensors").write_bytes(data.replace(b'"1.fp32"', b'"9.fp32"'))
+
+
+def damage_offsets(path: Path) -> None:
+    data = (path / "rank-00001.safetensors").read_bytes()
+    assert b"[20,48]" in data
+    (path / "rank-00001.safetensors").write_bytes(data.replace(b"[20,48]", b"[20,99]"))
+
+
+def damage_place(path: Path) -> None:
+    data = (path / "rank-00001.safetensors").read_bytes()
+    (path / "rank-00001.safetensors").write_bytes(data.replace(b"[20,48]", b"[220,248]"))
+
+
+@pytest.mark.parametrize("damage", [damage_header, damage_names, damage_offsets, damage_place])
+def test_a_file_that_is_no_longer_what_it_was(folder: Path, damage: Callable[[Path], None]) -> None:
+    path = folder / "step-00000002"
+    damage(path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][1]["bytes"] = (path / "rank-00001.safetensors").stat().st_size
+    (path / "manifest.json").write_text(json.dumps(seal(manifest)))
+    with pytest.raises(CheckpointError, match=r"rank-00001.safetensors|head.weight"):
+        Reader(path).whole("head.weight")
 
 
 def test_another_shape_and_another_name_are_refused(written: Path) -> None:

@@ -96,6 +96,12 @@ BROKEN: list[tuple[str, str, dict[str, Any]]] = [
     ("model.vocab_multiple", "multiple", {"parallel": {"tensor": 8}, "model": {"vocab_multiple": 4,
      "vocab_size": 12}}),
     ("training.global_batch_size", "6 or 9", {"training": {"micro_batch_size": 3}}),
+    ("checkpoint.async", "boolean", {"checkpoint": {"async": "yes"}}),
+    ("checkpoint.async_", "unknown key; did you mean checkpoint.async?",
+     {"checkpoint": {"async_": True}}),
+    ("checkpoint.keep_every", "keeps all; set both", {"checkpoint": {"keep_every": 10}}),
+    ("checkpoint.keep_every", "nearest: 20 or 30",
+     {"checkpoint": {"every": 10, "keep_last": 1, "keep_every": 25}}),
     ("schedule.warmup_steps", "less than", {"schedule": {"warmup_steps": 1000}}),
     ("schedule.decay_steps", "at most", {"schedule": {"kind": "wsd", "decay_steps": 2000}}),
     ("schedule.decay_steps", "tenth", {"schedule": {"kind": "wsd"}}),
@@ -224,3 +230,10 @@ def test_the_world_must_hold_the_mesh(world: int, fits: bool) -> None:
         return
     with pytest.raises(ConfigError, match="4 or 8"):
         parse_config(tree, world_size=world)
+
+
+def test_data_parallel_sizes_that_fit_are_named() -> None:
+    """As when a run goes on with another number of processes."""
+    tree = sound({"training": {"global_batch_size": 24, "micro_batch_size": 2}})
+    with pytest.raises(ConfigError, match="data-parallel sizes that fit: 1, 2, 3, 4, 6, 12"):
+        parse_config(tree, world_size=5)

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 from hg_scale.training.metrics import MetricsLog, StepTimer, memory_usage
+from tests.disks import Mount, mount
+
+__all__ = ["mount"]
 
 
 def read(path: Path) -> list[dict]:
@@ -94,7 +97,7 @@ def test_a_killed_run_leaves_every_line_but_the_last_whole(tmp_path):
         "import os; from pathlib import Path; from hg_scale.training.metrics import MetricsLog\n"
         f"log = MetricsLog(Path({str(tmp_path)!r}))\n"
         "for step in range(1, 101): log.write({'step': step})\n"
-        "log._file.write('{\"step\": 1'); log._file.flush(); os.kill(os.getpid(), 9)"
+        "log._file.write(b'{\"step\": 1'); log._file.flush(); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     MetricsLog(tmp_path, resume_step=100).close()
@@ -169,3 +172,26 @@ def test_watching_a_run_imports_neither_torch_nor_wandb():
         "sys.exit('torch' in sys.modules or 'wandb' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_full_disk_loses_lines_and_says_so_once(tmp_path: Path, mount: Mount) -> None:
+    """The run goes on; when there is room again, so does the file, each line whole or dropped."""
+    run = tmp_path / "disk"
+    mount(run, 64 << 10)
+    told: list[str] = []
+    log = MetricsLog(run, warn=told.append)
+    log.write({"step": 1})
+    filler = run / "filler"
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError):
+        while file.write(bytes(4096)):
+            pass
+    for step in range(2, 400):
+        log.write({"step": step, "loss": 1 / 3})
+    assert len(told) == 1 and "metrics.jsonl: lines are lost" in told[0]
+    filler.unlink()
+    log.write({"step": 400})
+    log.close()
+    with MetricsLog(run, 400) as log:
+        found = steps(log.path)
+    assert found[0] == 1 and found[-1] == 400 and found == sorted(found)
+    assert len(found) < 400
