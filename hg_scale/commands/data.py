@@ -23,7 +23,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    return options.run_data_verb(options)
+    import os
+    import sys
+
+    try:
+        code = options.run_data_verb(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _inspect(options: argparse.Namespace) -> int:

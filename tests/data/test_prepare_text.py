@@ -178,15 +178,17 @@ def test_a_killed_rank_ends_the_others(corpus, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
 
-def kill_and_finish(command: list[str], output: Path, expected: dict[str, bytes], after: float):
-    """Kill a preparation after some seconds; whether it was still at work. Then finish it."""
-    process = subprocess.Popen(
-        command, env=CLEAN, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def kill_and_finish(
+    command: list[str], output: Path, expected: dict[str, bytes], after: float, size: int = 1
+) -> bool:
+    """Kill a preparation by `size` processes after some seconds; whether all were still at work.
+    Then finish it with one."""
+    processes = start_tasks(size, command)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(after)
-    process.kill()
-    killed = process.wait() == -9
+        processes[0].wait(after)
+    for process in processes:
+        process.kill()
+    killed = all(code == -9 for code, _, _ in finish(processes))
     if killed:
         assert not (output / "index.json").exists() or (output / "preparing").exists()
     for path in output.glob("*.tar"):
@@ -197,7 +199,9 @@ def kill_and_finish(command: list[str], output: Path, expected: dict[str, bytes]
     return killed
 
 
-def kill_at(moments: int, seed: int, source: Path, model: Path, expected, folder: Path) -> None:
+def kill_at(
+    moments: int, seed: int, source: Path, model: Path, expected, folder: Path, size: int = 1
+) -> None:
     command = arguments(source, folder / "whole", "--tokenizer", model)
     start = time.monotonic()
     assert run(command).returncode == 0
@@ -207,7 +211,7 @@ def kill_at(moments: int, seed: int, source: Path, model: Path, expected, folder
     for number in range(moments):
         output = folder / f"out-{number}"
         command = arguments(source, output, "--tokenizer", model)
-        killed += kill_and_finish(command, output, expected, took * draw.uniform(0.1, 1))
+        killed += kill_and_finish(command, output, expected, took * draw.uniform(0.1, 1), size)
         shutil.rmtree(output)
     assert killed > moments // 4
 
@@ -218,8 +222,9 @@ def test_killed_and_started_again(corpus, model_file, expected, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_killed_at_twenty_random_moments(corpus, model_file, expected, tmp_path):
-    kill_at(20, 1, corpus, model_file, expected, tmp_path)
+@pytest.mark.parametrize("size", [1, 2])
+def test_killed_at_twenty_random_moments(corpus, model_file, expected, tmp_path, size):
+    kill_at(20, 1, corpus, model_file, expected, tmp_path, size)
 
 
 @pytest.mark.parametrize(

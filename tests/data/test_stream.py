@@ -1,3 +1,5 @@
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +9,14 @@ from hg_scale.data import shards as shards_module
 from hg_scale.data.blocks import make_readers
 from hg_scale.data.errors import DataError
 from hg_scale.data.order import MAX_STREAMS
+from hg_scale.data.schedule import DataState
 from hg_scale.data.shards import Patience
 from tests.data.conftest import TEXT, global_batches, prepare, schedule, stream
 
 LENGTH, ROWS = 64, 12
 STEP = LENGTH * ROWS
+DATA_SIZES = [1, 2, 3, 4, 6, 8, 12]
+NEXT = {0: 1, 1: 3, 3: 0}  # another number of workers
 
 
 class Shared:
@@ -51,7 +56,7 @@ def worker_pools():
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("data_size", [1, 2, 3, 4, 6, 8, 12])
+@pytest.mark.parametrize("data_size", DATA_SIZES)
 def test_same_global_batches_in_every_layout(large, thousand, worker_pools, data_size, workers):
     readers = worker_pools[workers]
     found = global_batches(schedule(large), 1000, data_size, rows=24, readers=readers)
@@ -68,6 +73,24 @@ def test_resumes_anywhere_on_any_layout(large, thousand, worker_pools, start, da
         readers=worker_pools[workers],
     )  # fmt: skip
     assert found.tobytes() == thousand[start : start + 30].tobytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("start", [137, 500, 999])
+@pytest.mark.parametrize("data_size", DATA_SIZES)
+def test_every_layout_hands_over_to_another(
+    large, thousand, worker_pools, data_size, start, workers
+):
+    """Read up to `start`, saved as a checkpoint saves it, the rest on the next DP size."""
+    readers = worker_pools[workers]
+    before = schedule(large)
+    first = global_batches(before, start, data_size, rows=24, readers=readers)
+    saved = json.loads(json.dumps(asdict(before.state(start * 24, []))))
+    other = DATA_SIZES[(DATA_SIZES.index(data_size) + 3) % len(DATA_SIZES)]
+    after = schedule(large, state=DataState(**saved))
+    rest = global_batches(after, 1000 - start, other, rows=24, readers=worker_pools[NEXT[workers]])
+    assert first.tobytes() + rest.tobytes() == thousand.tobytes()
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 10_000, 10**9])

@@ -1,0 +1,198 @@
+"""Preparing text: tokens/s of a process against sentencepiece alone, and two processes against one.
+
+    python benchmarks/data_prep.py [--text enwik8.xz] [--megabytes 64] [--rounds 3]
+
+Cuts a text (default: the sources of Python's standard library) into documents of about 4 kB, writes
+them as JSON lines (.zst) and parquet, trains a sentencepiece model of 32,000 pieces on them, and
+measures, in one run:
+
+1. MB/s of text that our tokenizer encodes against sentencepiece alone, in one process;
+2. MB/s of the whole of prepare_text.py with one process and with two: by the clock, and for each
+   second of processor time, which the load of the machine changes less. Once the shards of all
+   runs are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow
+import sentencepiece
+from pyarrow import parquet
+
+from hg_scale.data.sources import find_files, read_blocks
+from hg_scale.data.tokenizer import SentencePieceTokenizer
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "data_prep"
+FILES = 16  # of each format
+
+
+def read_documents(source: Path | None, size: int, each: int = 4000) -> list[str]:
+    """About `size` bytes of text in documents of about `each`, cut at the ends of lines."""
+    if source is None:
+        library = Path(sysconfig.get_path("stdlib"))
+        paths = [library / name for name in find_files(library, ("*.py",), ("site-packages/*",))]
+    else:
+        paths = [source]
+    text, held = [], 0
+    for path in paths:
+        for block in read_blocks(path):
+            text.append(block)
+            held += len(block)
+            if held >= size:
+                break
+        if held >= size:
+            break
+    whole = b"".join(text)[:size].decode(errors="ignore")
+    found, start = [], 0
+    while start < len(whole):
+        stop = whole.find("\n", start + each) + 1 or len(whole)
+        found.append(whole[start:stop])
+        start = stop
+    return found
+
+
+def write_corpora(documents: list[str], folder: Path) -> None:
+    """The same documents as JSON lines, packed, and as parquet."""
+    for name in ("jsonl.zst", "parquet"):
+        (folder / name).mkdir()
+    for number in range(FILES):
+        part = documents[number::FILES]
+        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in part)
+        with pyarrow.CompressedOutputStream(
+            str(folder / "jsonl.zst" / f"{number:02}.jsonl.zst"), "zstd"
+        ) as file:
+            file.write(lines.encode())
+        table = pyarrow.table({"text": part})
+        path = folder / "parquet" / f"{number:02}.parquet"
+        parquet.write_table(table, path, compression="snappy", row_group_size=1000)
+
+
+def tokenization(documents: list[str], model: Path, rounds: int) -> None:
+    """Encode them with sentencepiece alone and with ours, in turn; the best of each counts."""
+    ours = SentencePieceTokenizer.read(model, documents=True)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    stored = [text.encode() for text in documents]  # as it comes off the disk
+    size = sum(map(len, stored))
+
+    def one_by_one() -> int:
+        return sum(len(processor.encode(text)) for text in documents)
+
+    def all_at_once() -> int:
+        return sum(map(len, processor.encode(documents, num_threads=1)))
+
+    def encode() -> int:
+        return sum(len(ours.encode(text)) for text in stored)
+
+    runs: dict[str, Callable[[], int]] = {
+        "sentencepiece, by document": one_by_one,
+        "sentencepiece, a batch": all_at_once,
+        "our tokenizer": encode,
+    }
+    best: dict[str, float] = {}
+    tokens = 0
+    for _ in range(rounds):
+        for name, encoded in runs.items():
+            start = time.process_time()
+            tokens = encoded()
+            best[name] = max(best.get(name, 0), size / (time.process_time() - start) / 1e6)
+    alone = max(rate for name, rate in best.items() if name.startswith("sentencepiece"))
+    print(f"{len(documents):,} documents, {size / 1e6:.1f} MB, {size / tokens:.2f} bytes a token")
+    for name, rate in best.items():
+        print(f"{name:>27}: {rate:6.2f} MB/s of a processor ({rate / alone:.2f})", flush=True)
+
+
+class Run(NamedTuple):
+    """MB/s of text."""
+
+    clock: float
+    processor: float  # for a second of processor time, of all processes
+
+
+def prepare(size: int, source: Path, output: Path, processes: int, tokenizer: str) -> Run:
+    """prepare_text.py by processes as `srun` starts them."""
+    command = [sys.executable, str(SCRIPTS / "prepare_text.py"), "--input", str(source),
+               "--output", str(output), "--tokenizer", tokenizer]  # fmt: skip
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    started = [
+        subprocess.Popen(
+            command,
+            env=os.environ | {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(processes)},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(processes)
+    ]
+    if any(process.wait() for process in started):
+        sys.exit("prepare_text.py failed")
+    clock, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Run(size / clock / 1e6, size / used / 1e6)
+
+
+def digest(folder: Path) -> str:
+    """Of all that was prepared."""
+    found = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def preparation(size: int, folder: Path, model: Path, rounds: int) -> None:
+    """One process and two, in turn; the best of each counts."""
+    for tokenizer in (str(model), "bytes"):
+        for kind in ("parquet", "jsonl.zst"):
+            best: dict[int, Run] = {}
+            made = set()
+            for number in range(rounds):
+                for processes in (1, 2):
+                    output = folder / f"out-{Path(tokenizer).name}-{kind}-{processes}-{number}"
+                    rates = prepare(size, folder / kind, output, processes, tokenizer)
+                    best[processes] = Run(*map(max, rates, best.get(processes, rates)))
+                    made.add(digest(output))
+                    subprocess.run(["rm", "-r", str(output)], check=True)
+            one, two = best[1], best[2]
+            name = "bytes" if tokenizer == "bytes" else "sentencepiece"
+            print(
+                f"{kind:>9} to {name:<13}: one process {one.clock:6.2f} MB/s, two {two.clock:6.2f}"
+                f" ({two.clock / one.clock:.2f} times); a processor {one.processor:6.2f} and"
+                f" {two.processor:6.2f} MB/s; shards {'equal' if len(made) == 1 else 'DIFFER'}",
+                flush=True,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--text", type=Path, help="a file, also packed (default: Python's standard library)")
+    add("--megabytes", type=float, default=64.0, help="of it, at most")
+    add("--pieces", type=int, default=32_000, help="of the sentencepiece model")
+    add("--rounds", type=int, default=3, help="of everything, in turn; the best counts")
+    options = parser.parse_args()
+    documents = read_documents(options.text, int(options.megabytes * 1e6))
+    size = sum(len(text.encode()) for text in documents)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_corpora(documents, folder)
+        model = folder / "tok.model"
+        command = [sys.executable, str(SCRIPTS / "train_tokenizer.py"), "--input",
+                   str(folder / "parquet"), "--vocab-size", str(options.pieces), "--sample-bytes",
+                   "8000000", "--output", str(model)]  # fmt: skip
+        subprocess.run(command, check=True)
+        tokenization(documents[: len(documents) // 4], model, options.rounds)
+        preparation(size, folder, model, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
