@@ -127,6 +127,7 @@ def test_images(tmp_path, capsys):
         (["verify", "{empty}"], "index.json: no such file"),
         (["sample", "{shards}", "--split", "dev"], "the split 'dev' is empty; use one of train"),
         (["sample", "{shards}", "--windows", "0"], "expected whole numbers above 0"),
+        (["sample", "{shards}", "--seed", "-1"], "--seed: expected a whole number, 0 or above"),
         (["inspect", "http://127.0.0.1:9/x"], "index.json: cannot be read"),
         (["inspect", "pipe:false {}"], "false index.json: cannot be read"),
     ],

@@ -8,10 +8,12 @@ import pytest
 from hg_scale.data import shards as shards_module
 from hg_scale.data.blocks import make_readers
 from hg_scale.data.errors import DataError
+from hg_scale.data.index import read_index
 from hg_scale.data.order import MAX_STREAMS
 from hg_scale.data.schedule import DataState
 from hg_scale.data.shards import Patience
 from tests.data.conftest import TEXT, global_batches, prepare, schedule, stream
+from tests.data.servers import serve
 
 LENGTH, ROWS = 64, 12
 STEP = LENGTH * ROWS
@@ -97,6 +99,17 @@ def test_every_layout_hands_over_to_another(
 def test_any_prefetch_gives_the_same(large, thousand, prefetch):
     found = global_batches(schedule(large), 200, 2, rows=24, prefetch_bytes=prefetch)
     assert np.array_equal(found, thousand[:200])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("scheme", ["pipe", "http"])
+def test_the_same_from_elsewhere(index, worker_pools, scheme, workers):
+    readers, expected = worker_pools[workers], global_batches(schedule(index), 100, 2)
+    with serve(index.location) as (url, asked):
+        where = url if scheme == "http" else f"pipe:cat {index.location}/{{}}"
+        found = global_batches(schedule(read_index(where)), 100, 2, readers=readers)
+    assert np.array_equal(found, expected)
+    assert (len(asked) > 10) == (scheme == "http")
 
 
 def test_an_epoch_serves_every_window_once(index):
