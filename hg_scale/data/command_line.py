@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -129,6 +130,9 @@ def run(name: str, work: Callable[[Progress], None], place: Place | None = None)
     except DataError as error:
         print(f"{who}{error}", file=sys.stderr, flush=True)
         code = 2
+    except BrokenPipeError:  # all is done, and who was to read of it has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:  # of the output: sources raise DataError
         print(
             f"{who}{error}; make room or choose another --output, and start again",

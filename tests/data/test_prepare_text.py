@@ -250,6 +250,13 @@ def test_mistakes_exit_2_in_a_line(corpus, tmp_path, options, message):
     assert not (tmp_path / "out" / "index.json").exists()
 
 
+def test_a_reader_that_leaves_early_is_no_error(corpus, tmp_path):
+    command = " ".join(arguments(corpus, tmp_path / "out"))
+    done = run(["bash", "-o", "pipefail", "-c", f"{command} | true"])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out" / "index.json").exists()
+
+
 def test_separator_as_typed(tmp_path):
     (tmp_path / "text").write_text("one\n\n\ntwo\nlines\n\n\nthree")
     command = arguments(tmp_path / "text", tmp_path / "out", "--document-separator", r"\n\n\n")
