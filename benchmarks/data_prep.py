@@ -8,8 +8,9 @@ measures, in one run:
 
 1. MB/s of text that our tokenizer encodes against sentencepiece alone, in one process;
 2. MB/s of the whole of prepare_text.py with one process and with two: by the clock, and for each
-   second of processor time, which the load of the machine changes less. Once the shards of all
-   runs are compared.
+   second of processor time, which the load of the machine changes less. What the machine has to
+   give to a second process at that time is seen by two preparations apart, each of the whole. The
+   shards of all runs are compared.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -122,23 +124,28 @@ class Run(NamedTuple):
     processor: float  # for a second of processor time, of all processes
 
 
-def prepare(size: int, source: Path, output: Path, processes: int, tokenizer: str) -> Run:
-    """prepare_text.py by processes as `srun` starts them."""
-    command = [sys.executable, str(SCRIPTS / "prepare_text.py"), "--input", str(source),
-               "--output", str(output), "--tokenizer", tokenizer]  # fmt: skip
+def prepare(size: int, source: Path, outputs: list[Path], tokenizer: str) -> Run:
+    """prepare_text.py by a process for each of `outputs`, as `srun` starts them.
+
+    Where they are the same folder, the processes work together.
+    """
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    together = len(outputs) if len(set(outputs)) == 1 else 1
     started = [
         subprocess.Popen(
-            command,
-            env=os.environ | {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(processes)},
+            [sys.executable, str(SCRIPTS / "prepare_text.py"), "--input", str(source),
+             "--output", str(output), "--tokenizer", tokenizer],
+            env=os.environ
+            | {"SLURM_PROCID": str(rank % together), "SLURM_NTASKS": str(together)},
             stdout=subprocess.DEVNULL,
         )
-        for rank in range(processes)
-    ]
-    if any(process.wait() for process in started):
+        for rank, output in enumerate(outputs)
+    ]  # fmt: skip
+    if any([process.wait() for process in started]):
         sys.exit("prepare_text.py failed")
     clock, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    size *= len(set(outputs))
     return Run(size / clock / 1e6, size / used / 1e6)
 
 
@@ -151,24 +158,27 @@ def digest(folder: Path) -> str:
 
 
 def preparation(size: int, folder: Path, model: Path, rounds: int) -> None:
-    """One process and two, in turn; the best of each counts."""
+    """One process, two together and two apart, in turn; the best of each counts."""
+    out, other = folder / "out", folder / "other"
+    ways = {"one": [out], "two": [out, out], "apart": [out, other]}
     for tokenizer in (str(model), "bytes"):
         for kind in ("parquet", "jsonl.zst"):
-            best: dict[int, Run] = {}
+            best: dict[str, Run] = {}
             made = set()
-            for number in range(rounds):
-                for processes in (1, 2):
-                    output = folder / f"out-{Path(tokenizer).name}-{kind}-{processes}-{number}"
-                    rates = prepare(size, folder / kind, output, processes, tokenizer)
-                    best[processes] = Run(*map(max, rates, best.get(processes, rates)))
-                    made.add(digest(output))
-                    subprocess.run(["rm", "-r", str(output)], check=True)
-            one, two = best[1], best[2]
+            for _ in range(rounds):
+                for way, outputs in ways.items():
+                    rates = prepare(size, folder / kind, outputs, tokenizer)
+                    best[way] = Run(*map(max, rates, best.get(way, rates)))
+                    for output in set(outputs):
+                        made.add(digest(output))
+                        shutil.rmtree(output)
+            one, two, apart = best["one"], best["two"], best["apart"]
             name = "bytes" if tokenizer == "bytes" else "sentencepiece"
             print(
                 f"{kind:>9} to {name:<13}: one process {one.clock:6.2f} MB/s, two {two.clock:6.2f}"
-                f" ({two.clock / one.clock:.2f} times); a processor {one.processor:6.2f} and"
-                f" {two.processor:6.2f} MB/s; shards {'equal' if len(made) == 1 else 'DIFFER'}",
+                f" ({two.clock / one.clock:.2f} times; two apart {apart.clock / one.clock:.2f}"
+                f" times); a processor {one.processor:6.2f} and {two.processor:6.2f} MB/s; shards"
+                f" {'equal' if len(made) == 1 else 'DIFFER'}",
                 flush=True,
             )
 
