@@ -43,7 +43,7 @@ def main() -> int:
     )
     command_line.add_file_options(parser)
     command_line.add_shard_options(parser, chunk=Preparation.chunk_tokens)
-    add("--seed", type=int, default=0, help="of the split of a folder (default: 0)")
+    add("--seed", type=command_line.seed, default=0, help="of the split of a folder (default: 0)")
     options = vars(parser.parse_args())
     options |= command_line.patterns(options["include"], options["exclude"])
     if find_place().rank:

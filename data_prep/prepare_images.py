@@ -46,7 +46,12 @@ def main() -> int:
     add("--array", metavar="NAME", help="of the images in .npz files that hold several arrays")
     command_line.add_file_options(parser)
     command_line.add_shard_options(parser, chunk=None)
-    add("--seed", type=int, default=0, help="of the shuffle and the split (default: 0)")
+    add(
+        "--seed",
+        type=command_line.seed,
+        default=0,
+        help="of the shuffle and the split (default: 0)",
+    )
     command_line.add_team_options(parser)
     options, place = parser.parse_args(), find_place()
 

@@ -56,7 +56,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     command_line.add_file_options(parser)
     command_line.add_shard_options(parser, chunk=CHUNK_TOKENS)
-    add("--seed", type=int, default=0, help="of the shuffle and the split (default: 0)")
+    add(
+        "--seed",
+        type=command_line.seed,
+        default=0,
+        help="of the shuffle and the split (default: 0)",
+    )
     command_line.add_team_options(parser)
     return parser.parse_args()
 

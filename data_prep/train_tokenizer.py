@@ -37,7 +37,7 @@ def main() -> int:
     add("--sample-bytes", type=command_line.positive, default=TokenizerTraining.sample_bytes,
         metavar="N", help="text to train on, held in memory several times over (default: "
         "%(default)s)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the sample (default: 0)")
+    add("--seed", type=command_line.seed, default=0, help="of the sample (default: 0)")
     options = parser.parse_args()
 
     def work(progress: Progress) -> None:

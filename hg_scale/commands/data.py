@@ -23,7 +23,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    return options.run_data_verb(options)
+    import os
+    import sys
+
+    try:
+        code = options.run_data_verb(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print(f"hg-scale data {options.data_verb}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -98,6 +110,8 @@ def _sample(options: argparse.Namespace) -> int:
 
     if options.windows < 1 or (options.length is not None and options.length < 1):
         raise DataError("--windows and --length: expected whole numbers above 0")
+    if options.seed < 0:
+        raise DataError("--seed: expected a whole number, 0 or above")
     index = read_index(options.shards)
     for window in sample_windows(
         index, options.split, windows=options.windows, length=options.length, seed=options.seed

@@ -182,7 +182,7 @@ class SourceConfig(Section):
     @property
     def label(self) -> str:
         """The source's name."""
-        return self.name or self.path.rstrip("/").rpartition("/")[2]
+        return self.name or self.path.partition("{}")[0].rstrip("/").rpartition("/")[2]
 
 
 class DataConfig(Section):

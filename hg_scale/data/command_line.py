@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from hg_scale.data.errors import DataError
@@ -79,7 +81,7 @@ def parse_split(text: str) -> tuple[float, ...] | tuple[int, ...]:
         parts = tuple(float(word) for word in words)
     except ValueError:
         parts = ()
-    if len(parts) != len(SPLITS) or min(parts) < 0 or abs(sum(parts) - 1) > 1e-6:
+    if len(parts) != len(SPLITS) or not (min(parts) >= 0 and abs(sum(parts) - 1) < 1e-6):
         raise argparse.ArgumentTypeError(
             f"{text!r}: expected three fractions that add up to 1, or three numbers of bytes"
         )
@@ -106,6 +108,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """A whole number of 64 bits."""
+    with suppress(ValueError):
+        if -(1 << 63) <= (value := int(text)) < 1 << 63:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at most 63 bits")
+
+
 def run(name: str, work: Callable[[Progress], None], place: Place | None = None) -> int:
     """Do the work with progress shown; an exit code, after a line on stderr where it failed."""
     place = place or Place()
@@ -120,9 +130,19 @@ def run(name: str, work: Callable[[Progress], None], place: Place | None = None)
     except DataError as error:
         print(f"{who}{error}", file=sys.stderr, flush=True)
         code = 2
+    except BrokenPipeError:  # all is done, and who was to read of it has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:  # of the output: sources raise DataError
         print(
             f"{who}{error}; make room or choose another --output, and start again",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        code = 2
+    except MemoryError as error:
+        print(
+            f"{who}there is not enough memory ({error}); take fewer --chunk-tokens, --shard-tokens "
+            "or processes on a machine, and start again",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         code = 2

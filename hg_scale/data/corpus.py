@@ -103,6 +103,16 @@ def list_files(
     return files
 
 
+def refuse_empty(files: Sequence[File]) -> None:
+    """For files of kinds that are never empty. Raises DataError where one is."""
+    for file in files:
+        if not file.size:
+            raise DataError(
+                f"{file.path}: is empty, as what was not copied to its end; fetch it again, or "
+                "leave it out with --exclude"
+            )
+
+
 def listing_digest(files: Sequence[File], *, with_times: bool = False) -> str:
     """A sha256 of the names and sizes of the files."""
     digest = hashlib.sha256()

@@ -121,16 +121,20 @@ def read_lines(
         try:
             record = json.loads(line)
             text = record[field]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{path}: the line at byte {position} is not JSON ({error}); expected an object a "
                 "line: mend or remove it"
             ) from None
-        except (KeyError, TypeError):
-            keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        except TypeError:
             raise DataError(
-                f"{path}: the line at byte {position} has no field {field!r} (it has: {keys}); "
-                "name the field that holds the text with --field"
+                f"{path}: the line at byte {position} is a {type(record).__name__}; expected an "
+                "object a line: write each document into a line of its own"
+            ) from None
+        except KeyError:
+            raise DataError(
+                f"{path}: the line at byte {position} has no field {field!r} (it has: "
+                f"{', '.join(record)}); name the field that holds the text with --field"
             ) from None
         if text is None:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import os
@@ -24,6 +25,7 @@ _BLOCK = 1 << 18
 _TRIES = 5  # in a row without a byte more
 _PAUSE = 1.0  # seconds before the second try without one, doubled for each further one
 _TIMEOUT = 60.0  # seconds without a byte
+_FULL = errno.ENOSPC, errno.EDQUOT
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,11 @@ def _download(corpus: Corpus, archive: Path, progress: Progress) -> None:
         try:
             _transfer(corpus.url, partial, progress)
             break
+        except ValueError as error:  # not a URL
+            raise DataError(_refused(error, corpus, archive)) from None
         except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise
             tries = 1 if _length(partial) > before else tries + 1
             code = error.code if isinstance(error, urllib.error.HTTPError) else 500
             if code == 416 and before:  # there is no such part of the file
@@ -144,7 +150,7 @@ def _unpack(archive: Path, corpus: Corpus, target: Path, progress: Progress) -> 
         if digest.hexdigest() != corpus.digest:
             raise DataError(_wrong(archive, corpus, digest.hexdigest()))
         commit(partial, target)
-    except (zipfile.BadZipFile, KeyError, EOFError, zlib.error) as error:
+    except (zipfile.BadZipFile, KeyError, EOFError, RuntimeError, zlib.error) as error:
         raise DataError(
             f"{archive}: is not the archive of {corpus.name} ({error}); remove it and start again"
         ) from None

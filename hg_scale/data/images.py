@@ -17,7 +17,16 @@ from typing import IO, Any
 
 import numpy as np
 
-from hg_scale.data.corpus import File, Keys, Segment, Task, list_files, listing_digest, make_tasks
+from hg_scale.data.corpus import (
+    File,
+    Keys,
+    Segment,
+    Task,
+    list_files,
+    listing_digest,
+    make_tasks,
+    refuse_empty,
+)
 from hg_scale.data.errors import DataError
 from hg_scale.data.tokenizer import ByteTokenizer
 
@@ -59,6 +68,7 @@ class ImageCorpus:
                     f"{file.path}: not an image; expected .png, .jpg, .npy or .npz: leave it out "
                     "with --exclude"
                 )
+        refuse_empty(files)
         return {"files": files, "shape": self._first_shape(Path(files[0].path))}
 
     def adopt(self, survey: dict[str, Any]) -> None:

@@ -14,6 +14,10 @@ from hg_scale.data.tokenizer import SentencePieceTokenizer, Tokenizer
 
 END_MARK = "\n<end of document>\n"
 _SHADES = " .:-=+*#%@"  # from dark to light
+# A terminal would obey control characters: their pictures stand for them.
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
+    0x7F: 0x2421
+} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # fmt: skip
 
 
 class Window(NamedTuple):
@@ -94,12 +98,13 @@ def sample_windows(
 
 
 def decode(tokens: NDArray[np.integer], tokenizer: Tokenizer) -> str:
-    """Text to read: the ends of documents are marked, what is not UTF-8 is U+FFFD."""
-    if tokenizer.eod is None:
-        return tokenizer.decode(tokens).decode(errors="replace")
-    ends = np.flatnonzero(tokens == tokenizer.eod) + 1
-    parts = [tokenizer.decode(part).decode(errors="replace") for part in np.split(tokens, ends)]
-    return END_MARK.join(parts)
+    """Text to read: the ends of documents are marked, what is not UTF-8 is U+FFFD, control
+    characters are pictures of themselves."""
+    parts = [tokens]
+    if tokenizer.eod is not None:
+        parts = np.split(tokens, np.flatnonzero(tokens == tokenizer.eod) + 1)
+    texts = [tokenizer.decode(part).decode(errors="replace") for part in parts]
+    return END_MARK.join(text.translate(_PICTURES) for text in texts)
 
 
 def draw_image(pixels: NDArray[np.uint8]) -> str:

@@ -35,7 +35,8 @@ def find_files(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> 
     """The files below `folder` as relative POSIX paths, sorted by their bytes.
 
     A pattern is matched with the file's name and with its relative path, where `*` also spans
-    `/`. Links to folders are not followed. Raises DataError where nothing is left.
+    `/`. Links to folders are not followed. Raises DataError where nothing is left, or a link to a
+    file leads nowhere.
     """
 
     def matches(path: str, patterns: Sequence[str]) -> bool:
@@ -50,8 +51,15 @@ def find_files(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> 
         for name in names:
             path = Path(root, name)
             relative = path.relative_to(folder).as_posix()
-            if matches(relative, include) and not matches(relative, exclude) and path.is_file():
+            if not matches(relative, include) or matches(relative, exclude):
+                continue
+            if path.is_file():
                 found.append(relative)
+            elif path.is_symlink() and not path.exists():
+                raise DataError(
+                    f"{path}: a link to {os.readlink(path)!r}, which is not there; fetch it, or "
+                    "leave it out with --exclude"
+                )
     if not found:
         raise DataError(
             f"{folder}: no file matches --include {' '.join(include)}"

@@ -17,6 +17,7 @@ from hg_scale.data.corpus import (
     list_files,
     listing_digest,
     make_tasks,
+    refuse_empty,
 )
 from hg_scale.data.documents import (
     PIECE,
@@ -51,6 +52,8 @@ class TextCorpus:
     def survey(self) -> dict[str, Any]:
         """The files. Raises DataError where the input does not suit the options."""
         files = list_files(self.inputs, self.include, self.exclude)
+        paths = {file: Path(file.path) for file in files}
+        refuse_empty([f for f in files if is_packed(paths[f]) or kind_of(paths[f]) == "parquet"])
         if self.sizes is not None:
             self._check_single(files)
         elif (

@@ -191,8 +191,9 @@ class SentencePieceTokenizer:
                                for i, p in enumerate(parts)])  # fmt: skip
 
     def _pieces(self, text: str) -> NDArray[Any]:
-        ids = self._processor.encode(text)
-        return np.fromiter(ids, self._dtype, len(ids))
+        if not text:
+            return np.empty(0, self._dtype)
+        return self._processor.encode(text, return_type="numpy").astype(self._dtype)
 
     def _spell(self, text: str) -> NDArray[Any]:
         data = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)

@@ -15,7 +15,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Literal
 
@@ -170,7 +170,8 @@ def _train_apart(job: TokenizerTraining, sample: Path, progress: Progress) -> by
     log_end.close()
     result_end.close()
     lines = b""
-    while block := os.read(log.fileno(), 4096):
+    # The log ends after the result, which does not fit into a pipe at once: both have to be read.
+    while result not in wait([log, result]) and (block := os.read(log.fileno(), 4096)):
         lines = (lines + block)[-4096:]
         if told := _stage_of(lines.decode(errors="replace")):
             progress.describe(f"training: {told}")

@@ -126,7 +126,10 @@ def test_lines_that_are_no_documents(tmp_path):
     [
         ('{"text": "a"}\n{"text": ', r"a\.jsonl: the line at byte 14 is not JSON"),
         ('{"body": "a", "n": 1}', r"has no field 'text' \(it has: body, n\).*--field"),
-        ("[1]", r"has no field 'text' \(it has: list\)"),
+        ("[1]", "the line at byte 0 is a list; expected an object a line"),
+        ('"text"', "the line at byte 0 is a str; expected an object a line"),
+        ("[" * 100_000, "the line at byte 0 is not JSON .*recursion"),
+        ("\x1f\x8b\0\x9e\n", "the line at byte 0 is not JSON"),
         ('{"text": 5}', "field 'text' of the line at byte 0 is a int, not text"),
     ],
 )

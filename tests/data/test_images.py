@@ -185,6 +185,9 @@ def test_nothing_to_prepare(tmp_path):
     (tmp_path / "in" / "notes.txt").write_text("x")
     with pytest.raises(DataError, match="no file matches"):
         run(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "b.png").touch()
+    with pytest.raises(DataError, match=r"b\.png: is empty"):
+        run(tmp_path / "in", tmp_path / "out")
     with pytest.raises(DataError, match=r"notes\.txt: not an image"):
         run(tmp_path / "in", tmp_path / "out", include=("*.txt",))
 

@@ -1,4 +1,3 @@
-import hashlib
 import lzma
 import os
 from pathlib import Path
@@ -170,19 +169,3 @@ def test_default_number_of_shards(tokens, shards):
     size = default_shard_tokens(tokens, 65536)
     assert -(-tokens // size) == shards
     assert size <= 2**26
-
-
-ENWIK8_SPLITS = {
-    "train": "f8978bd9ca51fbea387d5145d310652ab39904bcbc8ab2647932c8c2e0539e64",
-    "validation": "16b8b889f05ebeb5684d497d49383e8e55eb3634cee2f9a023dcab68cbf64f17",
-    "test": "86f62c0adeb6c27763f308b8913bec743626421a4d2b4010f1e177a40eef7750",
-}
-
-
-@pytest.mark.skipif("HG_SCALE_ENWIK8" not in os.environ, reason="HG_SCALE_ENWIK8 names no file")
-def test_enwik8(tmp_path):
-    source = Path(os.environ["HG_SCALE_ENWIK8"])
-    job = Preparation(source, tmp_path / "out", split=(90_000_000, 5_000_000, 5_000_000))
-    index, _ = prepare_bytes(job)
-    for name, digest in ENWIK8_SPLITS.items():
-        assert hashlib.sha256(split_text(index, name)).hexdigest() == digest

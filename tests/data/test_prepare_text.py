@@ -178,17 +178,19 @@ def test_a_killed_rank_ends_the_others(corpus, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
 
-def kill_and_finish(command: list[str], output: Path, expected: dict[str, bytes], after: float):
-    """Kill a preparation after some seconds; whether it was still at work. Then finish it."""
-    process = subprocess.Popen(
-        command, env=CLEAN, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def kill_and_finish(
+    command: list[str], output: Path, expected: dict[str, bytes], after: float, size: int = 1
+) -> bool:
+    """Kill a preparation by `size` processes after some seconds; whether all were still at work.
+    Then finish it with one."""
+    processes = start_tasks(size, command)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(after)
-    process.kill()
-    killed = process.wait() == -9
-    if killed:
-        assert not (output / "index.json").exists() or (output / "preparing").exists()
+        processes[0].wait(after)
+    for process in processes:
+        process.kill()
+    killed = all(code == -9 for code, _, _ in finish(processes))
+    if (output / "index.json").exists():  # the last of all
+        assert contents(output) == expected
     for path in output.glob("*.tar"):
         assert path.read_bytes() == expected[path.name]
     again = run(command)
@@ -197,7 +199,9 @@ def kill_and_finish(command: list[str], output: Path, expected: dict[str, bytes]
     return killed
 
 
-def kill_at(moments: int, seed: int, source: Path, model: Path, expected, folder: Path) -> None:
+def kill_at(
+    moments: int, seed: int, source: Path, model: Path, expected, folder: Path, size: int = 1
+) -> None:
     command = arguments(source, folder / "whole", "--tokenizer", model)
     start = time.monotonic()
     assert run(command).returncode == 0
@@ -207,7 +211,7 @@ def kill_at(moments: int, seed: int, source: Path, model: Path, expected, folder
     for number in range(moments):
         output = folder / f"out-{number}"
         command = arguments(source, output, "--tokenizer", model)
-        killed += kill_and_finish(command, output, expected, took * draw.uniform(0.1, 1))
+        killed += kill_and_finish(command, output, expected, took * draw.uniform(0.1, 1), size)
         shutil.rmtree(output)
     assert killed > moments // 4
 
@@ -218,8 +222,9 @@ def test_killed_and_started_again(corpus, model_file, expected, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_killed_at_twenty_random_moments(corpus, model_file, expected, tmp_path):
-    kill_at(20, 1, corpus, model_file, expected, tmp_path)
+@pytest.mark.parametrize("size", [1, 2])
+def test_killed_at_twenty_random_moments(corpus, model_file, expected, tmp_path, size):
+    kill_at(20, 1, corpus, model_file, expected, tmp_path, size)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +233,9 @@ def test_killed_at_twenty_random_moments(corpus, model_file, expected, tmp_path)
         (["--tokenizer", "absent.model"], "absent.model: cannot be read"),
         (["--split", "1,2,3"], "cuts a single plain text"),
         (["--split", "0.5,0.5"], "three fractions"),
+        (["--split", "nan,0,1"], "three fractions"),
+        (["--seed", "9" * 40], "expected a whole number of at most 63 bits"),
+        (["--chunk-tokens", "9" * 15], "there is not enough memory"),
         (["--document-separator", ""], "is empty"),
         (["--field", "body"], "has no field 'body' (it has: text)"),
         (["--include", "*.md"], "no file matches --include *.md"),
@@ -240,6 +248,13 @@ def test_mistakes_exit_2_in_a_line(corpus, tmp_path, options, message):
     assert done.returncode == 2 and done.stdout == ""
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_a_reader_that_leaves_early_is_no_error(corpus, tmp_path):
+    command = " ".join(arguments(corpus, tmp_path / "out"))
+    done = run(["bash", "-o", "pipefail", "-c", f"{command} | true"])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out" / "index.json").exists()
 
 
 def test_separator_as_typed(tmp_path):

@@ -257,6 +257,29 @@ def test_refusals(tmp_path):
             run(source, tmp_path / f"out-{source.name}", tokenizer, **options)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.txt.gz", "a.parquet"])
+def test_what_is_never_empty(tmp_path, name):
+    """A transfer that was never begun is not taken for a file without documents."""
+    make_corpus(tmp_path / "in", 30)
+    (tmp_path / "in" / name).touch()
+    with pytest.raises(DataError, match=f"{name}: is empty, .*fetch it again"):
+        run(tmp_path / "in", tmp_path / "out", ByteTokenizer(documents=True))
+    (tmp_path / "in" / name).unlink()
+    (tmp_path / "in" / "empty.jsonl").touch()
+    assert run(tmp_path / "in", tmp_path / "out", ByteTokenizer(documents=True))[1]
+
+
+def test_a_document_longer_than_a_shard(tmp_path, tokenizer):
+    """It stays whole, in a shard as long as it is."""
+    texts = make_corpus(tmp_path / "in", 90)
+    (tmp_path / "in" / "long.txt").write_text(prose(12_000, seed=99))
+    texts.append((tmp_path / "in" / "long.txt").read_bytes())
+    index, _ = run(tmp_path / "in", tmp_path / "out", tokenizer, fractions=(1.0, 0.0, 0.0))
+    assert sorted(documents_of(index, "train", tokenizer)) == sorted(texts)
+    sizes = sorted(shard.text_bytes for shard in index.splits["train"].shards)
+    assert sizes[-1] >= len(texts[-1]) > 4 * sizes[-2]
+
+
 def test_separated_documents(tmp_path):
     (tmp_path / "text").write_text("one<end>two<end><end>three\n<end>")
     tokenizer = ByteTokenizer(documents=True)

@@ -1,17 +1,22 @@
 import gzip
 import lzma
 
+import pyarrow
 import pytest
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.sources import file_digest, find_files, read_blocks, text_length
 
+
+def zstd(data):
+    return pyarrow.compress(data, codec="zstd", asbytes=True)
+
+
+PACKERS = [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstd)]
 TEXT = b"one two three\n" * 200_000  # 2.8 MB, three blocks
 
 
-@pytest.mark.parametrize(
-    ("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)]
-)
+@pytest.mark.parametrize(("suffix", "pack"), [("", bytes), *PACKERS])
 def test_packed_files_read_as_text(tmp_path, suffix, pack):
     path = tmp_path / f"text{suffix}"
     path.write_bytes(pack(TEXT))
@@ -20,7 +25,17 @@ def test_packed_files_read_as_text(tmp_path, suffix, pack):
     assert text_length(path) == len(TEXT)
 
 
-@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress)])
+@pytest.mark.parametrize(("suffix", "pack"), PACKERS)
+def test_files_packed_in_parts(tmp_path, suffix, pack):
+    """As parallel packers write them, and `cat` of packed files."""
+    path = tmp_path / f"text{suffix}"
+    path.write_bytes(
+        pack(TEXT[:1_500_000]) + pack(TEXT[1_500_000:1_500_003]) + pack(TEXT[1_500_003:])
+    )
+    assert b"".join(read_blocks(path)) == TEXT
+
+
+@pytest.mark.parametrize(("suffix", "pack"), PACKERS)
 def test_broken_packed_files(tmp_path, suffix, pack):
     path = tmp_path / f"text{suffix}"
     for content in (pack(TEXT)[:-20], b"not packed", pack(TEXT)[:300] + b"?" * 300):
@@ -47,3 +62,17 @@ def test_files_are_sorted_and_filtered(tmp_path):
     assert find_files(tmp_path, ["a/*.txt", "b.py"], []) == ["a/y.txt", "b.py"]
     with pytest.raises(DataError, match=r"no file matches --include \*\.c without --exclude x"):
         find_files(tmp_path, ["*.c"], ["x"])
+
+
+def test_links_to_nowhere_are_told(tmp_path):
+    """As a download's cache has them that was not finished."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").symlink_to(tmp_path / "blob")
+    (tmp_path / "in" / "b.txt").touch()
+    with pytest.raises(
+        DataError, match=r"a\.txt: a link to '.*blob', which is not there; fetch it"
+    ):
+        find_files(tmp_path / "in", ["*"], [])
+    assert find_files(tmp_path / "in", ["*"], ["a.*"]) == ["b.txt"]
+    (tmp_path / "blob").touch()
+    assert find_files(tmp_path / "in", ["*"], []) == ["a.txt", "b.txt"]

@@ -1,3 +1,5 @@
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -6,12 +8,17 @@ import pytest
 from hg_scale.data import shards as shards_module
 from hg_scale.data.blocks import make_readers
 from hg_scale.data.errors import DataError
+from hg_scale.data.index import read_index
 from hg_scale.data.order import MAX_STREAMS
+from hg_scale.data.schedule import DataState
 from hg_scale.data.shards import Patience
 from tests.data.conftest import TEXT, global_batches, prepare, schedule, stream
+from tests.data.servers import serve
 
 LENGTH, ROWS = 64, 12
 STEP = LENGTH * ROWS
+DATA_SIZES = [1, 2, 3, 4, 6, 8, 12]
+NEXT = {0: 1, 1: 3, 3: 0}  # another number of workers
 
 
 class Shared:
@@ -51,7 +58,7 @@ def worker_pools():
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("data_size", [1, 2, 3, 4, 6, 8, 12])
+@pytest.mark.parametrize("data_size", DATA_SIZES)
 def test_same_global_batches_in_every_layout(large, thousand, worker_pools, data_size, workers):
     readers = worker_pools[workers]
     found = global_batches(schedule(large), 1000, data_size, rows=24, readers=readers)
@@ -70,10 +77,39 @@ def test_resumes_anywhere_on_any_layout(large, thousand, worker_pools, start, da
     assert found.tobytes() == thousand[start : start + 30].tobytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("start", [137, 500, 999])
+@pytest.mark.parametrize("data_size", DATA_SIZES)
+def test_every_layout_hands_over_to_another(
+    large, thousand, worker_pools, data_size, start, workers
+):
+    """Read up to `start`, saved as a checkpoint saves it, the rest on the next DP size."""
+    readers = worker_pools[workers]
+    before = schedule(large)
+    first = global_batches(before, start, data_size, rows=24, readers=readers)
+    saved = json.loads(json.dumps(asdict(before.state(start * 24, []))))
+    other = DATA_SIZES[(DATA_SIZES.index(data_size) + 3) % len(DATA_SIZES)]
+    after = schedule(large, state=DataState(**saved))
+    rest = global_batches(after, 1000 - start, other, rows=24, readers=worker_pools[NEXT[workers]])
+    assert first.tobytes() + rest.tobytes() == thousand.tobytes()
+
+
 @pytest.mark.parametrize("prefetch", [0, 1, 10_000, 10**9])
 def test_any_prefetch_gives_the_same(large, thousand, prefetch):
     found = global_batches(schedule(large), 200, 2, rows=24, prefetch_bytes=prefetch)
     assert np.array_equal(found, thousand[:200])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("scheme", ["pipe", "http"])
+def test_the_same_from_elsewhere(index, worker_pools, scheme, workers):
+    readers, expected = worker_pools[workers], global_batches(schedule(index), 100, 2)
+    with serve(index.location) as (url, asked):
+        where = url if scheme == "http" else f"pipe:cat {index.location}/{{}}"
+        found = global_batches(schedule(read_index(where)), 100, 2, readers=readers)
+    assert np.array_equal(found, expected)
+    assert (len(asked) > 10) == (scheme == "http")
 
 
 def test_an_epoch_serves_every_window_once(index):

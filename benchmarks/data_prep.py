@@ -1,0 +1,209 @@
+"""Preparing text: MB/s of a process against sentencepiece alone, and two processes against one.
+
+    python benchmarks/data_prep.py [--text enwik8.xz] [--megabytes 64] [--rounds 3]
+
+Cuts a text (default: the sources of Python's standard library) into documents of about 4 kB, writes
+them as JSON lines (.zst) and parquet, trains a sentencepiece model of 32,000 pieces on them, and
+measures, in one run:
+
+1. MB/s of text that our tokenizer encodes against sentencepiece alone, in one process;
+2. MB/s of the whole of prepare_text.py with one process and with two: by the clock, and for each
+   second of processor time, which the load of the machine changes less. What the machine has to
+   give to a second process at that time is seen by two preparations apart, each of the whole. The
+   shards of all runs are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow
+import sentencepiece
+from pyarrow import parquet
+
+from hg_scale.data.sources import find_files, read_blocks
+from hg_scale.data.tokenizer import SentencePieceTokenizer
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "data_prep"
+FILES = 16  # of each format
+
+
+def read_documents(source: Path | None, size: int, each: int = 4000) -> list[str]:
+    """About `size` bytes of text in documents of about `each`, cut at the ends of lines."""
+    if source is None:
+        library = Path(sysconfig.get_path("stdlib"))
+        paths = [library / name for name in find_files(library, ("*.py",), ("site-packages/*",))]
+    else:
+        paths = [source]
+    text, held = [], 0
+    for path in paths:
+        for block in read_blocks(path):
+            text.append(block)
+            held += len(block)
+            if held >= size:
+                break
+        if held >= size:
+            break
+    whole = b"".join(text)[:size].decode(errors="ignore")
+    found, start = [], 0
+    while start < len(whole):
+        stop = whole.find("\n", start + each) + 1 or len(whole)
+        found.append(whole[start:stop])
+        start = stop
+    return found
+
+
+def write_corpora(documents: list[str], folder: Path) -> None:
+    """The same documents as JSON lines, packed, and as parquet."""
+    for name in ("jsonl.zst", "parquet"):
+        (folder / name).mkdir()
+    for number in range(FILES):
+        part = documents[number::FILES]
+        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in part)
+        with pyarrow.CompressedOutputStream(
+            str(folder / "jsonl.zst" / f"{number:02}.jsonl.zst"), "zstd"
+        ) as file:
+            file.write(lines.encode())
+        table = pyarrow.table({"text": part})
+        path = folder / "parquet" / f"{number:02}.parquet"
+        parquet.write_table(table, path, compression="snappy", row_group_size=1000)
+
+
+def tokenization(documents: list[str], model: Path, rounds: int) -> None:
+    """Encode them with sentencepiece alone and with ours, in turn for every hundred of them.
+
+    The best time of each hundred counts: the load of the machine then meets all alike.
+    """
+    ours = SentencePieceTokenizer.read(model, documents=True)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    stored = [text.encode() for text in documents]  # as it comes off the disk
+    runs: dict[str, Callable[[slice], object]] = {
+        "sentencepiece, lists": lambda part: list(map(processor.encode, documents[part])),
+        "sentencepiece, a batch": lambda part: processor.encode(documents[part], num_threads=1),
+        "sentencepiece, arrays": lambda part: [
+            processor.encode(text, return_type="numpy") for text in documents[part]
+        ],
+        "our tokenizer": lambda part: list(map(ours.encode, stored[part])),
+    }
+    seconds = dict.fromkeys(runs, 0.0)
+    for begin in range(0, len(documents), 100):
+        part = slice(begin, begin + 100)
+        best = dict.fromkeys(runs, float("inf"))
+        for _ in range(rounds):
+            for name, encode in runs.items():
+                start = time.process_time()
+                encode(part)
+                best[name] = min(best[name], time.process_time() - start)
+        for name in runs:
+            seconds[name] += best[name]
+    size, tokens = sum(map(len, stored)), sum(len(ours.encode(text)) for text in stored)
+    alone = min(time for name, time in seconds.items() if name.startswith("sentencepiece"))
+    print(f"{len(documents):,} documents, {size / 1e6:.1f} MB, {size / tokens:.2f} bytes a token")
+    for name, took in seconds.items():
+        rate = size / took / 1e6
+        print(f"{name:>22}: {rate:6.2f} MB/s of a processor ({alone / took:.2f})", flush=True)
+
+
+class Run(NamedTuple):
+    """MB/s of text."""
+
+    clock: float
+    processor: float  # for a second of processor time, of all processes
+
+
+def prepare(size: int, source: Path, outputs: list[Path], tokenizer: str) -> Run:
+    """prepare_text.py by a process for each of `outputs`, as `srun` starts them.
+
+    Where they are the same folder, the processes work together.
+    """
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    together = len(outputs) if len(set(outputs)) == 1 else 1
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPTS / "prepare_text.py"), "--input", str(source),
+             "--output", str(output), "--tokenizer", tokenizer],
+            env=os.environ
+            | {"SLURM_PROCID": str(rank % together), "SLURM_NTASKS": str(together)},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank, output in enumerate(outputs)
+    ]  # fmt: skip
+    if any([process.wait() for process in started]):
+        sys.exit("prepare_text.py failed")
+    clock, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    size *= len(set(outputs))
+    return Run(size / clock / 1e6, size / used / 1e6)
+
+
+def digest(folder: Path) -> str:
+    """Of all that was prepared."""
+    found = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def preparation(size: int, folder: Path, model: Path, rounds: int) -> None:
+    """One process, two together and two apart, in turn; the best of each counts."""
+    out, other = folder / "out", folder / "other"
+    ways = {"one": [out], "two": [out, out], "apart": [out, other]}
+    for tokenizer in (str(model), "bytes"):
+        for kind in ("parquet", "jsonl.zst"):
+            best: dict[str, Run] = {}
+            made = set()
+            for _ in range(rounds):
+                for way, outputs in ways.items():
+                    rates = prepare(size, folder / kind, outputs, tokenizer)
+                    best[way] = Run(*map(max, rates, best.get(way, rates)))
+                    for output in set(outputs):
+                        made.add(digest(output))
+                        shutil.rmtree(output)
+            one, two, apart = best["one"], best["two"], best["apart"]
+            name = "bytes" if tokenizer == "bytes" else "sentencepiece"
+            print(
+                f"{kind:>9} to {name:<13}: one process {one.clock:6.2f} MB/s, two {two.clock:6.2f}"
+                f" ({two.clock / one.clock:.2f} times; two apart {apart.clock / one.clock:.2f}"
+                f" times); a processor {one.processor:6.2f} and {two.processor:6.2f} MB/s; shards"
+                f" {'equal' if len(made) == 1 else 'DIFFER'}",
+                flush=True,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--text", type=Path, help="a file, also packed (default: Python's standard library)")
+    add("--megabytes", type=float, default=64.0, help="of it, at most")
+    add("--pieces", type=int, default=32_000, help="of the sentencepiece model")
+    add("--rounds", type=int, default=3, help="of everything, in turn; the best counts")
+    options = parser.parse_args()
+    documents = read_documents(options.text, int(options.megabytes * 1e6))
+    size = sum(len(text.encode()) for text in documents)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_corpora(documents, folder)
+        model = folder / "tok.model"
+        command = [sys.executable, str(SCRIPTS / "train_tokenizer.py"), "--input",
+                   str(folder / "parquet"), "--vocab-size", str(options.pieces), "--sample-bytes",
+                   "8000000", "--output", str(model)]  # fmt: skip
+        subprocess.run(command, check=True)
+        tokenization(documents[: len(documents) // 5], model, options.rounds)
+        preparation(size, folder, model, options.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The commands that the pages on data give: each parses, so its options exist."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import runpy
+import shlex
+import sys
+from typing import Any
+
+import pytest
+
+from hg_scale.commands import main as verbs
+from tests.shared import ROOT
+
+PAGES = ("docs/data.md", "docs/data_stream.md")
+OURS = re.compile(r"(data_prep|benchmarks|hg_scale)/\w+\.py$|hg-scale$")
+
+
+def commands() -> list[str]:
+    """The lines of the blocks of code, and the code in the text, that call a script of ours."""
+    found: list[str] = []
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+        blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M)
+        lines = [line for block in blocks for line in block.split("\n")]
+        lines += re.findall(r"`([^`\n]+ [^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+        found += [line for line in lines if any(map(OURS.search, line.split()))]
+    return [line for line in dict.fromkeys(found) if not line.lstrip().startswith("#")]
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("command", commands())
+def test_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(command, comments=True)
+    start = next(place for place, word in enumerate(words) if OURS.search(word))
+    original = argparse.ArgumentParser.parse_args
+
+    def parse(self: argparse.ArgumentParser, *arguments: Any) -> None:
+        original(self, *arguments)  # exits 2 where an option is wrong
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(sys, "argv", words[start:])
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    with pytest.raises(Parsed):
+        if words[start] == "hg-scale":
+            verbs.main()
+        else:
+            runpy.run_path(str(ROOT / words[start]), run_name="__main__")
+
+
+def test_there_are_some() -> None:
+    scripts = {word for command in commands() for word in command.split()}
+    wanted = {path.name for path in (ROOT / "data_prep").glob("*.py")}
+    assert wanted <= {word.rpartition("/")[2] for word in scripts}
+    assert {"inspect", "verify", "sample"} <= scripts
