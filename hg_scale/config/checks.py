@@ -262,7 +262,8 @@ def _batches(config: Config, world_size: int | None) -> Iterator[Problem]:
     if batch % (micro * ranks) == 0:
         return
     spread = f" x {ranks} data-parallel ranks" if ranks > 1 else ""
-    legal = [m for m in range(1, batch + 1) if batch % (m * ranks) == 0][-6:]
+    each = batch // ranks if batch % ranks == 0 else 0  # rows a rank
+    legal = [m for m in range(1, min(each, 4096) + 1) if each % m == 0][-6:]
     remedy = f"nearest global batches: {_near_multiples(batch, micro * ranks)}"
     if legal:
         remedy += f"; legal micro batches for {batch}: {', '.join(map(str, legal))}"

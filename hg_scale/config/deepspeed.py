@@ -3,46 +3,44 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from hg_scale.config.errors import Problem
 from hg_scale.config.schema import Config
 
-# DeepSpeed ignores top-level keys that it does not know, so they are known here (0.19).
-_KEYS = """
-    activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comms_logger
-    communication_data_type compile compression_training csv_monitor data_efficiency data_types
-    disable_allgather dump_state eigenvalue elasticity flops_profiler fp16 fp8
-    gradient_accumulation_steps gradient_clipping gradient_predivide_factor
-    graph_harvesting hybrid_engine memory_breakdown monitor_config nebula optimizer pipeline
-    prescale_gradients progressive_layer_drop scheduler seq_parallel_communication_data_type
-    sparse_attention sparse_gradients steps_per_print tensor_parallel tensorboard timers
-    torch_autocast train_batch_size train_micro_batch_size_per_gpu
-    use_data_before_expert_parallelism wall_clock_breakdown wandb weight_quantization
-    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization"""
-EXPERT_KEYS = frozenset(_KEYS.split())
-# Inside these objects it refuses unknown keys, but only once the processes are up.
-_NESTED = {
-    "bf16": """bf16_master_weights_and_grads bf16_optimizer_states check_grad_overflow enabled
-        immediate_grad_update""",
+# The keys that may be set, and inside objects those of the object (DeepSpeed 0.19). Others it
+# ignores, at the top, or refuses, deeper down, once the processes are up; and it has some that
+# nothing here is made for, as offloading. All these are refused before.
+_KEYS: dict[str, str | None] = {
+    "bf16": "enabled immediate_grad_update",
+    "checkpoint": "load_universal",
+    "comms_logger": "debug enabled prof_all prof_ops verbose",
+    "communication_data_type": None,
+    "data_types": "grad_accum_dtype",
+    "disable_allgather": None,
+    "dump_state": None,
+    "flops_profiler": """
+        detailed enabled module_depth output_file profile_step recompute_fwd_factor top_modules""",
+    "gradient_clipping": None,
+    "gradient_predivide_factor": None,
+    "memory_breakdown": None,
+    "prescale_gradients": None,
+    "train_micro_batch_size_per_gpu": None,
+    "wall_clock_breakdown": None,
     "zero_optimization": """
-        allgather_bucket_size allgather_partitions compute_grad_norm
-        contiguous_gradients cpu_offload cpu_offload_param cpu_offload_use_pin_memory
-        elastic_checkpoint enable_sanity_checks ignore_unused_parameters leaf_module legacy_stage1
-        load_from_fp32_weights log_trace_cache_warnings memory_efficient_linear
-        offload_optimizer offload_param overlap_comm override_module_apply parameter_alignment
-        pipeline_loading_checkpoint reduce_bucket_size reduce_scatter round_robin_gradients
-        save_muon_momentum_buffer_in_memory stage
-        stage3_allgather_sequential
-        stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save
-        stage3_max_live_parameters stage3_max_reuse_distance stage3_model_persistence_threshold
+        allgather_bucket_size allgather_partitions contiguous_gradients ignore_unused_parameters
+        log_trace_cache_warnings memory_efficient_linear overlap_comm reduce_bucket_size
+        reduce_scatter round_robin_gradients stage stage3_max_live_parameters
+        stage3_max_reuse_distance stage3_model_persistence_threshold
         stage3_module_granularity_threshold stage3_param_persistence_threshold
-        stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params
-        sub_group_size use_multi_rank_bucket_allreduce zenflow zero_hpz_partition_size
-        zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights""",
+        stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params sub_group_size
+        use_multi_rank_bucket_allreduce zero_hpz_partition_size zero_quantized_gradients
+        zero_quantized_nontrainable_weights zero_quantized_weights""",
 }
-NESTED_KEYS = {key: frozenset(names.split()) for key, names in _NESTED.items()}
+EXPERT_KEYS = {
+    key: None if names is None else frozenset(names.split()) for key, names in _KEYS.items()
+}
 # Ours to set: what replaces each of them.
 _OURS = {
     "optimizer": "the section optimizer",
@@ -101,7 +99,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def deepspeed_problems(config: Config) -> Iterator[Problem]:
-    """Expert keys that DeepSpeed does not know, or that contradict the generated ones."""
+    """Expert keys that are not handed on, or that contradict the generated ones."""
     fixed = generated(config, 1)
     for key, value in config.deepspeed.items():
         path = f"deepspeed.{key}"
@@ -110,16 +108,19 @@ def deepspeed_problems(config: Config) -> Iterator[Problem]:
         elif key not in EXPERT_KEYS:
             yield _unknown("deepspeed", key, EXPERT_KEYS, value)
         else:
-            if key in NESTED_KEYS and isinstance(value, dict):
-                for name in value.keys() - NESTED_KEYS[key]:
-                    yield _unknown(path, name, NESTED_KEYS[key], value[name])
+            inner = EXPERT_KEYS[key]
+            if inner is not None and not isinstance(value, dict):
+                yield Problem(path, f"expected an object with some of {', '.join(sorted(inner))}")
+            elif inner is not None:
+                for name in sorted(value.keys() - inner):
+                    yield _unknown(path, name, inner, value[name])
             yield from _contradictions(path, value, fixed.get(key))
 
 
-def _unknown(parent: str, key: str, known: frozenset[str], value: Any) -> Problem:
+def _unknown(parent: str, key: str, known: Collection[str], value: Any) -> Problem:
     near = difflib.get_close_matches(key, known, 1, 0.5)
-    hint = f"; did you mean {parent}.{near[0]}?" if near else ""
-    return Problem(f"{parent}.{key}", f"unknown key of DeepSpeed{hint}", value)
+    hint = f"; did you mean {parent}.{near[0]}?" if near else f"; those are {', '.join(known)}"
+    return Problem(f"{parent}.{key}", f"not one of the keys handed to DeepSpeed{hint}", value)
 
 
 def _contradictions(path: str, value: Any, ours: Any) -> Iterator[Problem]:

@@ -82,7 +82,8 @@ def _kinds(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> list[
     if origin is Literal:
         return [f"`{json.dumps(value)}`" for value in get_args(annotation)]
     if origin is list:
-        return ["list of " + " or ".join(dict.fromkeys(_kinds(get_args(annotation)[0])))]
+        kinds = list(dict.fromkeys(_kinds(get_args(annotation)[0])))
+        return ["list of " + (kinds[0] if len(kinds) == 1 else f"({' or '.join(kinds)})")]
     if origin is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
         return ["object"]
     return [_NAMES.get(annotation, str(annotation)) + _limits(metadata)]

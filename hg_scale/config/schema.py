@@ -52,7 +52,7 @@ class ModelConfig(Section):
         description="Embedding and head are padded to a multiple of this, so that every "
         "`parallel.tensor` gives the same model; padded logits are masked.",
     )
-    sequence_length: Positive = Field(2048, description="Tokens in a training window.")
+    sequence_length: Positive = Field(2046, description="Tokens in a training window.")
     d_model: PositiveByLevel = Field(512, description="Width of the activations, by level.")
     heads: PositiveByLevel = Field(8, description="Attention heads, by level.")
     d_ff: PositiveByLevel = Field(2048, description="Width inside the feed-forward, by level.")

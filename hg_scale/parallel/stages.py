@@ -23,17 +23,19 @@ FLOPS_PER_BYTE = 989e12 / 50e9
 class Cut:
     """`parts[s]:parts[s + 1]` are the layers of stage s; the rest is for one training window.
 
-    `flops`: training FLOPs of each stage; `traffic`: elements into each stage, one way.
+    `flops`: training FLOPs of each stage; `traffic`: elements into each stage, one way; `costs`:
+    what the cut balances, FLOPs and what the traffic is worth in FLOPs.
     """
 
     parts: tuple[int, ...]
     flops: tuple[int, ...]
     traffic: tuple[int, ...]
+    costs: tuple[float, ...]
 
     @property
     def imbalance(self) -> float:
-        """The slowest stage over the mean of all; 1 is perfect."""
-        return max(self.flops) * len(self.flops) / sum(self.flops)
+        """The slowest stage over the mean of all, traffic included; 1 is perfect."""
+        return max(self.costs) * len(self.costs) / sum(self.costs)
 
     def bubble(self, micro_batches: int) -> float:
         """Idle fraction of a 1F1B schedule with equal stages."""
@@ -81,4 +83,5 @@ def cut_pipeline(model: ModelConfig, stages: int, bytes_per_element: int = 2) ->
         parts,
         tuple(sum(flops[a:b]) for a, b in pairwise(parts)),
         tuple(traffic[a] for a in parts[:-1]),
+        tuple(stage_cost(a, b) for a, b in pairwise(parts)),
     )

@@ -104,6 +104,6 @@ def _print_cut(config: Config, world_size: int, console: Console) -> None:
     console.print(table)
     micro_batches = config.micro_batches(world_size)
     console.print(
-        f"expected imbalance: {cut.imbalance:.3f} (slowest stage over the mean); bubble: "
-        f"{cut.bubble(micro_batches):.1%} with {micro_batches} micro-batches"
+        f"expected imbalance: {cut.imbalance:.3f} (slowest stage over the mean, traffic included); "
+        f"bubble: {cut.bubble(micro_batches):.1%} with {micro_batches} micro-batches"
     )

@@ -70,11 +70,12 @@ def training_loop(config: Config, parts: Parts, progress: Progress, last_step: i
         if step == 1 or due(step, config.logging.every, last):
             parts.log(meter.record(progress, result, rate))
         with timer.measure("paused"):
-            if parts.held_out and due(step, config.training.validate_every, last):
-                parts.log({"step": step} | validate(parts.engine, parts.held_out))
-            if due(step, config.checkpoint.every, last):
+            if due(step, config.checkpoint.every, last):  # first: a validation may meet bad data
                 progress.data = parts.batches.state()
                 parts.save(progress)
+            finished = step == config.training.steps
+            if parts.held_out and due(step, config.training.validate_every, finished):
+                parts.log({"step": step} | validate(parts.engine, parts.held_out))
 
 
 def due(step: int, every: int, last: bool) -> bool:

@@ -69,11 +69,47 @@ def test_every_pair_of_resampling(pooling: str, upsampling: str) -> None:
         assert_causal_and_fresh(model, length)
 
 
-@pytest.mark.parametrize(("pooling", "upsampling"), list(product(POOLINGS[:3], UPSAMPLINGS[:3])))
-def test_nested_and_ragged(pooling: str, upsampling: str) -> None:
-    model = make("1@1 1@2 1@6 1@2 1@1", pooling=pooling, upsampling=upsampling, positions="rotary")
+@pytest.mark.parametrize("positions", ["relative", "rotary"])
+@pytest.mark.parametrize(("pooling", "upsampling"), list(product(POOLINGS, UPSAMPLINGS)))
+def test_nested_and_ragged(pooling: str, upsampling: str, positions: str) -> None:
+    changes = {"pooling": pooling, "upsampling": upsampling, "positions": positions}
+    model = make("1@1 1@2 1@6 1@2 1@1", **changes)
     for length in (6, 13):
         assert_causal_and_fresh(model, length)
+
+
+def newest(length: int, k: int) -> Tensor:
+    """(length, length) bool: what output t sees through groups of k alone, shifted by k - 1: its
+    own position (the residual), and all up to the end of its group. Attention between the scales
+    meets groups that end there too, so with it nothing more is seen, and nothing less."""
+    t, s = torch.arange(length)[:, None], torch.arange(length)
+    return (s == t) | (s <= t // k * k)
+
+
+@pytest.mark.parametrize(("pooling", "upsampling"), list(product(POOLINGS, UPSAMPLINGS)))
+def test_groups_alone_are_fresh(pooling: str, upsampling: str) -> None:
+    """Without full-length blocks a group is a position's only source, so what is stale shows."""
+    model = make("0@1 1@3 0@1", pooling=pooling, upsampling=upsampling)
+    for length in (1, 2, 9, 11):
+        assert (dependence(model, length) == newest(length, 3)).all()
+
+
+@pytest.mark.parametrize("positions", ["relative", "rotary"])
+@pytest.mark.parametrize(("pooling", "upsampling"), list(product(POOLINGS, UPSAMPLINGS)))
+def test_nested_groups_alone_are_fresh(pooling: str, upsampling: str, positions: str) -> None:
+    """Two levels: position j of the first holds two tokens, and sees what `newest` says."""
+    changes = {"pooling": pooling, "upsampling": upsampling, "positions": positions}
+    model = make("0@1 0@2 1@6 0@2 0@1", **changes)
+    for length in (6, 13):
+        inner = newest(-(-length // 2), 3)
+        t, s = torch.arange(length)[:, None], torch.arange(length)
+        holds = (s + 1) // 2 == torch.arange(len(inner))[:, None]  # j: tokens 2j - 1 and 2j
+        if "attention" in pooling:  # and it has met all before them
+            holds = holds.cumsum(0) > 0
+        seen = inner.double() @ holds.double() > 0
+        if "attention" in upsampling:  # a token meets all positions up to its own
+            seen = seen.cumsum(0) > 0
+        assert (dependence(model, length) == ((s == t) | seen[s // 2])).all()
 
 
 @pytest.mark.parametrize(

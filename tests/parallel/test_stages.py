@@ -22,7 +22,8 @@ def model(hierarchy: str, **changes: object) -> ModelConfig:
 
 def test_equal_blocks_are_cut_evenly() -> None:
     cut = cut_pipeline(model("8@1"), 4)
-    assert cut.imbalance < 1.02
+    assert max(cut.flops) / min(cut.flops) < 1.02
+    assert 1 < cut.imbalance < 1.05  # the inner stages carry two boundaries, the outer ones one
     assert [b - a for a, b in pairwise(cut.parts)] == [3, 2, 2, 4]  # embedding, norm and head too
 
 
