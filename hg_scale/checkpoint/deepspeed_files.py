@@ -31,7 +31,7 @@ from hg_scale.config.schema import ModelConfig
 LATEST, ZERO = "latest_universal", "zero"
 TORCH_FILE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 OURS = "hg_scale"  # what `to-deepspeed` adds to the model states
-_ALLOWED = [OrderedDict, torch.Size]  # beyond tensors, containers and plain values
+_ALLOWED: list[Any] = [OrderedDict, torch.Size]  # beyond tensors, containers and plain values
 _FORBIDDEN = re.compile(r"(?:GLOBAL|function|class|global)\s+`?([\w.]+)`?\s+(?:was not|whose)")
 
 

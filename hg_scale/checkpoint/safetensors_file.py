@@ -31,7 +31,7 @@ class Place:
     def write(self, start: int, elements: Tensor) -> None:
         """Put flat `elements` where the tensor's element `start` lies. Raises OSError."""
         _, dtype, size = DTYPES[self.dtype]
-        data = memoryview(elements.to(dtype).contiguous().view(torch.uint8).numpy())
+        data = elements.to(dtype).contiguous().view(torch.uint8).numpy().data
         position = self.offset + start * size
         file = os.open(self.path, os.O_WRONLY)
         try:
