@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ class Place:
     def write(self, start: int, elements: Tensor) -> None:
         """Put flat `elements` where the tensor's element `start` lies. Raises OSError."""
         _, dtype, size = DTYPES[self.dtype]
-        data: Any = memoryview(elements.to(dtype).contiguous().view(torch.uint8).numpy().data)
+        data = elements.to(dtype).contiguous().view(torch.uint8).numpy().data
         position = self.offset + start * size
         file = os.open(self.path, os.O_WRONLY)
         try:

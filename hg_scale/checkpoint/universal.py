@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -45,7 +45,7 @@ class _Cuts(PlainLayers):
 
     def row(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
         layer = nn.Linear(d_in, d_out, bias)
-        mark(layer.weight, Shard(1))
+        mark(cast(nn.Parameter, layer.weight), Shard(1))
         return layer
 
     def projection(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
@@ -53,7 +53,7 @@ class _Cuts(PlainLayers):
 
     def embedding(self, vocab: int, d: int) -> nn.Module:
         layer = nn.Embedding(vocab, d)
-        mark(layer.weight, Shard(0))
+        mark(cast(nn.Parameter, layer.weight), Shard(0))
         return layer
 
     def by_head(self, heads: int, d_head: int, value: float) -> nn.Parameter:

@@ -1,8 +1,8 @@
 """Causal attention: inside a stack, full or in a sliding window, and between two scales.
 
-Three ways to compute it for many positions at once, alike up to rounding: torch's fused kernel where the
-sides are equal and nothing else is asked for; the fused kernel with an explicit mask for windows
-(cut into blocks, so that a window saves time) and for resampling; plain matrix products for
+Three ways to compute it for many positions at once, alike up to rounding: torch's fused kernel
+where the sides are equal and nothing else is asked for; it with an explicit mask for windows (cut
+into blocks, so that a window saves time) and for resampling; plain matrix products for
 relative scores and for dropout of probabilities, which the fused kernels cannot reproduce from a
 given key. On a CPU `banded.py` takes the place of the fused kernel inside stacks. A step of
 decoding has one query, which may see every key that its memory holds.

@@ -3,8 +3,9 @@
 Conventions: 2 FLOPs a multiply-add, matrix products only; forward pass; attention without causal
 skipping (a query of full attention counts all keys, as in PaLM's appendix B), a sliding window
 counts its width. Training costs three times the forward pass; recomputation is not counted.
-Upsampling attention with relative positions counts the scores it keeps; the code computes k times as
-many and drops the rest, 0.6 to 2.1% of the paper's models. Per-level counts matter here: 6 x parameters x tokens would overstate an Hourglass several times.
+Upsampling attention with relative positions counts the scores it keeps: the code computes k times
+as many and drops the rest, 0.6 to 2.1% of the paper's models. Per-level counts matter here:
+6 x parameters x tokens would overstate an Hourglass several times.
 """
 
 from __future__ import annotations
