@@ -11,8 +11,7 @@ import torch
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.jobs import Report, run_jobs
 from hg_scale.checkpoint.source import Source, pieces
-
-_FREE = {"sequence_length", "dropout", "shorten_factor_choices", "initialization"}
+from hg_scale.config.schema import FREE_MODEL_KEYS
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Difference:
 def require_same_model(a: Source, b: Source) -> None:
     """Raise CheckpointError listing the keys in which the models differ."""
     ours, theirs = a.model.model_dump(), b.model.model_dump()
-    keys = [k for k in ours if k not in _FREE and ours[k] != theirs[k]]
+    keys = [k for k in ours if k not in FREE_MODEL_KEYS and ours[k] != theirs[k]]
     if keys:
         told = ", ".join(f"model.{k} ({ours[k]!r} and {theirs[k]!r})" for k in keys)
         raise CheckpointError(f"{a.path} and {b.path}: of different models: {told}")

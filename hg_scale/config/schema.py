@@ -37,6 +37,12 @@ class Section(BaseModel):
     )
 
 
+# Keys of the model that its weights do not depend on: they may change from run to run.
+FREE_MODEL_KEYS = frozenset(
+    {"sequence_length", "dropout", "shorten_factor_choices", "initialization"}
+)
+
+
 class ModelConfig(Section):
     """What the Hourglass is. Lists by level run from the outermost scale (full length) inwards."""
 

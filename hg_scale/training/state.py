@@ -20,14 +20,13 @@ from hg_scale.checkpoint.load import Reader
 from hg_scale.checkpoint.rank_file import share
 from hg_scale.checkpoint.save import save
 from hg_scale.config.errors import ConfigError, Problem
-from hg_scale.config.schema import Config, ModelConfig
+from hg_scale.config.schema import FREE_MODEL_KEYS, Config, ModelConfig
 from hg_scale.training.loop import Progress
 
 if TYPE_CHECKING:
     from hg_scale.training.engine import Engine
 
 # Keys of the model that may change between runs: they move no weight.
-_FREE = {"sequence_length", "dropout", "shorten_factor_choices", "initialization"}
 
 
 def save_state(engine: Engine, folder: Path, progress: Progress, config: Config) -> Path:
@@ -102,7 +101,7 @@ def refuse_other_model(config: Config, checkpoint: Path) -> None:
             value,
         )
         for key, value in ours.items()
-        if key not in _FREE and value != theirs.get(key)
+        if key not in FREE_MODEL_KEYS and value != theirs.get(key)
     ]
     if problems:
         raise ConfigError(problems)

@@ -1,0 +1,56 @@
+"""The table that ends the quickstart: figures of one and the same text."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hg_scale.data.evaluation import split_text
+from hg_scale.data.index import read_index
+from hg_scale.errors import UserError
+from hg_scale.training.summary import comparison
+from tests.runs import TINY
+
+
+def finished(folder: Path, record: dict[str, Any], **data: Any) -> Path:
+    """What a run leaves, of its files those that the table is made from."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**TINY, "data": data}))
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 6} | record) + "\n")
+    return folder
+
+
+def rows(run: Path) -> list[list[str]]:
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(comparison(run, with_compressors=True))
+    lines = console.export_text().splitlines()
+    return [[cell.strip() for cell in line.split("│")[1:3]] for line in lines if "│" in line]
+
+
+@pytest.mark.parametrize("tokens", [None, 320])
+def test_compressors_get_the_text_that_was_scored(
+    tmp_path: Path, corpus: Path, tokens: int | None
+) -> None:
+    index = read_index(corpus)
+    tokens = tokens or index.split("validation").tokens
+    record = {"validation_bits_per_byte": 2.5, "validation_tokens": tokens}
+    found = dict(rows(finished(tmp_path / "run", record, path=str(corpus))))
+    text = split_text(index, "validation", tokens)
+    assert found["hourglass 1@1 1@2 1@1, step 6"] == "2.500"
+    assert found["gzip -9"] == f"{8 * len(gzip.compress(text, 9)) / len(text):.3f}"
+
+
+def test_a_mean_over_sources_is_not_compared(tmp_path: Path, corpus: Path) -> None:
+    record = {"validation_bits_per_byte": 2.5, "validation_tokens": 320}
+    sources = [{"path": str(corpus)}, {"path": str(corpus), "name": "again"}]
+    assert len(rows(finished(tmp_path / "run", record, sources=sources))) == 1
+
+
+def test_a_run_without_a_validation_says_so(tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(UserError, match="holds no validation"):
+        comparison(finished(tmp_path / "run", {}, path=str(corpus)), False)
