@@ -1,0 +1,108 @@
+"""From raw data to figures and samples, each step by the command that a user gives."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from math import log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from hg_scale.commands.main import main
+from hg_scale.data.index import read_index
+from tests.runs import TINY, records, train_in
+from tests.shared import ROOT
+from tests.world import Worlds
+
+
+def script(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "data_prep" / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def train(worlds: Worlds, folder: Path, shards: Path, *sets: str) -> Path:
+    (folder / "tiny.json").write_text(json.dumps({**TINY, "data": {"path": str(shards)}}))
+    words = [word for key in sets for word in ("--set", key)]
+    run = folder / "run"
+    done = train_in(
+        worlds, 2, folder, "--config", str(folder / "tiny.json"), "--run", str(run), *words
+    )
+    assert done.code == 0, done.told
+    return run
+
+
+def evaluate(folder: Path, *arguments: str) -> dict[str, Any]:
+    figures = folder / "figures.json"
+    assert main(["evaluate", *arguments, "--json", str(figures)]) == 0
+    return dict(json.loads(figures.read_text()))
+
+
+def test_text_with_a_tokenizer(
+    worlds: Worlds, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Train a tokenizer, prepare, train, evaluate in bits per byte, export, generate."""
+    documents = [f"Dokument {n}: " + "Füchse und Hasen jagen nachts. " * (n % 7) for n in range(90)]
+    source = tmp_path / "documents.jsonl"
+    source.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    tokenizer, shards = tmp_path / "tok.model", tmp_path / "shards"
+    script("train_tokenizer.py", "--input", str(source), "--vocab-size", "320", "--output",
+           str(tokenizer))  # fmt: skip
+    script("prepare_text.py", "--input", str(source), "--tokenizer", str(tokenizer), "--output",
+           str(shards), "--split", "0.6,0.2,0.2")  # fmt: skip
+    index = read_index(shards)
+    run = train(
+        worlds, tmp_path, shards, f"model.vocab_size={index.vocab_size}", "training.steps=30",
+        "optimizer.learning_rate=0.01", "training.validation_windows=null",
+        "data.tokenizer=sentencepiece",
+    )  # fmt: skip
+    figures = evaluate(tmp_path, str(run), "--split", "validation")
+    split = index.split("validation")
+    assert (figures["tokens"], figures["bytes"]) == (split.tokens, split.text_bytes)
+    assert figures["tokens"] < 0.9 * figures["bytes"]
+    nats = figures["nats_per_token"]
+    assert figures["bits_per_byte"] == pytest.approx(
+        nats / log(2) * split.tokens / split.text_bytes
+    )
+    expected = records(run)[-1]["validation_bits_per_byte"]
+    assert figures["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+
+    export = tmp_path / "export"
+    assert main(["convert", "export", str(run), str(export)]) == 0
+    assert (export / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+    text = tmp_path / "text"
+    text.write_text("Füchse und Hasen jagen nachts. " * 20)
+    scores = [evaluate(tmp_path, str(path), "--data", str(text)) for path in (run, export)]
+    assert scores[0]["bytes"] == len(text.read_bytes())
+    assert scores[0]["bits_per_byte"] == scores[1]["bits_per_byte"]
+    capsys.readouterr()
+    for path in (run, export):
+        assert main(["generate", str(path), "--prompt", "Füchse", "--tokens", "20"]) == 0
+    first, second = capsys.readouterr().out.split("Füchse", 2)[1:]
+    assert len(first) > 10 and first == second
+
+
+def test_images(worlds: Worlds, tmp_path: Path) -> None:
+    """Prepare the digits, train, evaluate in bits per dimension, draw."""
+    np.save(tmp_path / "digits.npy", (load_digits().images * 15.9).astype(np.uint8))
+    shards = tmp_path / "shards"
+    script("prepare_images.py", "--input", str(tmp_path / "digits.npy"), "--output", str(shards))
+    run = train(
+        worlds, tmp_path, shards, "model.sequence_length=64", "model.vocab_size=256",
+        "training.steps=40", "training.global_batch_size=8", "optimizer.learning_rate=0.01",
+    )  # fmt: skip
+    figures = evaluate(tmp_path, str(run), "--split", "test")
+    assert figures["bits_per_dimension"] == figures["bits_per_token"] < 6  # uniform: 8
+    assert figures["tokens"] == 64 * read_index(shards).split("test").documents
+    assert main(["evaluate", str(run), "--window", "32"]) == 2  # an image is scored on its own
+    picture = tmp_path / "drawn.png"
+    assert main(["generate", str(run), "--count", "4", "--output", str(picture)]) == 0
+    with Image.open(picture) as drawn:
+        assert drawn.size == (2 * 66 + 2, 2 * 66 + 2)  # enlarged 8 times, gaps of 2
