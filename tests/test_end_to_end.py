@@ -53,7 +53,7 @@ def test_text_with_a_tokenizer(
     source = tmp_path / "documents.jsonl"
     source.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     tokenizer, shards = tmp_path / "tok.model", tmp_path / "shards"
-    script("train_tokenizer.py", "--input", str(source), "--vocab-size", "320", "--output",
+    script("train_tokenizer.py", "--input", str(source), "--vocab-size", "300", "--output",
            str(tokenizer))  # fmt: skip
     script("prepare_text.py", "--input", str(source), "--tokenizer", str(tokenizer), "--output",
            str(shards), "--split", "0.6,0.2,0.2")  # fmt: skip
