@@ -1,0 +1,125 @@
+"""The field's harness on our models: its numbers are ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from math import log
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from hg_scale.commands.main import main
+from hg_scale.config.schema import ModelConfig
+from hg_scale.data.protocol import Tokens, Windows
+from hg_scale.data.tokenizer import ByteTokenizer
+from hg_scale.model.hourglass import Hourglass
+from hg_scale.parallel.initialization import initialize
+from hg_scale.training.scoring import score_windows
+from hg_scale.training.trained import Trained
+from tests.runs import TINY, train_in
+from tests.shared import ROOT
+from tests.world import Worlds
+
+pytest.importorskip("lm_eval")
+
+
+@pytest.fixture(scope="module")
+def trained() -> Trained:
+    config = ModelConfig(
+        hierarchy="1@1 1@2 1@1", d_model=32, heads=2, d_ff=64, sequence_length=32, vocab_size=257,
+        pooling="average", upsampling="linear", positions="rotary",
+    )  # fmt: skip
+    model = Hourglass(config)
+    initialize(list(model.named_parameters()), config, seed=1)
+    return Trained(model.eval(), Path("model"), 0, None, lambda: ByteTokenizer(documents=True))
+
+
+def ask(*arguments: object) -> SimpleNamespace:
+    return SimpleNamespace(args=arguments)
+
+
+def test_a_text_has_the_likelihood_that_evaluate_gives(trained: Trained) -> None:
+    from hg_scale.training.harness import HarnessModel
+
+    texts = [b"short", b"the quick brown fox jumps over", b""]
+    found = HarnessModel(trained).loglikelihood_rolling([ask(t.decode()) for t in texts])
+    for text, nats in zip(texts, found, strict=True):
+        tokens = Tokens(np.frombuffer(text, np.uint8))
+        losses = score_windows(trained.model, tokens, len(text), Windows(32, 32), begin=256)
+        assert nats == pytest.approx(-losses.nats.sum(), rel=1e-5)
+
+
+def test_longer_texts_count_each_byte_once(trained: Trained) -> None:
+    from hg_scale.training.harness import HarnessModel
+
+    uniform = Hourglass(trained.model.config)
+    torch.nn.init.zeros_(uniform.get_parameter("head.linear.weight"))
+    torch.nn.init.zeros_(uniform.get_parameter("head.linear.bias"))
+    model = HarnessModel(Trained(uniform.eval(), Path("u"), 0, None, trained.open_tokenizer), 3)
+    texts = ["a" * n for n in (1, 31, 32, 33, 100)]
+    found = model.loglikelihood_rolling([ask(text) for text in texts])
+    assert found == pytest.approx([-len(t) * log(257) for t in texts], rel=1e-6)
+    found = [nats for nats, _ in model.loglikelihood([ask("b" * 50, text) for text in texts])]
+    assert found == pytest.approx([-len(t) * log(257) for t in texts], rel=1e-6)
+
+
+def test_context_and_continuation_make_the_whole(trained: Trained) -> None:
+    from hg_scale.training.harness import HarnessModel
+
+    model = HarnessModel(trained)
+    context, end = "the quick", " brown fox"
+    ((nats, greedy),) = model.loglikelihood([ask(context, end)])
+    whole, head = model.loglikelihood_rolling([ask(context + end), ask(context)])
+    assert nats == pytest.approx(whole - head, rel=1e-5)
+    assert not greedy
+    (text,) = model.generate_until([ask(context, {"until": ["\n\n"], "max_gen_toks": 5})])
+    bytes_made = model.encode(text)
+    if len(bytes_made) == 5 and "�" not in text:
+        ((_, greedy),) = model.loglikelihood([ask(context, text)])
+        assert greedy
+    stop = text[2:4]
+    (cut,) = model.generate_until([ask(context, {"until": [stop], "max_gen_toks": 5})])
+    assert cut == text[: text.index(stop)]
+
+
+def test_a_task_of_ones_own_offline(worlds: Worlds, corpus: Path, tmp_path: Path) -> None:
+    """By the command, on an export, with the network forbidden to the harness."""
+    (tmp_path / "tiny.json").write_text(json.dumps({**TINY, "data": {"path": str(corpus)}}))
+    arguments = ("--config", str(tmp_path / "tiny.json"), "--run", str(tmp_path / "run"))
+    steps = ("--set", "training.steps=60", "--set", "optimizer.learning_rate=0.01")
+    assert train_in(worlds, 1, tmp_path, *arguments, *steps).code == 0
+    assert main(["convert", "export", str(tmp_path / "run"), str(tmp_path / "export")]) == 0
+    questions = [
+        {"question": "the quick brown", "choices": [" fox jumps", " qqzzvvx"], "answer": 0},
+        {"question": "jumps over the", "choices": [" zzxxqqv", " lazy dog"], "answer": 1},
+    ] * 5
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "fox.yaml").write_text(
+        "task: fox\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: "
+        f"{tmp_path / 'questions.jsonl'}\ntest_split: test\noutput_type: multiple_choice\n"
+        "doc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: answer\n"
+        "target_delimiter: ''\nmetric_list:\n  - metric: acc\n"
+    )
+    command = [
+        sys.executable, "-m", "hg_scale", "harness", str(tmp_path / "export"), "--tasks", "fox",
+        "--include-path", str(tmp_path / "tasks"), "--json", str(tmp_path / "out.json"),
+    ]  # fmt: skip
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+        env={**os.environ, **offline},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fox" in done.stdout
+    assert json.loads((tmp_path / "out.json").read_text())["fox"]["acc,none"] == 1.0
