@@ -47,7 +47,8 @@ class HarnessModel(LM):
         """(context, continuation) -> (log-likelihood in nats, whether greedy decoding gives it)."""
         todo = []
         for context, continuation in (request.args for request in requests):
-            # Spaces between belong to the continuation, whose pieces would begin with them.
+            # Spaces between belong to the continuation, whose pieces would begin with them (as in
+            # the harness's own models).
             kept = context.rstrip(" ") if continuation else context
             head, whole = self.encode(kept), self.encode(context + continuation)
             todo.append(([self.start, *whole[: len(head)]], whole[len(head) :]))
