@@ -56,12 +56,13 @@ def evaluation_windows(
         yield inputs.reshape(rows, length), labels.reshape(rows, length)
 
 
-def split_text(index: Index, split: str) -> bytes:
-    """The text of a split: what a compressor is to be compared on.
+def split_text(index: Index, split: str, limit: int | None = None) -> bytes:
+    """The text of a split, or of its first `limit` tokens: what a compressor is compared on.
 
     It is the source text where the tokenizer round-trips.
     """
-    tokens = SplitReader(index, split).read(0, index.split(split).tokens)
+    whole = index.split(split).tokens
+    tokens = SplitReader(index, split).read(0, whole if limit is None else min(whole, limit))
     return index.open_tokenizer().decode(tokens)
 
 

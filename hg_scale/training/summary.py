@@ -6,7 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from hg_scale.checkpoint.find import find_latest
 from hg_scale.checkpoint.load import read_parameters
 from hg_scale.config.load import load_config
-from hg_scale.config.schema import Config
+from hg_scale.config.schema import Config, SourceConfig
 from hg_scale.data.evaluation import split_text
 from hg_scale.data.index import Index, read_index
 from hg_scale.errors import UserError
@@ -30,6 +30,21 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 TEMPERATURE = 0.8
 
 
+def held_out_text(corpora: Sequence[SourceConfig], limit: int | None = None) -> bytes:
+    """The validation text of the corpora that have one, or of the first `limit` tokens of each.
+
+    Raises UserError where a corpus is not at hand.
+    """
+    indexes = [index_of_run(corpus.path) for corpus in corpora]
+    held_out = [index for index in indexes if "validation" in index.splits]
+    return b"".join(split_text(index, "validation", limit) for index in held_out)
+
+
+def compressed(compressor: str, text: bytes) -> float:
+    """Bits per byte that one of `COMPRESSORS` needs for `text`, which is not empty."""
+    return 8 * len(COMPRESSORS[compressor](text)) / len(text)
+
+
 def comparison(run: Path, with_compressors: bool) -> Table:
     """Bits per byte of the held-out text, the run's last validation first."""
     config = load_config(run / "config.json")
@@ -40,11 +55,9 @@ def comparison(run: Path, with_compressors: bool) -> Table:
     name = f"hourglass {config.model.hierarchy}, step {record['step']}"
     table.add_row(name, f"{record['validation_bits_per_byte']:.3f}", style="bold")
     if with_compressors:
-        indexes = [index_of_run(corpus.path) for corpus in config.data.corpora]
-        held_out = [index for index in indexes if "validation" in index.splits]
-        text = b"".join(split_text(index, "validation") for index in held_out)
-        for compressor, compress in COMPRESSORS.items():
-            table.add_row(compressor, f"{8 * len(compress(text)) / len(text):.3f}")
+        text = held_out_text(config.data.corpora)
+        for compressor in COMPRESSORS:
+            table.add_row(compressor, f"{compressed(compressor, text):.3f}")
         table.caption = f"{len(text):,} bytes that were not trained on"
     return table
 
