@@ -1,7 +1,7 @@
 # make setup       .venv with everything, at the versions of constraints.txt
 # make quickstart  train a small Hourglass on real text and see what it reached (about 8 minutes)
 # make test        lint, types and the tests
-# make test-cluster  layouts that read each other's checkpoints, ranks that are killed
+# make test-cluster  those that need Slurm, a browser or kills
 # make test-all    also those that take minutes each
 # make docs        docs/config.md and the JSON Schema, from the code
 
@@ -29,6 +29,7 @@ quickstart: setup
 	  $(if $(CORPUS),--input "$(CORPUS)",--input "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" --include '*.py' --exclude 'site-packages/*' --exclude '*test*' --exclude 'encodings/*' --exclude 'pydoc_data/*')
 	$(BIN)/deepspeed --log_level error --num_gpus $(PROCESSES) hg_scale/train.py --config configs/quickstart.json --set data.path=corpora/$(NAME) --run $(RUN)
 	$(BIN)/hg-scale summary $(RUN) --compare --sample 400
+	$(BIN)/hg-scale report $(RUN)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -39,7 +40,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 test-cluster: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "cluster and not slow" tests/cluster
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "cluster and not slow"
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ""

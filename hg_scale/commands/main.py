@@ -14,7 +14,17 @@ from collections.abc import Sequence
 from hg_scale import __version__
 from hg_scale.errors import UserError
 
-VERBS = ("train", "config", "data", "convert", "evaluate", "generate", "harness", "summary")
+VERBS = (
+    "train",
+    "config",
+    "data",
+    "convert",
+    "evaluate",
+    "generate",
+    "harness",
+    "report",
+    "summary",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -56,14 +56,14 @@ def evaluation_windows(
         yield inputs.reshape(rows, length), labels.reshape(rows, length)
 
 
-def split_text(index: Index, split: str, tokens: int | None = None) -> bytes:
-    """The text of a split, or of its first `tokens`: what a compressor is to be compared on.
+def split_text(index: Index, split: str, limit: int | None = None) -> bytes:
+    """The text of a split, or of its first `limit` tokens: what a compressor is compared on.
 
     It is the source text where the tokenizer round-trips.
     """
     whole = index.split(split).tokens
-    ids = SplitReader(index, split).read(0, whole if tokens is None else min(tokens, whole))
-    return index.open_tokenizer().decode(ids)
+    tokens = SplitReader(index, split).read(0, whole if limit is None else min(whole, limit))
+    return index.open_tokenizer().decode(tokens)
 
 
 def split_bytes(index: Index, split: str) -> int:

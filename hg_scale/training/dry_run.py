@@ -10,10 +10,9 @@ from itertools import pairwise
 from rich.console import Console
 from rich.table import Table
 
-from hg_scale.config.hierarchy import scale_lengths
 from hg_scale.config.schema import Config
 from hg_scale.model.costs import layer_costs, parameter_count, training_flops_per_token
-from hg_scale.model.plan import model_scales
+from hg_scale.model.layer_table import layer_table
 from hg_scale.parallel.memory import state_bytes
 from hg_scale.parallel.stages import cut_pipeline
 
@@ -48,40 +47,21 @@ def print_plan(config: Config, world_size: int, console: Console) -> None:
 def _layers(config: Config) -> Table:
     """A row a layer; equal blocks that follow each other share one."""
     model = config.model
-    scales, lengths = (
-        model_scales(model),
-        scale_lengths(model.sequence_length, model.parsed.factors),
-    )
     table = Table(title=f"layers of '{model.hierarchy}', forward FLOPs of one window")
     for column in ("layer", "kind", "positions", "width"):
         table.add_column(column)
     for column in ("parameters", "GFLOPs", "share"):
         table.add_column(column, justify="right")
-    costs = layer_costs(model)
-    whole = sum(cost.flops for cost in costs)
-    start = 0
-    for stop in range(1, len(costs) + 1):
-        first, last = costs[start].layer, costs[stop - 1].layer
-        if stop < len(costs):
-            following = costs[stop].layer
-            if (
-                first.kind == following.kind == "block"
-                and first.name.rpartition(".")[0] == following.name.rpartition(".")[0]
-            ):
-                continue
-        run = costs[start:stop]
-        name = first.name if len(run) == 1 else f"{first.name} .. {last.name.rpartition('.')[2]}"
-        flops = sum(cost.flops for cost in run)
+    for row in layer_table(model):
         table.add_row(
-            name,
-            first.kind,
-            f"{lengths[first.scale]:,}",
-            f"{scales[first.scale].d_model:,}",
-            f"{sum(cost.parameters for cost in run):,}",
-            f"{flops / 1e9:,.2f}",
-            f"{flops / whole:.1%}",
+            row.name,
+            row.kind,
+            f"{row.positions:,}",
+            f"{row.width:,}",
+            f"{row.parameters:,}",
+            f"{row.flops / 1e9:,.2f}",
+            f"{row.share:.1%}",
         )
-        start = stop
     return table
 
 

@@ -6,13 +6,14 @@ import bz2
 import gzip
 import json
 import lzma
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from hg_scale.config.load import load_config
+from hg_scale.config.schema import SourceConfig
 from hg_scale.data.evaluation import split_text
 from hg_scale.errors import UserError
 from hg_scale.model.sampling import Sampling
@@ -25,6 +26,21 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "xz -9e": lambda text: lzma.compress(text, preset=9 | lzma.PRESET_EXTREME),
 }
 TEMPERATURE = 0.8
+
+
+def held_out_text(corpora: Sequence[SourceConfig], limit: int | None = None) -> bytes:
+    """The validation text of the corpora that have one, or of the first `limit` tokens of each.
+
+    Raises UserError where a corpus is not at hand.
+    """
+    indexes = [index_of_run(corpus.path) for corpus in corpora]
+    held_out = [index for index in indexes if "validation" in index.splits]
+    return b"".join(split_text(index, "validation", limit) for index in held_out)
+
+
+def compressed(compressor: str, text: bytes) -> float:
+    """Bits per byte that one of `COMPRESSORS` needs for `text`, which is not empty."""
+    return 8 * len(COMPRESSORS[compressor](text)) / len(text)
 
 
 def comparison(run: Path, with_compressors: bool) -> Table:
@@ -41,8 +57,8 @@ def comparison(run: Path, with_compressors: bool) -> Table:
     elif with_compressors:
         index = index_of_run(config.data.corpora[0].path)
         text = split_text(index, "validation", record["validation_tokens"])
-        for compressor, compress in COMPRESSORS.items():
-            table.add_row(compressor, f"{8 * len(compress(text)) / len(text):.3f}")
+        for compressor in COMPRESSORS:
+            table.add_row(compressor, f"{compressed(compressor, text):.3f}")
         table.caption = f"{len(text):,} bytes that were not trained on"
     return table
 

@@ -1,0 +1,113 @@
+"""The page: what the templates are filled with."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from hg_scale import __version__
+from hg_scale.model.layer_table import layer_table
+from hg_scale.training.report.axes import short, size
+from hg_scale.training.report.baselines import Baseline
+from hg_scale.training.report.charts import make_charts
+from hg_scale.training.report.curves import AXES, positions, stretches, validation_positions
+from hg_scale.training.report.drawing import draw_hierarchy
+from hg_scale.training.report.run_folder import Column, RunFolder
+from hg_scale.training.report.samples import Sample
+from hg_scale.training.report.tables import card, differences, score_bars
+
+_DIGITS = 5  # significant ones of the figures behind the curves
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a page is about; `samples` has one a run, or none at all. `reasons`: what is missing."""
+
+    runs: Sequence[RunFolder]
+    baselines: Sequence[Baseline]
+    reasons: Sequence[str]
+    samples: Sequence[Sample]
+
+
+def render(report: Report) -> str:
+    """The HTML."""
+    environment = Environment(
+        loader=PackageLoader("hg_scale.training.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {"short": short, "size": size}
+    bars = score_bars(report.runs, report.baselines)
+    runs, charts = report.runs, make_charts(report.runs, report.baselines)
+    there = {plot.axis.key for chart in charts for plot in chart.plots}
+    subjects = {chart.subject.key: chart.subject for chart in charts}
+    return environment.get_template("page.html").render(
+        title=", ".join(run.name for run in runs),
+        version=__version__,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        report=report,
+        runs=runs,
+        cards=[card(run) for run in runs],
+        bars=bars,
+        longest=max((bar.value for part in bars.values() for bar in part), default=1.0),
+        charts=charts,
+        axes=[axis for axis in AXES if axis.key in there],
+        differences=differences(runs) if len(runs) > 1 else [],
+        models=_models(runs),
+        configs=[json.dumps(run.tree, indent=2) for run in runs],
+        figures={
+            "names": [run.name for run in runs],
+            "subjects": {
+                key: {"unit": s.unit, "factor": s.factor, "validation": s.validation}
+                for key, s in subjects.items()
+            },
+            "runs": [_figures(run, list(subjects)) for run in runs],
+        },
+    )
+
+
+def _models(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
+    """Drawing and layers of every model; runs of equal models share one."""
+    models: list[dict[str, Any]] = []
+    for run in runs:
+        if run.model is None:
+            continue
+        drawing, rows = draw_hierarchy(run.model), layer_table(run.model)
+        same = next((m for m in models if (m["drawing"], m["rows"]) == (drawing, rows)), None)
+        if same:
+            same["names"].append(run.name)
+            continue
+        models.append({
+            "names": [run.name], "model": run.model, "drawing": drawing, "rows": rows,
+            "most": max(row.share for row in rows),
+        })  # fmt: skip
+    return models
+
+
+def _figures(run: RunFolder, keys: Sequence[str]) -> dict[str, Any]:
+    """The values behind a run's curves, a mean a stretch: what the pointer reads."""
+    parts = stretches(len(run.training))
+    validations = ("validation_bits_per_byte", "validation_loss")
+    return {
+        "x": {k: [_number(v[p][-1]) for p in parts] for k, v in positions(run).items()},
+        "y": {k: [_mean(run.column(k)[p]) for p in parts] for k in keys},
+        "vx": {k: [_number(v) for v in values] for k, values in validation_positions(run).items()},
+        "vy": {k: [_number(v) for v in run.validation_column(k)] for k in validations},
+    }
+
+
+def _mean(values: Column) -> float | None:
+    return _number(float(np.nanmean(values))) if np.isfinite(values).any() else None
+
+
+def _number(value: float) -> float | None:
+    """Few digits, and null for what is not finite: JSON has no NaN."""
+    return float(f"{value:.{_DIGITS}g}") if np.isfinite(value) else None

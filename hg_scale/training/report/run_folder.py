@@ -1,0 +1,229 @@
+"""What a run left in its folder, read so that old, broken and unfinished runs can be looked at."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from hg_scale.checkpoint.errors import CheckpointError
+from hg_scale.checkpoint.find import damage, read_manifest
+from hg_scale.config.errors import ConfigError
+from hg_scale.config.load import read_tree
+from hg_scale.config.schema import DataConfig, ModelConfig, SourceConfig
+from hg_scale.errors import UserError
+from hg_scale.model.costs import training_flops_per_token
+
+Column = NDArray[np.float64]
+
+_CHECKPOINT = re.compile(r"step-(\d{8,})")
+_QUIET = 120.0  # seconds without a line, beyond ten intervals, after which a run counts as stopped
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder: `layout` as its manifest says, `fault` why it is not whole."""
+
+    name: str
+    step: int
+    bytes: int
+    layout: dict[str, Any]
+    fault: str | None
+
+    @property
+    def layout_line(self) -> str:
+        """The layout in words; empty where the manifest has none."""
+        sizes = self.layout
+        if not {"tensor", "pipeline", "data", "zero_stage"} <= sizes.keys():
+            return ""
+        return (
+            f"tensor {sizes['tensor']} × pipeline {sizes['pipeline']} × data {sizes['data']}, "
+            f"ZeRO {sizes['zero_stage']}"
+        )
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run: `tree` is its config.json; the records are lines of metrics.jsonl, by step.
+
+    `model` and `corpora` are None and empty where this version cannot read that part of the tree.
+    """
+
+    path: Path
+    name: str
+    tree: dict[str, Any]
+    model: ModelConfig | None
+    corpora: tuple[SourceConfig, ...]
+    training: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    checkpoints: list[Checkpoint]
+
+    def column(self, key: str) -> Column:
+        """A figure of every logged step; NaN where it is null or missing."""
+        return _column(self.training, key)
+
+    def validation_column(self, key: str) -> Column:
+        """A figure of every validation; NaN where it is null or missing."""
+        return _column(self.validation, key)
+
+    def setting(self, key: str) -> Any:
+        """A value of the configuration by its dotted key; None where it is not there."""
+        node: Any = self.tree
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        return node
+
+    @property
+    def step(self) -> int:
+        """The last step that left a trace."""
+        logged = [int(record["step"]) for record in (*self.training, *self.validation)]
+        return max([0, *logged, *(checkpoint.step for checkpoint in self.checkpoints)])
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps are planned."""
+        steps = self.setting("training.steps")
+        return steps if isinstance(steps, int) else None
+
+    @cached_property
+    def flops_per_token(self) -> float:
+        """Training FLOPs a token; NaN where the model is not known."""
+        return training_flops_per_token(self.model) if self.model else float("nan")
+
+    @property
+    def state(self) -> str:
+        """`not begun`, `finished`, `running` or `stopped`, by when the last line came."""
+        if not self.step:
+            return "not begun"
+        if self.steps is not None and self.step >= self.steps:
+            return "finished"
+        times = _column([*self.training, *self.validation], "time")
+        if not np.isfinite(times).any():
+            return "stopped"
+        waits = np.diff(self.column("time"))
+        usual = float(np.nanmedian(waits)) if np.isfinite(waits).any() else 0.0
+        quiet = time.time() - float(np.nanmax(times))
+        return "running" if quiet < _QUIET + 10 * usual else "stopped"
+
+    @property
+    def layout_changes(self) -> list[tuple[Checkpoint, Checkpoint]]:
+        """Neighbouring checkpoints of different layouts: the run went on from the first one."""
+        known = [checkpoint for checkpoint in self.checkpoints if checkpoint.layout_line]
+        pairs = zip(known, known[1:], strict=False)
+        return [(a, b) for a, b in pairs if a.layout != b.layout]
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunFolder]:
+    """The runs, each under a name of its own. Raises UserError where a folder is no run."""
+    unique = list(dict.fromkeys(folder.resolve() for folder in folders))
+    return [_read_run(path, name) for path, name in zip(unique, short_names(unique), strict=True)]
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of the paths: as many for each as it takes to tell them all apart."""
+    names = []
+    for path in paths:
+        for length in range(1, len(path.parts) + 1):
+            name = "/".join(path.parts[-length:])
+            if sum("/".join(other.parts[-length:]) == name for other in paths) == 1:
+                break
+        names.append(name)
+    return names
+
+
+def _read_run(path: Path, name: str) -> RunFolder:
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is not a run folder: it has no config.json")
+    try:
+        tree = read_tree(path / "config.json")
+    except ConfigError as error:
+        raise UserError(f"{path / 'config.json'}: {error.problems[0].message}") from None
+    records = {"loss": {}, "validation_loss": {}}  # type: dict[str, dict[int, dict[str, Any]]]
+    for record in _records(path / "metrics.jsonl"):
+        for key, by_step in records.items():
+            if key in record:
+                by_step[int(record["step"])] = record
+    training, validation = (
+        [by_step[step] for step in sorted(by_step)] for by_step in records.values()
+    )
+    checkpoints = sorted(_checkpoints(path / "checkpoints"), key=lambda c: c.step)
+    model, corpora = _model(tree), _corpora(tree)
+    return RunFolder(path, name, tree, model, corpora, training, validation, checkpoints)
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines that are whole; a run that is going, or was killed, may leave half a one."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            yield record
+
+
+def _column(records: Sequence[dict[str, Any]], key: str) -> Column:
+    values = (record.get(key) for record in records)
+    return np.array(
+        [float(v) if isinstance(v, int | float) else np.nan for v in values], np.float64
+    )
+
+
+def _checkpoints(folder: Path) -> Iterator[Checkpoint]:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _CHECKPOINT.fullmatch(path.name)
+        if not match:
+            continue
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError as error:
+            yield Checkpoint(path.name, int(match[1]), 0, {}, _without(path, str(error)))
+            continue
+        size = sum(int(file.get("bytes", 0)) for file in manifest["files"])
+        layout = manifest.get("layout")
+        fault = damage(path)
+        yield Checkpoint(
+            path.name, int(match[1]), size, layout if isinstance(layout, dict) else {}, fault
+        )
+
+
+def _without(path: Path, message: str) -> str:
+    """A message without the folder that it begins with."""
+    return message.removeprefix(f"{path}/")
+
+
+def _model(tree: dict[str, Any]) -> ModelConfig | None:
+    try:
+        return ModelConfig.model_validate(tree.get("model", {}))
+    except ValidationError:
+        return None
+
+
+def _corpora(tree: dict[str, Any]) -> tuple[SourceConfig, ...]:
+    """The corpora; keys of other versions do not matter for finding them."""
+    section = tree.get("data")
+    known = {"path", "sources"}
+    try:
+        data = DataConfig.model_validate(
+            {key: value for key, value in section.items() if key in known}
+            if isinstance(section, dict)
+            else {}
+        )
+    except ValidationError:
+        return ()
+    return tuple(data.corpora)
