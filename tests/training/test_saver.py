@@ -19,7 +19,7 @@ import torch.distributed as dist
 from hg_scale.checkpoint.find import damage, find_latest, read_manifest
 from hg_scale.checkpoint.load import Reader, verify
 from tests.disks import Mount, make_read_only, mount
-from tests.runs import Finished, curve, train_here, train_in
+from tests.runs import Finished, curve, train, train_here, train_in
 from tests.training.resumable import Run, parse
 from tests.world import Worlds
 
@@ -198,11 +198,11 @@ def test_another_layout_is_told(start: Start) -> None:
     assert "training.seed is 2, that of step-00000004 was 1: the data goes on in an" in done.told
 
 
-def test_processes_that_do_not_divide_the_batch(start: Start) -> None:
-    assert start(2, options=("--stop-at", "2")).code == 0
-    done = start(3)
-    assert done.code == 2
-    assert "data-parallel sizes that fit: 1, 2, 4" in done.told
+def test_processes_that_do_not_divide_the_batch(config: Path, tmp_path: Path) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
+    done = train("--config", str(config), "--run", str(tmp_path / "run"), environment=place)
+    assert done.returncode == 2
+    assert "data-parallel sizes that fit: 1, 2, 4" in done.stderr
 
 
 NOT_SAVED = "warning (rank 0): step {} not saved: rank {} could not "
