@@ -13,8 +13,8 @@ from hg_scale.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hg_scale.training.evaluation import Subject
-    from hg_scale.training.scoring import Score
+    from hg_scale.evaluation.scoring import Score
+    from hg_scale.evaluation.task import Subject
 
 HELP = "score a run, a checkpoint or an export on text, in bits per byte"
 WINDOW, STRIDE = 4096, 128  # of the paper's sliding protocol, section 3.3
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from hg_scale.training.evaluation import Task, evaluate
+    from hg_scale.evaluation.task import Task, evaluate
 
     stride = options.stride or STRIDE
     task = Task(

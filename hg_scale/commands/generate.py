@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from hg_scale.errors import UserError
 
 if TYPE_CHECKING:
-    from hg_scale.training.generation import Piece, Writing
-    from hg_scale.training.trained import Trained
+    from hg_scale.evaluation.generation import Piece, Writing
+    from hg_scale.evaluation.trained import Trained
 
 HELP = "write text after a prompt, or draw images, with a trained model"
 
@@ -55,9 +55,9 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     import torch
 
+    from hg_scale.evaluation.generation import Writing, document_shape
+    from hg_scale.evaluation.trained import load_trained
     from hg_scale.model.sampling import Sampling
-    from hg_scale.training.generation import Writing, document_shape
-    from hg_scale.training.trained import load_trained
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
     trained = load_trained(options.model, options.data, dtype)
@@ -120,7 +120,7 @@ def _write(trained: Trained, prompts: list[bytes], how: Writing, output: Path | 
     """Each prompt and what follows it, one after the other; the first as it is made."""
     import json
 
-    from hg_scale.training.generation import in_order, write_texts
+    from hg_scale.evaluation.generation import in_order, write_texts
 
     readable = [prompt.decode(errors="replace") for prompt in prompts]
     texts = [""] * len(prompts)
@@ -138,7 +138,7 @@ def _write(trained: Trained, prompts: list[bytes], how: Writing, output: Path | 
 
 def _shown(pieces: Iterator[Piece], prompts: list[str]) -> Iterator[Piece]:
     """The pieces, which stand on the terminal when they are passed on."""
-    from hg_scale.training.generation import printable
+    from hg_scale.evaluation.generation import printable
 
     out = sys.stdout
     if hasattr(out, "reconfigure"):
@@ -169,8 +169,8 @@ def _draw(
     from rich.console import Console
     from rich.progress import Progress
 
-    from hg_scale.training.generation import draw_images, upper_part
-    from hg_scale.training.pictures import read_images, write_grid
+    from hg_scale.evaluation.generation import draw_images, upper_part
+    from hg_scale.evaluation.pictures import read_images, write_grid
 
     path = options.output or Path("samples.png")
     _refuse_unwritable(path)

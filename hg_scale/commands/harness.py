@@ -35,8 +35,8 @@ def run(options: argparse.Namespace) -> int:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
-    from hg_scale.training.harness import HarnessModel
-    from hg_scale.training.trained import load_trained
+    from hg_scale.evaluation.harness import HarnessModel
+    from hg_scale.evaluation.trained import load_trained
 
     names = [name for name in options.tasks.split(",") if name]
     manager = TaskManager(include_path=options.include_path)

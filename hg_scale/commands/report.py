@@ -27,10 +27,10 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from hg_scale.training.report.baselines import find_baselines
-    from hg_scale.training.report.page import Report, render
-    from hg_scale.training.report.run_folder import read_runs
-    from hg_scale.training.report.samples import sample_of
+    from hg_scale.evaluation.report.baselines import find_baselines
+    from hg_scale.evaluation.report.page import Report, render
+    from hg_scale.evaluation.report.run_folder import read_runs
+    from hg_scale.evaluation.report.samples import sample_of
 
     runs = read_runs(options.runs)
     output = options.output or (runs[0].path if len(runs) == 1 else Path()) / "report.html"

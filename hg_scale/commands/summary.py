@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from hg_scale.training.summary import comparison, sample_text
+    from hg_scale.evaluation.summary import comparison, sample_text
 
     if not (options.run / "config.json").is_file():
         raise UserError(f"{options.run} is not a run folder: it has no config.json")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hg_scale.training.report.axes import tick_labels, ticks
-from hg_scale.training.report.baselines import Baseline
-from hg_scale.training.report.curves import (
+from hg_scale.evaluation.report.axes import tick_labels, ticks
+from hg_scale.evaluation.report.baselines import Baseline
+from hg_scale.evaluation.report.curves import (
     AXES,
     Axis,
     extremes,
@@ -18,8 +18,8 @@ from hg_scale.training.report.curves import (
     smooth,
     validation_positions,
 )
-from hg_scale.training.report.run_folder import Column, RunFolder
-from hg_scale.training.report.subjects import BITS, LOSS, REST, Subject
+from hg_scale.evaluation.report.run_folder import Column, RunFolder
+from hg_scale.evaluation.report.subjects import BITS, LOSS, REST, Subject
 
 UNITS = 1000  # a path's coordinates are whole numbers, 0 to UNITS from left to right and top down
 _BEYOND = 3 * UNITS  # where a curve leaves the plot it is cut off here

@@ -18,10 +18,10 @@ from hg_scale.commands.main import main
 from hg_scale.config.schema import ModelConfig
 from hg_scale.data.protocol import Tokens, Windows
 from hg_scale.data.tokenizer import ByteTokenizer
+from hg_scale.evaluation.scoring import score_windows
+from hg_scale.evaluation.trained import Trained
 from hg_scale.model.hourglass import Hourglass
 from hg_scale.parallel.initialization import initialize
-from hg_scale.training.scoring import score_windows
-from hg_scale.training.trained import Trained
 from tests.runs import TINY, train_in
 from tests.shared import ROOT
 from tests.world import Worlds
@@ -45,7 +45,7 @@ def ask(*arguments: object) -> SimpleNamespace:
 
 
 def test_a_text_has_the_likelihood_that_evaluate_gives(trained: Trained) -> None:
-    from hg_scale.training.harness import HarnessModel
+    from hg_scale.evaluation.harness import HarnessModel
 
     texts = [b"short", b"the quick brown fox jumps over", b""]
     found = HarnessModel(trained).loglikelihood_rolling([ask(t.decode()) for t in texts])
@@ -56,7 +56,7 @@ def test_a_text_has_the_likelihood_that_evaluate_gives(trained: Trained) -> None
 
 
 def test_longer_texts_count_each_byte_once(trained: Trained) -> None:
-    from hg_scale.training.harness import HarnessModel
+    from hg_scale.evaluation.harness import HarnessModel
 
     uniform = Hourglass(trained.model.config)
     torch.nn.init.zeros_(uniform.get_parameter("head.linear.weight"))
@@ -70,7 +70,7 @@ def test_longer_texts_count_each_byte_once(trained: Trained) -> None:
 
 
 def test_context_and_continuation_make_the_whole(trained: Trained) -> None:
-    from hg_scale.training.harness import HarnessModel
+    from hg_scale.evaluation.harness import HarnessModel
 
     model = HarnessModel(trained)
     context, end = "the quick", " brown fox"

@@ -12,15 +12,15 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hg_scale import __version__
+from hg_scale.evaluation.report.axes import short, size
+from hg_scale.evaluation.report.baselines import Baseline
+from hg_scale.evaluation.report.charts import make_charts
+from hg_scale.evaluation.report.curves import AXES, positions, stretches, validation_positions
+from hg_scale.evaluation.report.drawing import draw_hierarchy
+from hg_scale.evaluation.report.run_folder import Column, RunFolder
+from hg_scale.evaluation.report.samples import Sample
+from hg_scale.evaluation.report.tables import card, differences, score_bars
 from hg_scale.model.layer_table import layer_table
-from hg_scale.training.report.axes import short, size
-from hg_scale.training.report.baselines import Baseline
-from hg_scale.training.report.charts import make_charts
-from hg_scale.training.report.curves import AXES, positions, stretches, validation_positions
-from hg_scale.training.report.drawing import draw_hierarchy
-from hg_scale.training.report.run_folder import Column, RunFolder
-from hg_scale.training.report.samples import Sample
-from hg_scale.training.report.tables import card, differences, score_bars
 
 _DIGITS = 5  # significant ones of the figures behind the curves
 
@@ -38,7 +38,7 @@ class Report:
 def render(report: Report) -> str:
     """The HTML."""
     environment = Environment(
-        loader=PackageLoader("hg_scale.training.report"),
+        loader=PackageLoader("hg_scale.evaluation.report"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from hg_scale.config.schema import Config
+from hg_scale.evaluation.report.axes import short
+from hg_scale.evaluation.report.baselines import Baseline, corpus_names
+from hg_scale.evaluation.report.curves import positions
+from hg_scale.evaluation.report.run_folder import Column, RunFolder
 from hg_scale.model.costs import parameter_count
-from hg_scale.training.report.axes import short
-from hg_scale.training.report.baselines import Baseline, corpus_names
-from hg_scale.training.report.curves import positions
-from hg_scale.training.report.run_folder import Column, RunFolder
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from hg_scale.data.evaluation import split_bytes
 from hg_scale.data.protocol import Text, Tokens, Windows
 from hg_scale.data.shards import SplitReader
 from hg_scale.errors import UserError
-from hg_scale.training.generation import document_shape
-from hg_scale.training.scoring import Losses, Score, score_windows
-from hg_scale.training.trained import Trained, load_trained
+from hg_scale.evaluation.generation import document_shape
+from hg_scale.evaluation.scoring import Losses, Score, score_windows
+from hg_scale.evaluation.trained import Trained, load_trained
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 from hg_scale.data.evaluation import split_text
 from hg_scale.data.index import read_index
 from hg_scale.errors import UserError
-from hg_scale.training.summary import comparison
+from hg_scale.evaluation.summary import comparison
 from tests.runs import TINY
 
 

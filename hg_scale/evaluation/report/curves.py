@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hg_scale.training.report.run_folder import Column, RunFolder
+from hg_scale.evaluation.report.run_folder import Column, RunFolder
 
 POINTS = 120  # of a curve; a longer one is drawn by the extremes and means of its stretches
 

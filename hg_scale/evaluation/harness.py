@@ -16,9 +16,9 @@ from rich.progress import track
 from torch import Tensor
 
 from hg_scale.errors import UserError
+from hg_scale.evaluation.generation import Writing, document_shape, write_texts
+from hg_scale.evaluation.trained import Trained
 from hg_scale.model.sampling import Sampling
-from hg_scale.training.generation import Writing, document_shape, write_texts
-from hg_scale.training.trained import Trained
 
 MOST_TOKENS = 256  # that a task's answer may have where the task does not say
 

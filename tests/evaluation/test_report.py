@@ -24,11 +24,9 @@ from hg_scale.data.images import ImageCorpus
 from hg_scale.data.index import read_index
 from hg_scale.data.progress import Progress
 from hg_scale.data.shuffle import Job, prepare
-from hg_scale.model.costs import forward_flops, layer_costs
-from hg_scale.model.layer_table import layer_table
-from hg_scale.training.report.axes import short, size, tick_labels, ticks
-from hg_scale.training.report.charts import make_charts, path
-from hg_scale.training.report.curves import (
+from hg_scale.evaluation.report.axes import short, size, tick_labels, ticks
+from hg_scale.evaluation.report.charts import make_charts, path
+from hg_scale.evaluation.report.curves import (
     POINTS,
     extremes,
     means,
@@ -36,10 +34,12 @@ from hg_scale.training.report.curves import (
     smooth,
     validation_positions,
 )
-from hg_scale.training.report.drawing import draw_hierarchy
-from hg_scale.training.report.run_folder import read_runs, short_names
-from hg_scale.training.report.samples import readable
-from hg_scale.training.report.tables import differences, duration, score_bars
+from hg_scale.evaluation.report.drawing import draw_hierarchy
+from hg_scale.evaluation.report.run_folder import read_runs, short_names
+from hg_scale.evaluation.report.samples import readable
+from hg_scale.evaluation.report.tables import differences, duration, score_bars
+from hg_scale.model.costs import forward_flops, layer_costs
+from hg_scale.model.layer_table import layer_table
 from tests.run_folders import STEPS, step_record, validation_record, write_checkpoint, write_run
 from tests.runs import train_in
 from tests.shared import ROOT
@@ -136,7 +136,7 @@ def test_the_page_needs_nothing_else(report: Callable[..., Page], tmp_path: Path
     assert policy.startswith("default-src 'none'") and "http" not in policy
     assert not {"link", "img", "iframe"} & {tag for tag, _ in page.elements}
     assert not [a for _, a in page.elements if "src" in a or "href" in a]
-    style = (ROOT / "hg_scale/training/report/templates/page.css").read_text()
+    style = (ROOT / "hg_scale/evaluation/report/templates/page.css").read_text()
     assert "url(" not in style and "@import" not in style
     assert (tmp_path / "page.html").stat().st_size < 300_000
 

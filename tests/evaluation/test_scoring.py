@@ -10,9 +10,9 @@ import torch
 
 from hg_scale.config.schema import ModelConfig
 from hg_scale.data.protocol import Tokens, Windows
+from hg_scale.evaluation.scoring import Losses, Score, score_windows
 from hg_scale.model.hourglass import Hourglass
 from hg_scale.parallel.initialization import initialize
-from hg_scale.training.scoring import Losses, Score, score_windows
 
 TEXT = (b"the quick brown fox jumps over the lazy dog. " * 60)[1000:1700]
 TOKENS = Tokens(np.frombuffer(TEXT, np.uint8))

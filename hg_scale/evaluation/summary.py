@@ -16,9 +16,9 @@ from hg_scale.config.load import load_config
 from hg_scale.config.schema import SourceConfig
 from hg_scale.data.evaluation import split_text
 from hg_scale.errors import UserError
+from hg_scale.evaluation.generation import Writing, write_texts
+from hg_scale.evaluation.trained import index_of_run, load_trained
 from hg_scale.model.sampling import Sampling
-from hg_scale.training.generation import Writing, write_texts
-from hg_scale.training.trained import index_of_run, load_trained
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "gzip -9": lambda text: gzip.compress(text, 9),

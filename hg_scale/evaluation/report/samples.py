@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hg_scale.errors import UserError
-from hg_scale.training.report.run_folder import RunFolder
-from hg_scale.training.summary import TEMPERATURE, sample_text
-from hg_scale.training.trained import index_of_run
+from hg_scale.evaluation.report.run_folder import RunFolder
+from hg_scale.evaluation.summary import TEMPERATURE, sample_text
+from hg_scale.evaluation.trained import index_of_run
 
 
 @dataclass(frozen=True)

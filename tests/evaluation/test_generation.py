@@ -20,10 +20,7 @@ from hg_scale.data.shuffle import Job, prepare
 from hg_scale.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from hg_scale.data.tokenizer_training import TokenizerTraining, train_tokenizer
 from hg_scale.errors import UserError
-from hg_scale.model.hourglass import Hourglass
-from hg_scale.model.sampling import Sampling
-from hg_scale.parallel.initialization import initialize
-from hg_scale.training.generation import (
+from hg_scale.evaluation.generation import (
     Characters,
     Piece,
     Writing,
@@ -33,8 +30,11 @@ from hg_scale.training.generation import (
     upper_part,
     write_texts,
 )
-from hg_scale.training.pictures import GAP, read_images, write_grid
-from hg_scale.training.trained import Trained
+from hg_scale.evaluation.pictures import GAP, read_images, write_grid
+from hg_scale.evaluation.trained import Trained
+from hg_scale.model.hourglass import Hourglass
+from hg_scale.model.sampling import Sampling
+from hg_scale.parallel.initialization import initialize
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (30, 4, 6, 3), np.uint8)
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from hg_scale.data.index import Index
 from hg_scale.data.tokenizer import Tokenizer
 from hg_scale.errors import UserError
+from hg_scale.evaluation.trained import Trained
 from hg_scale.model.decoding import generate
 from hg_scale.model.sampling import Sampling
-from hg_scale.training.trained import Trained
 
 GRAY = 128  # of what is not given of an image
 

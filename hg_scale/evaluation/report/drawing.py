@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from hg_scale.config.schema import ModelConfig
+from hg_scale.evaluation.report.axes import short
 from hg_scale.model.layer_table import LayerRow, layer_table
-from hg_scale.training.report.axes import short
 
 _HEIGHT = 130.0  # of the full length
 _LEAST = 5.0  # of the shortest bar

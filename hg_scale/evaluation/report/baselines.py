@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hg_scale.errors import UserError
-from hg_scale.training.report.run_folder import RunFolder
-from hg_scale.training.summary import COMPRESSORS, compressed, held_out_text
+from hg_scale.evaluation.report.run_folder import RunFolder
+from hg_scale.evaluation.summary import COMPRESSORS, compressed, held_out_text
 
 LIMIT = 32 * 2**20  # tokens of a corpus that are compressed; xz takes half a minute for as many
 
