@@ -27,6 +27,7 @@ from hg_scale.parallel.initialization import initialize
 from hg_scale.parallel.mesh import Mesh
 from hg_scale.parallel.sharding import shard_of
 from hg_scale.parallel.stages import Cut, cut_pipeline
+from hg_scale.training.agreement import together
 from hg_scale.training.optimizer import make_optimizer, set_learning_rate
 
 
@@ -43,9 +44,12 @@ class StepResult:
 
 
 def make_engine(
-    config: Config, mesh: Mesh, parts: PlainLayers, device: torch.device
+    config: Config, mesh: Mesh, parts: PlainLayers, device: torch.device, draw: bool = True
 ) -> ModuleEngine | PipelineEngine:
-    """The model of `config`, initialised, under DeepSpeed, on this rank of the mesh."""
+    """The model of `config`, initialised, under DeepSpeed, on this rank of the mesh.
+
+    `draw`: fill the weights; without it they are to be read from a checkpoint.
+    """
     # Adopts the process group that is there; a PipelineModule needs it before `initialize`.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     recompute = by_level(config.training.activation_checkpointing, config.model.parsed.scales)
@@ -61,9 +65,10 @@ def make_engine(
         model = HourglassPipeline(config.model, parts, mesh, cut, micro, recompute)
         kind = PipelineEngine
     named = list(model.named_parameters())
-    initialize(named, config.model, config.training.seed)
+    if draw:
+        initialize(named, config.model, config.training.seed)
     slices = {parameter: describe_slice(name, parameter) for name, parameter in named}
-    optimizer = make_optimizer(config, named)
+    optimizer = together(lambda: make_optimizer(config, named), device)
     settings = deepspeed_config(config, config.micro_batches(mesh.world_size))
     mpu = None
     if mesh.tensor > 1 and mesh.pipeline == 1:

@@ -98,7 +98,7 @@ def _train(
 
     from hg_scale.training.engine import make_engine  # imports DeepSpeed
 
-    engine = make_engine(config, mesh, layers, device)
+    engine = make_engine(config, mesh, layers, device, draw=beginning.checkpoint is None)
     progress = Progress()
     if checkpoint := beginning.checkpoint:
         progress = together(lambda: load_state(engine, checkpoint), device)
