@@ -106,3 +106,5 @@ def test_images(worlds: Worlds, tmp_path: Path) -> None:
     assert main(["generate", str(run), "--count", "4", "--output", str(picture)]) == 0
     with Image.open(picture) as drawn:
         assert drawn.size == (2 * 66 + 2, 2 * 66 + 2)  # enlarged 8 times, gaps of 2
+    assert main(["report", str(run), "--sample", "1"]) == 0
+    assert 'src="data:image/png;base64,' in (run / "report.html").read_text()

@@ -138,7 +138,7 @@ def _write(trained: Trained, prompts: list[bytes], how: Writing, output: Path | 
 
 def _shown(pieces: Iterator[Piece], prompts: list[str]) -> Iterator[Piece]:
     """The pieces, which stand on the terminal when they are passed on."""
-    from hg_scale.evaluation.generation import printable
+    from hg_scale.data.inspection import printable
 
     out = sys.stdout
     if hasattr(out, "reconfigure"):

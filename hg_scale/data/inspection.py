@@ -104,7 +104,7 @@ def decode(tokens: NDArray[np.integer], tokenizer: Tokenizer) -> str:
     if tokenizer.eod is not None:
         parts = np.split(tokens, np.flatnonzero(tokens == tokenizer.eod) + 1)
     texts = [tokenizer.decode(part).decode(errors="replace") for part in parts]
-    return END_MARK.join(text.translate(_PICTURES) for text in texts)
+    return END_MARK.join(map(printable, texts))
 
 
 def draw_image(pixels: NDArray[np.uint8]) -> str:
@@ -113,3 +113,8 @@ def draw_image(pixels: NDArray[np.uint8]) -> str:
     top = max(float(gray.max()), 1.0)
     shades = np.minimum(gray / top * len(_SHADES), len(_SHADES) - 1).astype(int)
     return "\n".join("".join(_SHADES[shade] * 2 for shade in row) for row in shades.tolist())
+
+
+def printable(text: str) -> str:
+    """The text as a terminal or a page may have it: pictures stand for control characters."""
+    return text.translate(_PICTURES)

@@ -44,15 +44,6 @@ class Piece(NamedTuple):
     last: bool = False
 
 
-# A terminal would obey control characters: their pictures stand for them.
-_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
-
-
-def printable(text: str) -> str:
-    """The text as a terminal may have it."""
-    return text.translate(_PICTURES)
-
-
 class Characters:
     """Tokens to whole characters: bytes wait until their character is complete."""
 

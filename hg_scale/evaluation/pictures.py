@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,14 @@ def read_images(paths: Sequence[Path], shape: tuple[int, int, int]) -> list[Imag
 
 
 def write_grid(path: Path, rows: Sequence[Sequence[Image]]) -> None:
+    """Rows of images of one shape as a PNG file. Raises UserError where it cannot be written."""
+    try:
+        path.write_bytes(grid_png(rows))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def grid_png(rows: Sequence[Sequence[Image]]) -> bytes:
     """Rows of images of one shape as a PNG; small images are enlarged by a whole number."""
     from PIL import Image as Pillow
 
@@ -56,7 +65,6 @@ def write_grid(path: Path, rows: Sequence[Sequence[Image]]) -> None:
             top, left = GAP + i * step[0], GAP + j * step[1]
             page[top : top + large.shape[0], left : left + large.shape[1]] = large
     picture = Pillow.fromarray(page[:, :, 0] if channels == 1 else page)
-    try:
-        picture.save(path, format="PNG")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    file = BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()

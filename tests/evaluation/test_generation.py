@@ -14,6 +14,7 @@ from PIL import Image
 from hg_scale.config.schema import ModelConfig
 from hg_scale.data.images import ImageCorpus
 from hg_scale.data.index import Index
+from hg_scale.data.inspection import printable
 from hg_scale.data.prepare import Preparation, prepare_bytes
 from hg_scale.data.progress import Progress
 from hg_scale.data.shuffle import Job, prepare
@@ -26,7 +27,6 @@ from hg_scale.evaluation.generation import (
     Writing,
     draw_images,
     in_order,
-    printable,
     upper_part,
     write_texts,
 )
