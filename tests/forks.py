@@ -47,11 +47,17 @@ class Forks:
 
 
 def finish(processes: list[Any], seconds: float = 60) -> list[int]:
-    """Wait for all to end, by themselves; exit codes by rank."""
+    """Wait for all to end, by themselves; exit codes by rank.
+
+    Those that do not are aborted, so that `faulthandler` shows where each of their threads is.
+    """
     end = time.monotonic() + seconds
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
     hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for rank in hanging:
+        os.kill(processes[rank].pid, signal.SIGABRT)
+        processes[rank].join(5)
     for process in processes:
         process.kill()
         process.join()
@@ -76,15 +82,14 @@ def _serve(rank: int, size: int, store: str, job: Callable[..., Any], arguments:
 def die_at(moment: int, part: str) -> None:
     """Kill this process before its `moment`-th operation on files with `part` in their path.
 
-    Removals are given relative paths, so each of them counts.
+    Removals are given relative paths, so each of them counts from the first such operation on.
     """
     seen = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal seen
-        if event in _OPERATIONS and (
-            event in ("os.remove", "os.rmdir") or any(part in str(a) for a in arguments[:2])
-        ):
+        removal = seen > 0 and event in ("os.remove", "os.rmdir")
+        if event in _OPERATIONS and (removal or any(part in str(a) for a in arguments[:2])):
             seen += 1
             if seen == moment:
                 os.kill(os.getpid(), signal.SIGKILL)

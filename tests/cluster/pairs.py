@@ -74,6 +74,7 @@ def main() -> None:
     options = parser.parse_args()
     first, last = (int(word) if word else None for word in options.writers.split(":"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
     worlds = Worlds()
     names = [str(parse(text)).rsplit("-", 2)[0] for text in LAYOUTS]
     print(f"{options.precision}, {BEFORE} steps, saved, {AFTER} steps in another layout: largest "
