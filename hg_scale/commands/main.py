@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from hg_scale import __version__
 from hg_scale.errors import UserError
 
-VERBS = ("train", "config", "data", "evaluate", "summary")
+VERBS = ("train", "config", "data", "evaluate", "summary", "status", "doctor")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
