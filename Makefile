@@ -1,6 +1,7 @@
 # make setup       .venv with everything, at the versions of constraints.txt
 # make quickstart  train a small Hourglass on real text and see what it reached (about 8 minutes)
 # make test        lint, types and the tests
+# make test-cluster  the launchers on a real Slurm of 9 nodes, on this machine
 # make test-all    also those that take minutes each
 # make docs        docs/config.md and the JSON Schema, from the code
 
@@ -12,7 +13,7 @@ CORPUS ?=
 NAME = quickstart$(if $(CORPUS),-$(basename $(notdir $(CORPUS))))
 RUN ?= runs/$(NAME)
 
-.PHONY: setup quickstart test test-all lint docs clean
+.PHONY: setup quickstart test test-cluster test-all lint docs clean
 
 setup: $(VENV)/.installed
 
@@ -34,6 +35,9 @@ lint: setup
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+test-cluster: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "cluster and not slow"
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ""
