@@ -59,12 +59,30 @@ MASTER_ADDR=$(scontrol show node "$hg_first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/
 export MASTER_ADDR=${MASTER_ADDR:-$hg_first}
 export MASTER_PORT=$((10000 + (SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 20000))
 
+# The job as scontrol knows it: the number of an array's last element is also that of all of them.
+hg_job=$SLURM_JOB_ID
+[[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || hg_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+hg_field() { scontrol show job "$hg_job" | sed -n "/\b$1=/{s/.*\b$1=\(${2:-[^ ]*}\).*/\1/p;q}"; }
+
+# When Slurm ends the job, in seconds since 1970; empty without a limit.
+HG_END_TIME=$(date -d "$(hg_field EndTime)" +%s 2>/dev/null)
+export HG_END_TIME
+
 # Tasks of the job. SLURM_NTASKS may speak of the nodes asked for (--nodes=4-8), not of those given.
 hg_tasks=${SLURM_NTASKS:-1}
 [[ -z ${SLURM_NTASKS_PER_NODE:-} ]] || hg_tasks=$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE))
 
+# An error of srun's own, as a node that does not answer, is a lost node: exit_codes.py.
+export SLURM_EXIT_ERROR=76
+
 # hg_srun TASKS WORDS...: python WORDS as TASKS tasks of the job, or as one on the first node.
 hg_srun() {
+  hg_step "$@"
+  "${hg_words[@]}"
+}
+
+# The same as words, in hg_words, for those who start it themselves.
+hg_step() {
   local tasks=$1 options=(--kill-on-bad-exit=0)
   shift
   if ((tasks == 1)); then
@@ -74,8 +92,7 @@ hg_srun() {
     # not killed at once, which would hide the code that the others mean to give.
     options+=(--ntasks="$tasks" --distribution=block --wait="${HG_WAIT:-120}")
   fi
-  # An error of srun's own, as a node that does not answer, is a lost node.
-  SLURM_EXIT_ERROR=76 srun "${options[@]}" "${HG_SRUN[@]}" "${HG_CONTAINER[@]}" "$HG_PYTHON" "$@"
+  hg_words=(srun "${options[@]}" "${HG_SRUN[@]}" "${HG_CONTAINER[@]}" "$HG_PYTHON" "$@")
 }
 
 # --- a training job -------------------------------------------------------------------------------
@@ -86,10 +103,13 @@ hg_train() {
   config=$(hg_file "$1")
   run=$(realpath -m -- "${2:-runs/$(basename "$1" .json)}")
   shift 2
+  [[ " $* " != *\ --run[\ =]* && " $* " != *\ --config[\ =]* ]] ||
+    hg_die "--run and --config are set as variables: RUN=... CONFIG=... sbatch slurm/$hg_launcher"
   mkdir -p "$run/logs" || hg_die "cannot make the run folder $run; set RUN to another"
   [[ -e $HG_CODE/copied-from ]] || hg_copy_code "$run"
   config=$(hg_copy_config "$config")
-  hg_journal "$run" start "\"nodes\": \"$SLURM_JOB_NODELIST\", \"tasks\": $hg_tasks"
+  hg_journal "$run" start \
+    "\"nodes\": \"$SLURM_JOB_NODELIST\", \"tasks\": $hg_tasks, \"ends\": ${HG_END_TIME:-null}"
   hg_say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $hg_tasks tasks on" \
     "$SLURM_JOB_NODELIST, run folder $run, code $HG_CODE"
   local gpus=$((SLURM_JOB_NUM_NODES * ${SLURM_GPUS_ON_NODE:-0}))
@@ -104,7 +124,8 @@ hg_train() {
   if ((code == 0)); then
     # Signals are for the ranks, to which Slurm sends them too; this script outlives them, to requeue.
     trap : TERM USR1 USR2
-    hg_srun "$hg_tasks" "${train[@]}" &
+    hg_step "$hg_tasks" "${train[@]}"
+    "${hg_words[@]}" &
     hg_wait $!
     code=$?
   fi
@@ -137,7 +158,7 @@ hg_copy_config() {
   elif [[ ! -e $1 ]] || grep -q '"extends"' "$1"; then
     copy=$1
   elif [[ ! -e $copy ]]; then
-    cp "$1" "$copy"
+    cp "$1" "$copy.$SLURM_JOB_ID" && mv "$copy.$SLURM_JOB_ID" "$copy" # whole for other elements
   fi
   echo "$copy"
 }
@@ -186,7 +207,7 @@ hg_finish() {
 
 # Start again from the last checkpoint, unless that was tried too often without getting further.
 hg_requeue() {
-  local run=$1 code=$2 why=$3 job=$SLURM_JOB_ID step last=none count=0 state
+  local run=$1 code=$2 why=$3 step last=none count=0 state
   step=$(find "$run/checkpoints" -mindepth 2 -maxdepth 2 -path '*/step-*/manifest.json' 2>/dev/null |
     sort | tail -n 1)
   step=$(basename "$(dirname "${step:-none/none}")")
@@ -197,14 +218,13 @@ hg_requeue() {
   fi
   echo "$step $count" >"$run/restarts"
   # Slurm requeues by itself what it preempts or loses a node of; what was cancelled stays so.
-  state=$(scontrol show job "$job" | sed -n '/JobState=/{s/.*JobState=\([A-Z_]*\).*/\1/p;q}')
+  state=$(hg_field JobState)
   if [[ $state != RUNNING ]]; then
     hg_finish "$run" "$code" "$why; the job is $state, which Slurm sees to"
   fi
-  if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
   hg_journal "$run" end "\"code\": $code, \"requeued\": true"
   hg_say "exit code $code: $why; requeued, goes on from checkpoint $step"
-  scontrol requeue "$job" ||
+  scontrol requeue "$hg_job" ||
     hg_finish "$run" "$code" "this cluster does not requeue; go on with: sbatch slurm/$hg_launcher"
   exit "$code"
 }
@@ -212,7 +232,7 @@ hg_requeue() {
 # hg_journal RUN EVENT FIELDS: a line of the run folder's jobs.jsonl, which `hg-scale status` reads.
 hg_journal() {
   local log
-  log=$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *StdOut=/{s///p;q}')
+  log=$(hg_field StdOut '.*')
   printf '{"time": %s, "job": %s, "start": %s, "event": "%s", "log": "%s", %s}\n' "$(date +%s)" \
     "$SLURM_JOB_ID" "$((${SLURM_RESTART_COUNT:-0} + 1))" "$2" "${log//[\"\\]/}" "$3" >>"$1/jobs.jsonl"
 }

@@ -15,12 +15,13 @@ import argparse
 import json
 import os
 import platform
-import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a checkout needs no installation
 
 STEPS, KILL_AFTER = 20, 8
-MODEL: dict[str, Any] = {
-    "hierarchy": "2@1 4@2 2@1",
-    "d_model": 256,
-    "heads": 8,
-    "d_ff": 1024,
-    "vocab_size": 257,
-    "sequence_length": 512,
+MODEL: dict[str, Any] = {"hierarchy": "2@1 4@2 2@1", "heads": 8, "vocab_size": 257}
+SIZES = {
+    "cuda": {"d_model": 512, "d_ff": 2048, "sequence_length": 1024},
+    "cpu": {"d_model": 32, "d_ff": 64, "sequence_length": 64},
 }
 BOUNDS = {"bf16": 1e-2, "fp32": 1e-4}  # relative, as in tests/training/test_layouts.py
 MEGABYTES = 256
+PATIENCE = 300.0  # seconds that a run may take
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,9 @@ def layouts(processes: int) -> list[Layout]:
 class SelfTest:
     """The parts, each a row or several."""
 
-    def __init__(self, folder: Path, processes: int, precision: str) -> None:
-        self.folder, self.processes, self.precision = folder, processes, precision
+    def __init__(self, folder: Path, processes: int, precision: str, device: str) -> None:
+        self.folder, self.processes = folder, processes
+        self.precision, self.device = precision, device
         self.config = folder / "selftest.json"
         self.reference: list[dict[str, Any]] = []
 
@@ -90,7 +90,7 @@ class SelfTest:
         words = ["--input", str(ROOT / "hg_scale"), "--include", "*.py", "--output", str(corpus)]
         subprocess.run([sys.executable, script, *words], check=True, timeout=300)
         tree = {
-            "model": MODEL,
+            "model": MODEL | SIZES[self.device],
             "data": {"path": str(corpus)},
             "training": {
                 "steps": STEPS,
@@ -121,9 +121,14 @@ class SelfTest:
         """Every layout against the first."""
         for number, layout in enumerate(layouts(self.processes)):
             run = self.folder / f"layout-{number}"
-            code = self.start(run, layout).wait(timeout=600)
+            code = self.start(run, layout).wait()
             if code:
-                yield Row("training", str(layout), f"exit code {code}: {tail(run)}", False)
+                yield Row(
+                    "training",
+                    str(layout),
+                    f"exit code {code}: {last_line(run / 'terminal.log')}",
+                    False,
+                )
                 continue
             records = curve(run)
             self.reference = self.reference or records
@@ -133,19 +138,20 @@ class SelfTest:
     def kill_and_resume(self) -> Row:
         """A run that loses all its processes at once, and goes on in another layout."""
         run, kinds = self.folder / "killed", layouts(self.processes)
-        process = self.start(run, kinds[0])
-        until = time.monotonic() + 300
-        while len(curve(run)) < KILL_AFTER and process.poll() is None:
-            if time.monotonic() > until:
-                break
+        ranks = self.start(run, kinds[0])
+        while len(curve(run)) < KILL_AFTER and ranks.running():
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        ranks.kill()
         reached = len(curve(run))
-        code = self.start(run, kinds[-1]).wait(timeout=600)
+        code = self.start(run, kinds[-1]).wait()
         where = f"{kinds[0]} -> {kinds[-1]}"
         if code:
-            return Row("killed, resumed", where, f"exit code {code}: {tail(run)}", False)
+            return Row(
+                "killed, resumed",
+                where,
+                f"exit code {code}: {last_line(run / 'terminal.log')}",
+                False,
+            )
         return self.compare("killed, resumed", where, curve(run), f", killed after step {reached}")
 
     def compare(self, what: str, where: str, records: list[dict[str, Any]], more: str) -> Row:
@@ -161,35 +167,69 @@ class SelfTest:
 
     def bandwidth(self) -> Row:
         """An all-reduce of all processes."""
-        words = launcher(self.processes, __file__, "--bandwidth")
-        done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
-        what = f"all-reduce of {MEGABYTES} MiB"
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["?"])[-1]
-            return Row(what, f"{self.processes} processes", last, False)
-        return Row(what, f"{self.processes} processes", done.stdout.strip(), True)
+        what, where = f"all-reduce of {MEGABYTES} MiB", f"{self.processes} processes"
+        log = self.folder / "bandwidth.log"
+        code = Ranks(self.processes, log, __file__, "--bandwidth").wait()
+        return Row(what, where, last_line(log), code == 0)
 
-    def start(self, run: Path, layout: Layout) -> subprocess.Popen[bytes]:
-        """Train in a process group of its own."""
+    def start(self, run: Path, layout: Layout) -> Ranks:
+        """Train."""
         sets = {
             "parallel.tensor": layout.tensor,
             "parallel.pipeline": layout.pipeline,
             "parallel.zero_stage": layout.zero_stage,
         }
         words = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
-        script = str(ROOT / "hg_scale" / "train.py")
-        command = launcher(
-            self.processes, script, "--config", str(self.config), "--run", str(run), *words
-        )
         run.mkdir(exist_ok=True)
-        with (run / "terminal.log").open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        script = str(ROOT / "hg_scale" / "train.py")
+        place = ("--config", str(self.config), "--run", str(run))
+        return Ranks(self.processes, run / "terminal.log", script, *place, *words)
 
 
-def launcher(processes: int, *words: str) -> list[str]:
-    """The command that starts `words` so many times on this machine."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*torchrun, "--nproc_per_node", str(processes), "--", *words]
+class Ranks:
+    """`python WORDS` as the ranks of a world on this machine.
+
+    Not by torchrun, whose death its ranks outlive: these can be killed all at once.
+    """
+
+    def __init__(self, size: int, log: Path, *words: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._late = time.monotonic() + PATIENCE
+        world = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with log.open("ab") as output:
+            self._processes = [
+                subprocess.Popen(
+                    [sys.executable, *words], stdout=output, stderr=output,
+                    env=os.environ | world | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                )
+                for rank in range(size)
+            ]  # fmt: skip
+
+    def running(self) -> bool:
+        """Whether none has ended, and it has not taken too long."""
+        late = time.monotonic() > self._late
+        return not late and all(process.poll() is None for process in self._processes)
+
+    def wait(self) -> int:
+        """The highest exit code; what is left a while after the first end is killed."""
+        while self.running():
+            time.sleep(0.05)
+        until = time.monotonic() + 60
+        for process in self._processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+        self.kill()
+        return max(abs(process.returncode) for process in self._processes)
+
+    def kill(self) -> None:
+        """All of them, at once."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
@@ -199,9 +239,9 @@ def curve(run: Path) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if "loss" in record]
 
 
-def tail(run: Path) -> str:
-    """The last line that a run said."""
-    return (run / "terminal.log").read_text(errors="replace").strip().splitlines()[-1]
+def last_line(log: Path) -> str:
+    """What was said last."""
+    return (log.read_text(errors="replace").strip().splitlines() or ["nothing was said"])[-1]
 
 
 def measure_bandwidth() -> None:
@@ -258,12 +298,12 @@ def main() -> int:
         measure_bandwidth()
         return 0
     os.environ["PYTHONPATH"] = str(ROOT)  # for all that is started here
-    if not torch.cuda.is_available():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # The step that started this is one process; the ranks below are torchrun's.
     with tempfile.TemporaryDirectory(prefix="hg-selftest-") as folder:
-        test = SelfTest(Path(folder), options.processes, options.precision)
+        test = SelfTest(Path(folder), options.processes, options.precision, device)
         test.prepare()
         rows: list[Row] = []
 

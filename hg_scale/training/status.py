@@ -56,6 +56,8 @@ def status_of(run: Path, now: float | None = None, last_errors: int = 5) -> Stat
     lines["checkpoint"] = _checkpoint(run, now)
     if jobs:
         lines["restarts"] = _restarts(jobs)
+        if alive and (ends := jobs[-1].get("ends")):
+            lines["job ends"] = f"in {duration(max(0, ends - now))}"
     return Status(alive, lines, _errors(run, jobs)[-last_errors:])
 
 

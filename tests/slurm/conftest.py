@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ def cluster() -> Iterator[Cluster]:
     """A Slurm of 9 nodes, for the whole session."""
     if os.geteuid() or not all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged")):
         pytest.skip("needs root, and Debian's slurm-wlm and munge")
+    # Ended from outside, the tests take the cluster down all the same.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     running = Cluster()
     yield running
     running.stop()

@@ -7,6 +7,7 @@ is tested in `test_training.py`.
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from hg_scale.exit_codes import CONFIG_ERROR, FAILED, GAVE_UP, LOST, REQUEUE
+from hg_scale.parallel.launch import Launch
+from tests.shared import ROOT
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import launcher, log_of
 
@@ -27,6 +30,7 @@ RANK = """#!/bin/bash
 for word in "$@"; do [[ $word == --check ]] && exit 0; done
 echo "rank $SLURM_PROCID start ${SLURM_RESTART_COUNT:-0} runs $1 $(cksum <"$1")"
 env >"$ENDS.env-$SLURM_PROCID"
+[[ $SLURM_PROCID != 0 ]] || echo "# edited" >>"$REPOSITORY/hg_scale/train.py"
 read -ra ends <"$ENDS"
 end=${ends[${SLURM_RESTART_COUNT:-0}]:-0}
 case $end in
@@ -39,19 +43,33 @@ esac
 
 @pytest.fixture
 def start(cluster: Cluster, job_environment: Environment, elsewhere: Path, tmp_path: Path) -> Start:
-    """`start(end, ...)` submits a job of two tasks that ends so at each of its starts."""
+    """`start(end, ...)` submits a job of two tasks that ends so at each of its starts.
+
+    From a copy of the repository, in which the first rank edits `train.py`.
+    """
+    for name in ("hg_scale", "configs", "data_prep", "slurm"):
+        shutil.copytree(
+            ROOT / name,
+            tmp_path / "repository" / name,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
     rank = tmp_path / "rank"
     rank.write_text(RANK)
     rank.chmod(0o755)
 
-    def start(*ends: str | int, **more: str) -> int:
+    def start(
+        *ends: str | int,
+        name: str = "train_64gpu.sh",
+        options: tuple[str, ...] = ("--nodes=2", "--ntasks-per-node=1"),
+        **more: str,
+    ) -> int:
         (tmp_path / "ends").write_text(" ".join(map(str, ends)) + "\n")
         environment = {
             **job_environment, "HG_PYTHON": str(rank), "ENDS": str(tmp_path / "ends"),
-            "RUN": "run", **more,
+            "RUN": "run", "REPOSITORY": str(tmp_path / "repository"), **more,
         }  # fmt: skip
-        words = ("--nodes=2", "--ntasks-per-node=1", launcher("train_64gpu.sh"))
-        return cluster.submit(*words, folder=elsewhere, environment=environment)
+        script = str(tmp_path / "repository" / "slurm" / name)
+        return cluster.submit(*options, script, folder=elsewhere, environment=environment)
 
     return start
 
@@ -88,6 +106,7 @@ def test_saved_and_lost_jobs_start_again_with_the_code_of_their_first_start(
     cluster: Cluster,
     start: Start,
     elsewhere: Path,
+    tmp_path: Path,
 ) -> None:
     job = start(REQUEUE, LOST, "killed")
     state = cluster.wait(job, 300)
@@ -95,6 +114,8 @@ def test_saved_and_lost_jobs_start_again_with_the_code_of_their_first_start(
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "3"), log
     codes = [code for _, event, code in journal(elsewhere) if event == "end"]
     assert codes == [REQUEUE, LOST, 128 + signal.SIGKILL, 0], log
+    edited = (tmp_path / "repository" / "hg_scale" / "train.py").read_text()
+    assert edited.count("# edited") == 4
     told = {line.split(" runs ")[1] for line in log.splitlines() if line.startswith("rank ")}
     assert len(told) == 1 and f"/run/code/{job}/hg_scale/train.py" in told.pop()
     assert (elsewhere / "run" / "finished").exists()
@@ -121,6 +142,53 @@ def test_the_environment_of_a_rank(
             assert Path(found[name]).is_relative_to(job_environment["HG_SCRATCH"])
         assert found["PYTHONPATH"].split(":")[0] == f"{elsewhere}/run/code/{job}"
         assert not (Path(found["PATH"]) / "scontrol").exists()
+        assert int(found["HG_END_TIME"]) > time.time()
+
+
+def test_sixty_four_tasks_are_laid_out_as_the_mesh_wants_them(
+    cluster: Cluster, start: Start, elsewhere: Path, tmp_path: Path
+) -> None:
+    """The script as it stands, but for the cores that a pretend node lacks: 8 tasks on each."""
+    job = start(0, options=("--cpus-per-task=1",))
+    assert cluster.wait(job)["JobState"] == "COMPLETED", log_of(elsewhere)
+    log = log_of(elsewhere)
+    assert f"job {job}, start 1: 64 tasks on n[1-" in log and "warning" not in log
+    for rank in range(64):
+        lines = (tmp_path / f"ends.env-{rank}").read_text().splitlines()
+        found = dict(line.split("=", 1) for line in lines if "=" in line)
+        assert Launch.from_environment(found) == Launch(rank, 64, rank % 8)
+        assert found["SLURM_NODEID"] == str(rank // 8)  # a node's ranks are adjacent
+        assert found["SLURM_STEP_TASKS_PER_NODE"] == "8(x8)"
+
+
+def test_elements_of_an_array_are_requeued_one_by_one(
+    cluster: Cluster, start: Start, elsewhere: Path
+) -> None:
+    """The last one's number is also that of the whole array."""
+    (elsewhere / "points.txt").write_text("training.seed=1\ntraining.seed=2\n")
+    array = ("--nodes=1", "--ntasks-per-node=1", "--array=1-2")
+    job = start(REQUEUE, name="sweep_array.sh", options=array, POINTS="points.txt")
+    for number in (1, 2):
+        state = cluster.wait(f"{job}_{number}", 120)
+        assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), log_of(elsewhere)
+        lines = (elsewhere / f"runs/points/training.seed={number}/jobs.jsonl").read_text()
+        codes = [json.loads(line).get("code") for line in lines.splitlines()]
+        assert codes == [None, REQUEUE, None, 0]
+        log = json.loads(lines.splitlines()[0])["log"]
+        assert log == str(elsewhere / f"hg-sweep-{job}-{number}.log") and Path(log).is_file()
+    assert [path.name for path in (elsewhere / "runs/points/code").iterdir()] == [str(job)]
+
+
+def test_words_that_belong_into_variables_are_refused(
+    cluster: Cluster, elsewhere: Path, job_environment: Environment
+) -> None:
+    script = launcher("train_1node.sh")
+    job = cluster.submit(
+        "--ntasks-per-node=1", script, "--run", "x", folder=elsewhere, environment=job_environment
+    )
+    assert cluster.wait(job, 60)["ExitCode"] == "2:0"
+    assert "RUN=... CONFIG=... sbatch slurm/train_1node.sh" in log_of(elsewhere)
+    assert not (elsewhere / "runs").exists()
 
 
 def test_without_progress_a_job_gives_up(

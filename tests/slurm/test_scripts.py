@@ -86,7 +86,7 @@ def test_every_variable_of_the_site_is_read_and_explained() -> None:
     everything = common + "".join(path.read_text() for path in LAUNCHERS)
     for name in offered:
         assert re.search(rf"\$\{{?{name}\b", everything), f"{name} is read nowhere"
-    internal = {"HG_CODE", "HG_ROOT", "HG_SITE", "HG_COPIES"}
+    internal = {"HG_CODE", "HG_COPIES", "HG_END_TIME", "HG_ROOT", "HG_SITE"}
     read = set(re.findall(r"\$\{?(HG_[A-Z_]+)", everything))
     assert read - internal <= offered
     docs = (ROOT / "docs" / "slurm.md").read_text()

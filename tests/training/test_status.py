@@ -81,8 +81,9 @@ def test_jobs_restarts_and_last_errors(run: Path) -> None:
         "not running: job 7 ended: lost a rank or a node, waiting to start again"
     )
     assert found.errors == ["CUDA error: an illegal access", "exit code 76: lost"]
-    write(run, "jobs.jsonl", [*both, starts[3]])
+    write(run, "jobs.jsonl", [*both, {**starts[3], "ends": NOW + 7200}])
     found = status_of(run, NOW)
+    assert found.lines["job ends"] == "in 2:00:00"
     assert found.alive is True
     assert found.lines["restarts"] == (
         "3 (2 x lost a rank or a node, 1 x lost a rank or a node (signal 9))"
