@@ -1,8 +1,8 @@
 """Train a model: `deepspeed hg_scale/train.py --config configs/hg_1b.json`.
 
-Starts alike under deepspeed, torchrun, mpirun and plain python, and under srun where MASTER_ADDR
-and MASTER_PORT are set. Run it again with the same
-run folder and it goes on from the last checkpoint.
+Starts alike under deepspeed, torchrun, srun, mpirun and plain python; `slurm/train_64gpu.sh` is
+the job for a cluster. Run it again with the same run folder and it goes on from the last
+checkpoint. Its exit code says what to do next: see `exit_codes.py`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent.resolve()]
 
 from hg_scale.config import ConfigError, load_config  # noqa: E402
-from hg_scale.parallel.launch import Launch  # noqa: E402
-
-USAGE_ERROR = 2
+from hg_scale.errors import UserError  # noqa: E402
+from hg_scale.exit_codes import CONFIG_ERROR, DONE, FAILED  # noqa: E402
+from hg_scale.parallel.launch import Launch, affinity_problem  # noqa: E402
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +33,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--profile", type=positive, metavar="STEP", help="write a profiler trace of this step")
     add("--dry-run", action="store_true",
         help="check the configuration, print layers, costs and stages, and end")  # fmt: skip
+    add("--check", action="store_true",
+        help="check the configuration against the processes, the shards, the last checkpoint and "
+        "the disk, and end")  # fmt: skip
     add("--world-size", type=positive, metavar="N",
-        help="with --dry-run: processes to plan for (default: the fewest)")  # fmt: skip
+        help="with --dry-run or --check: processes to plan for (default: the fewest)")  # fmt: skip
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher injects it
 
 
@@ -46,19 +49,23 @@ def positive(text: str) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Returns the exit code: 0 done, 2 a configuration that cannot be used, 1 anything else."""
+    """Returns one of `exit_codes.py`."""
     launch = Launch.from_environment()
+    folder = options.run_folder or Path("runs") / options.config.stem
     try:
         if options.dry_run:
             return dry_run(options, launch)
+        if options.check:
+            return check(options, folder, launch)
         config = load_config(options.config, options.overrides, world_size=launch.world_size)
     except ConfigError as error:
         if launch.rank == 0:
             print(error, file=sys.stderr)
-        return USAGE_ERROR
+        return CONFIG_ERROR
+    if launch.local_rank == 0 and (problem := affinity_problem()):
+        print(f"warning (rank {launch.rank}): {problem}", file=sys.stderr)
     from hg_scale.training.run import train
 
-    folder = options.run_folder or Path("runs") / options.config.stem
     return train(config, folder, launch, stop_at=options.stop_at, profile=options.profile)
 
 
@@ -74,7 +81,25 @@ def dry_run(options: argparse.Namespace, launch: Launch) -> int:
         fewest = config.parallel.tensor * config.parallel.pipeline
         width = None if sys.stdout.isatty() else 120  # a pipe has no width of its own
         print_plan(config, known or fewest, Console(width=width))
-    return 0
+    return DONE
+
+
+def check(options: argparse.Namespace, folder: Path, launch: Launch) -> int:
+    """Say in a second what would stop the run later; torch is not imported."""
+    from hg_scale.training.check import check_run
+
+    known = options.world_size or launch.world_size
+    try:
+        lines = check_run(options.config, options.overrides, folder, known, options.stop_at)
+    except ConfigError:
+        raise
+    except UserError as error:
+        if launch.rank == 0:
+            print(error, file=sys.stderr)
+        return FAILED
+    if launch.rank == 0:
+        print("\n".join(lines))
+    return DONE
 
 
 if __name__ == "__main__":

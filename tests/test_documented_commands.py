@@ -29,7 +29,9 @@ def commands() -> list[str]:
         found += [line for line in lines if any(map(OURS.search, line.split()))]
     found = [line for line in dict.fromkeys(found) if not line.lstrip().startswith("#")]
     # Not the names of verbs, which the text mentions.
-    return [line for line in found if "VERB" not in line and len(line.split()) > 2]
+    return [
+        line for line in found if "VERB" not in line and "..." not in line and len(line.split()) > 2
+    ]
 
 
 class Parsed(Exception):

@@ -24,6 +24,8 @@ VERBS = (
     "harness",
     "report",
     "summary",
+    "status",
+    "doctor",
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +32,16 @@ class Problem:
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be used; `problems` lists every fault found."""
+    """A configuration that cannot be used; `problems` lists every fault found.
 
-    def __init__(self, problems: list[Problem], source: str = "") -> None:
+    `advice` is further lines on what to do about them together.
+    """
+
+    def __init__(
+        self, problems: list[Problem], source: str = "", advice: Sequence[str] = ()
+    ) -> None:
         self.problems = problems
         where = f" in {source}" if source else ""
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        lines = "".join(f"\n  {problem}" for problem in problems)
+        lines = "".join(f"\n  {line}" for line in (*problems, *advice))
         super().__init__(f"configuration: {count}{where}{lines}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +12,16 @@ from hg_scale.errors import UserError
 
 # Launchers and their variables for rank, world size and local rank; the first that is set wins.
 # deepspeed and torchrun set RANK, Open MPI's mpirun and Slurm's srun their own.
+_SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 _LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    _SLURM,
 )
+# Slurm numbers a job's steps from 0; the batch script, an interactive shell and the like have
+# numbers from here on, and are one process whatever SLURM_NTASKS says.
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+_FIRST_PORT, _PORTS = 10_000, 20_000  # below those that systems give to outgoing connections
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,10 @@ class Launch:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Launch:
         """What the launcher said; without one, a world of one process."""
-        for rank, world, local in _LAUNCHERS:
+        for names in _LAUNCHERS:
+            rank, world, local = names
+            if names == _SLURM and not in_slurm_step(environment):
+                continue
             if rank in environment and world in environment:
                 return cls(
                     int(environment[rank]),
@@ -44,6 +53,9 @@ class Launch:
         for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "LOCAL_SIZE"):
             if name in os.environ:
                 return int(os.environ[name])
+        if in_slurm_step(os.environ) and "SLURM_STEP_TASKS_PER_NODE" in os.environ:
+            by_node = expand_counts(os.environ["SLURM_STEP_TASKS_PER_NODE"])
+            return by_node[int(os.environ["SLURM_NODEID"])]
         return self.world_size
 
     def export(self) -> None:
@@ -55,9 +67,15 @@ class Launch:
     def find_first(self) -> None:
         """Set MASTER_ADDR and MASTER_PORT, by which the processes find each other.
 
-        Launchers set them, but mpirun does not: there the first rank tells the others over MPI.
+        Launchers and `slurm/*.sh` set them. A plain `srun` does not: the step's first node is in
+        its environment. Nor does mpirun: there the first rank tells the others over MPI.
         """
         if {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            return
+        if in_slurm_step(os.environ) and "OMPI_COMM_WORLD_RANK" not in os.environ:
+            os.environ["MASTER_ADDR"] = first_host(os.environ["SLURM_STEP_NODELIST"])
+            job = int(os.environ["SLURM_JOB_ID"]) + int(os.environ.get("SLURM_RESTART_COUNT", 0))
+            os.environ["MASTER_PORT"] = str(_FIRST_PORT + job % _PORTS)
             return
         remedy = "set MASTER_ADDR and MASTER_PORT to the first rank's host and a free port there"
         if "OMPI_COMM_WORLD_RANK" not in os.environ:
@@ -81,3 +99,47 @@ class Launch:
         with socket.socket() as free:
             free.bind(("", 0))
             return host, str(free.getsockname()[1])
+
+
+def in_slurm_step(environment: Mapping[str, str]) -> bool:
+    """Whether `srun` started this process as one task of a step.
+
+    A batch script has SLURM_PROCID and SLURM_NTASKS too, and is one process.
+    """
+    step = environment.get("SLURM_STEP_ID", "")
+    return step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP
+
+
+def expand_counts(text: str) -> list[int]:
+    """Slurm's shorthand of tasks by node: `8(x2),4` is [8, 8, 4]."""
+    counts = []
+    for part in text.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(times or 1)
+    return counts
+
+
+def first_host(nodes: str) -> str:
+    """The first name of Slurm's list of nodes: `gpu[007-009,012],cpu1` begins with `gpu007`."""
+    name, bracket, rest = nodes.partition("[")
+    if not bracket or "," in name:
+        return name.partition(",")[0]
+    numbers, _, suffix = rest.partition("]")
+    return name + re.split("[-,]", numbers, maxsplit=1)[0] + suffix.partition(",")[0]
+
+
+def affinity_problem(environment: Mapping[str, str] = os.environ) -> str | None:
+    """What is wrong with the CPUs that this task may use, where Slurm promised it some.
+
+    `srun` of 22.05 and later does not take over the batch script's --cpus-per-task, and may pin all
+    of a task's threads to one core.
+    """
+    wanted = int(environment.get("SLURM_CPUS_PER_TASK") or 0)
+    allowed = len(os.sched_getaffinity(0))
+    if not in_slurm_step(environment) or allowed >= wanted:
+        return None
+    return (
+        f"this task may use {allowed} of the {wanted} CPUs that the job asked for each task; "
+        "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK before srun, as slurm/common.sh does, or "
+        "ask for fewer with --cpus-per-task"
+    )

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from hg_scale.config.schema import ParallelConfig
+from hg_scale.errors import UserError
 from hg_scale.model.layers import PlainLayers
-from hg_scale.parallel.launch import Launch
+from hg_scale.parallel.launch import Launch, in_slurm_step
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,13 @@ def start_processes(launch: Launch, timeout_minutes: float = 30) -> torch.device
     """Join the world (gloo on a CPU, NCCL on GPUs) and return this rank's device.
 
     DeepSpeed adopts the process group made here; it must be told of the CPU before its import.
+    DS_ACCELERATOR=cpu asks for the CPU where there are GPUs. Raises UserError where Slurm gave this
+    node GPUs and torch sees none: days of training on a CPU are never what was meant.
     """
     launch.export()
-    gpu = torch.cuda.is_available()
+    gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if not gpu and os.environ.get("DS_ACCELERATOR") != "cpu":
+        refuse_missing_gpus(launch)
     if gpu:
         # Some sites show each task one GPU only.
         device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
@@ -101,6 +106,16 @@ def start_processes(launch: Launch, timeout_minutes: float = 30) -> torch.device
             **options,
         )
     return device
+
+
+def refuse_missing_gpus(launch: Launch) -> None:
+    """Raise UserError where Slurm gave this node GPUs, though torch sees none."""
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if in_slurm_step(os.environ) and given != "0":
+        raise UserError(
+            f"rank {launch.rank}: Slurm gave this node {given} GPUs and torch sees none (torch "
+            f"{torch.__version__}); run `hg-scale doctor` there, or set DS_ACCELERATOR=cpu"
+        )
 
 
 def make_mesh(parallel: ParallelConfig) -> tuple[Mesh, PlainLayers]:

@@ -147,7 +147,7 @@ _STEP_FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("bits_per_byte", "bpb {:.4f}".format),
     ("grad_norm", "grad {:.3f}".format),
     ("learning_rate", "lr {:.2e}".format),
-    ("tokens_per_second", lambda rate: f"{_short(rate)} tok/s"),
+    ("tokens_per_second", lambda rate: f"{short_number(rate)} tok/s"),
     ("mfu", "mfu {:.1%}".format),
 )
 _VALIDATION_FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
@@ -158,7 +158,7 @@ _VALIDATION_FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
 
 def step_figures(record: Mapping[str, Any], eta: float | None) -> str:
     """The figures of a logged step in one line; `eta` in seconds."""
-    left = [] if eta is None else [f"eta {_duration(eta)}"]
+    left = [] if eta is None else [f"eta {duration(eta)}"]
     return "  ".join((*_fields(record, _STEP_FIELDS), *left))
 
 
@@ -173,7 +173,7 @@ def _fields(
     return [show(record[key]) for key, show in fields if record.get(key) is not None]
 
 
-def _short(number: float) -> str:
+def short_number(number: float) -> str:
     """Three digits and a magnitude: 812, 31.2k, 4.05M."""
     for unit in ("", "k", "M", "G"):
         if not number >= 999.5 or unit == "G":  # `not >=` also ends at NaN
@@ -182,7 +182,8 @@ def _short(number: float) -> str:
     return f"{number:.3g}{unit}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, or days: 1:02:03, 2d 03:04."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hg_scale.errors import UserError
 from hg_scale.parallel.launch import Launch
-from hg_scale.parallel.mesh import Mesh, compare_group
+from hg_scale.parallel.mesh import Mesh, compare_group, start_processes
 
 sizes = st.integers(1, 4)
 
@@ -39,29 +43,40 @@ def test_another_librarys_group_that_differs_is_refused() -> None:
         compare_group(mesh, "tensor", [0, 2], "Megatron")
 
 
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, Launch(0, 1, 0)),
-        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Launch(3, 8, 1)),
-        (
-            {
-                "OMPI_COMM_WORLD_RANK": "2",
-                "OMPI_COMM_WORLD_SIZE": "4",
-                "OMPI_COMM_WORLD_LOCAL_RANK": "0",
-            },
-            Launch(2, 4, 0),
-        ),
-        ({"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}, Launch(9, 16, 1)),
-    ],
-)
-def test_the_launchers_variables(environment: dict[str, str], expected: Launch) -> None:
-    assert Launch.from_environment(environment) == expected
-
-
 def test_processes_that_cannot_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("MASTER_PORT", raising=False)
     monkeypatch.delenv("OMPI_COMM_WORLD_RANK", raising=False)
     with pytest.raises(UserError, match="2 processes .* set MASTER_ADDR and MASTER_PORT"):
         Launch(0, 2, 0).find_first()
+
+
+@pytest.mark.parametrize(("visible", "index"), [(8, 5), (1, 0), (4, 1)])
+def test_a_site_may_show_each_task_one_gpu(
+    monkeypatch: pytest.MonkeyPatch, visible: int, index: int
+) -> None:
+    taken: list[torch.device] = []
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "")
+    monkeypatch.setenv("RANK", "")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    assert start_processes(Launch(13, 64, 5)) == torch.device("cuda", index)
+    assert taken == [torch.device("cuda", index)] and os.environ["LOCAL_RANK"] == str(index)
+
+
+def test_gpus_that_torch_does_not_see_end_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of days on the CPU, unless the CPU is asked for."""
+    for name, value in {"SLURM_STEP_ID": "0", "SLURM_GPUS_ON_NODE": "8", "RANK": ""}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    assert start_processes(Launch()).type == "cpu"  # the tests' environment asks for it
+    monkeypatch.delenv("DS_ACCELERATOR")
+    with pytest.raises(UserError, match="rank 0: Slurm gave this node 8 GPUs and torch sees none"):
+        start_processes(Launch())

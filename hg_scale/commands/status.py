@@ -1,0 +1,32 @@
+"""Say how a run is doing."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "how a run is doing: alive or not, step, loss, speed, checkpoint, restarts, last errors"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("--errors", type=int, default=5, metavar="N",
+                        help="how many lines of the log to show (default: 5)")  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from hg_scale.training.status import status_of
+
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    for number, folder in enumerate(options.runs):
+        status = status_of(folder, last_errors=options.errors)
+        if number:
+            console.print()
+        console.print(str(folder), style="bold")
+        for label, value in status.lines.items():
+            console.print(f"  {label:11} {value}")
+        for line in status.errors if options.errors else []:
+            console.print(f"  | {line}")
+    return 0

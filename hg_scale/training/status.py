@@ -1,0 +1,160 @@
+"""How a run is doing, from the files of its folder: on any machine that sees them; no torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from hg_scale.checkpoint.errors import CheckpointError
+from hg_scale.checkpoint.find import find_latest
+from hg_scale.errors import UserError
+from hg_scale.exit_codes import meaning
+from hg_scale.training.console import duration, short_number
+
+QUIET_LINES, QUIET_SECONDS = 10, 600  # a run that logs nothing for both is taken for dead
+_TAIL_BYTES = 64 * 1024
+_BAD_WORDS = ("error", "Traceback", "warning", "exit code", "Killed", "CANCELLED", "not saved")
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `hg-scale status` shows, label by label; `alive` None where the files do not say."""
+
+    alive: bool | None
+    lines: dict[str, str]
+    errors: list[str]
+
+
+def status_of(run: Path, now: float | None = None, last_errors: int = 5) -> Status:
+    """Raises UserError where `run` is no run folder. `now`: seconds since 1970."""
+    now = time.time() if now is None else now
+    if not any((run / name).exists() for name in ("config.json", "jobs.jsonl", "metrics.jsonl")):
+        raise UserError(f"{run} is not a run folder: no config.json, metrics.jsonl or jobs.jsonl")
+    records = list(_lines_of(run / "metrics.jsonl"))
+    jobs = list(_lines_of(run / "jobs.jsonl"))
+    steps = [record for record in records if "loss" in record]
+    total = _total_steps(run)
+    alive, why = liveness(steps, jobs, now, total)
+    lines = {"state": f"{'alive' if alive else 'not running' if alive is False else '?'}: {why}"}
+    if steps:
+        lines |= _progress(steps, total)
+    held_out = [record for record in records if "validation_loss" in record]
+    if held_out:
+        last = held_out[-1]
+        lines["validation"] = (
+            f"{last['validation_bits_per_byte']:.4f} bits a byte at step {last['step']:,}"
+        )
+    lines["checkpoint"] = _checkpoint(run, now)
+    if jobs:
+        lines["restarts"] = _restarts(jobs)
+        if alive and (ends := jobs[-1].get("ends")):
+            lines["job ends"] = f"in {duration(max(0, ends - now))}"
+    return Status(alive, lines, _errors(run, jobs)[-last_errors:])
+
+
+def liveness(
+    steps: list[dict[str, Any]], jobs: list[dict[str, Any]], now: float, total: int | None
+) -> tuple[bool | None, str]:
+    """Whether the run is at work, and how one knows."""
+    if steps and total and steps[-1]["step"] >= total:
+        return False, "trained to the last step"
+    last_job = jobs[-1] if jobs else None
+    if last_job and last_job["event"] == "end":
+        again = ", waiting to start again" if last_job.get("requeued") else ""
+        return False, f"job {last_job['job']} ended: {meaning(last_job['code'])}{again}"
+    if last_job and (state := queue_state(last_job["job"])):
+        return state == "RUNNING", f"job {last_job['job']} is {state}"
+    last = max((r["time"] for r in (*steps[-1:], *jobs[-1:]) if "time" in r), default=None)
+    if last is None:
+        return None, "nothing logged yet"
+    silent, limit = now - last, QUIET_SECONDS
+    pace = [b["time"] - a["time"] for a, b in pairwise(steps[-11:])]
+    if pace:
+        limit = max(limit, QUIET_LINES * statistics.median(pace))
+    said = f"last line {duration(silent)} ago"
+    return silent < limit, said if silent < limit else f"{said}, which is too long"
+
+
+def queue_state(job: int) -> str | None:
+    """What Slurm says of a job, as RUNNING; None without Slurm, or where it knows it no more."""
+    if shutil.which("squeue") is None:
+        return None
+    with suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(
+            ["squeue", "--noheader", "--format=%T", f"--jobs={job}"],
+            capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+        return done.stdout.strip() or None
+    return None
+
+
+def _progress(steps: list[dict[str, Any]], total: int | None) -> dict[str, str]:
+    last = steps[-1]
+    of = f" of {total:,}" if total else ""
+    lines = {"step": f"{last['step']:,}{of}"}
+    if last.get("loss") is not None:
+        lines["loss"] = f"{last['loss']:.4f}, {last['bits_per_byte']:.4f} bits a byte"
+    if last.get("tokens_per_second"):
+        lines["speed"] = f"{short_number(last['tokens_per_second'])} tokens/s"
+        lines["speed"] += f", MFU {last['mfu']:.1%}" if last.get("mfu") is not None else ""
+    seconds = [r["step_seconds"] for r in steps[-20:] if r.get("step_seconds")]
+    if total and seconds and last["step"] < total:
+        lines["time left"] = duration((total - last["step"]) * statistics.median(seconds))
+    if last.get("skipped_steps"):
+        lines["skipped"] = f"{last['skipped_steps']} steps that were not finite"
+    return lines
+
+
+def _checkpoint(run: Path, now: float) -> str:
+    try:
+        newest = find_latest(run / "checkpoints")
+    except CheckpointError as error:
+        return str(error)
+    if newest is None:
+        return "none yet"
+    age = duration(now - (newest / "manifest.json").stat().st_mtime)
+    return f"{newest.name}, {age} ago"
+
+
+def _restarts(jobs: list[dict[str, Any]]) -> str:
+    starts = [job for job in jobs if job["event"] == "start"]
+    ends = [meaning(job["code"]) for job in jobs if job["event"] == "end" and job["code"]]
+    reasons = ", ".join(f"{ends.count(end)} x {end}" for end in dict.fromkeys(ends))
+    return f"{max(0, len(starts) - 1)}" + (f" ({reasons})" if reasons else "")
+
+
+def _errors(run: Path, jobs: list[dict[str, Any]]) -> list[str]:
+    """Telling lines of the newest job's log."""
+    logs = [Path(job["log"]) for job in jobs if job.get("log")]
+    if not logs or not logs[-1].is_file():
+        return []
+    with logs[-1].open("rb") as file:
+        file.seek(max(0, logs[-1].stat().st_size - _TAIL_BYTES))
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    return [line for line in lines if any(w.lower() in line.lower() for w in _BAD_WORDS)]
+
+
+def _total_steps(run: Path) -> int | None:
+    with suppress(OSError, ValueError, KeyError):
+        return json.loads((run / "config.json").read_text())["training"]["steps"]
+    return None
+
+
+def _lines_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Whole lines of a file of JSON objects; one half written is passed over."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                yield record

@@ -1,0 +1,52 @@
+#!/bin/bash
+# Train every line of a file of overrides, an array element each:
+#
+#   POINTS=sweep.txt CONFIG=configs/hg_1b.json sbatch --array=1-4%2 slurm/sweep_array.sh [ARGUMENTS]
+#
+# A line is KEY=VALUE words, as "optimizer.learning_rate=3e-4 model.d_ff=1024"; empty lines and those
+# that begin with # do not count. A point's run folder is named after its line, so lines may be added
+# and moved. Submit again, and points that finished with the same ARGUMENTS are skipped; others go on.
+#
+# Variables, beside those of slurm/site.sh:
+#   POINTS  the file of overrides
+#   CONFIG  configuration (default: configs/hg_1b.json)
+#   SWEEP   folder of the run folders (default: runs/ and the name of POINTS)
+#SBATCH --job-name=hg-sweep
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A-%a.log
+
+# Slurm runs a spooled copy of this file; common.sh is beside the original, which the job names.
+here=$(dirname "$0")
+[[ -e $here/common.sh ]] || here=$(scontrol show job "$SLURM_JOB_ID" |
+  sed -n '/^ *Command=/{s///;s|/[^/]*\.sh\( .*\)\{0,1\}$||;p;q}')
+[[ -e $here/common.sh ]] || here=$SLURM_SUBMIT_DIR/slurm
+# shellcheck source=slurm/common.sh
+. "$here/common.sh" sweep_array.sh "$@" || exit 2
+
+[[ -n ${POINTS:-} && -n ${SLURM_ARRAY_TASK_ID:-} ]] ||
+  hg_die "usage: POINTS=FILE sbatch --array=1-N slurm/sweep_array.sh"
+[[ -r $POINTS ]] || hg_die "POINTS=$POINTS: cannot be read"
+point=$(grep -v '^[[:space:]]*\(#\|$\)' "$POINTS" | sed -n "${SLURM_ARRAY_TASK_ID}p")
+[[ -n $point ]] || hg_die "$POINTS has no line $SLURM_ARRAY_TASK_ID of overrides; see --array"
+read -ra words <<<"$point"
+
+export SWEEP=${SWEEP:-runs/$(basename "${POINTS%.*}")}
+name=$(tr -c 'A-Za-z0-9.=,_\n-' _ <<<"${words[*]}")
+[[ ${#name} -le 120 ]] || name=${name:0:100}-$(cksum <<<"$name" | cut -d ' ' -f 1)
+if [[ -e $SWEEP/$name/finished && $(<"$SWEEP/$name/finished") == "$*" ]]; then
+  hg_say "point $SLURM_ARRAY_TASK_ID is finished: $SWEEP/$name"
+  exit 0
+fi
+overrides=()
+for word in "${words[@]}"; do overrides+=(--set "$word"); done
+HG_COPIES=$SWEEP/code
+hg_train "${CONFIG:-configs/hg_1b.json}" "$SWEEP/$name" "${overrides[@]}" "$@"

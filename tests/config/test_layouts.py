@@ -1,0 +1,48 @@
+"""Layouts that are left when nodes are gone."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hg_scale.config import load_config
+from hg_scale.config.checks import cross_checks
+from hg_scale.config.layouts import divisors, fitting_layouts, largest_fitting
+from tests.shared import ROOT
+
+
+def test_seven_of_eight_nodes_keep_the_batch() -> None:
+    """56 GPUs: 7 divides no batch of 256, but it may divide the pipeline; or 32 GPUs do it."""
+    config = load_config(ROOT / "configs" / "hg_1b.json", world_size=64)
+    layouts = fitting_layouts(config, 56)
+    assert [(x.tensor, x.pipeline, x.data) for x in layouts[:2]] == [(1, 7, 8), (1, 14, 4)]
+    smaller = largest_fitting(config, 56)
+    assert smaller and (smaller.tensor, smaller.pipeline, smaller.data) == (1, 1, 32)
+    assert fitting_layouts(config, 64)[0].data == 64
+
+
+@given(st.integers(1, 48), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]))
+def test_every_layout_named_passes_the_checks(world: int, tensor: int, pipeline: int) -> None:
+    sets = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
+    sets += ["training.micro_batch_size=4", "training.global_batch_size=96"]
+    config = load_config(ROOT / "configs" / "quickstart.json", sets)
+    for layout in fitting_layouts(config, world):
+        changed = layout.apply(config)
+        assert layout.world_size == world and cross_checks(changed, world) == []
+        assert changed.training.global_batch_size == 96
+        assert layout.micro_batch_size <= 4 and 96 % (layout.micro_batch_size * layout.data) == 0
+        again = load_config(
+            ROOT / "configs" / "quickstart.json",
+            [*sets, *layout.options().replace("--set ", "").split()],
+            world_size=world,
+        )
+        assert again == changed
+    smaller = largest_fitting(config, world)
+    assert (smaller is None) == (world < tensor * pipeline)
+
+
+@given(st.integers(1, 500))
+def test_divisors(number: int) -> None:
+    found = list(divisors(number))
+    assert found == sorted(set(found)) and all(number % n == 0 for n in found)
+    assert found[0] == 1 and found[-1] == number

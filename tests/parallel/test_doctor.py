@@ -1,0 +1,119 @@
+"""Each line of `hg-scale doctor` where all is well and where it is not."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hg_scale.commands.main import main
+from hg_scale.parallel import doctor
+from hg_scale.parallel.doctor import Finding
+
+
+def test_the_command_prints_a_line_for_each_and_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "WRITE_BYTES", 2**20)
+    code = main(["doctor", "--run", str(tmp_path / "runs")])
+    lines = capsys.readouterr().out.splitlines()
+    topics = [line[7:20].strip() for line in lines if not line.startswith(" ")]
+    assert topics == [
+        "python", "libraries", "cuda", "GPUs", "nccl", "/dev/shm", "memlock", "cpu affinity",
+        "run folder", "caches", "compiler", "mpi", "slurm",
+    ]  # fmt: skip
+    assert f"torch {torch.__version__}" in lines[1] and "megatron-core" in lines[1]
+    assert code == int(any(line.startswith("wrong") for line in lines))
+    assert not list(tmp_path.iterdir())
+
+
+def test_versions_out_of_range_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = doctor.version
+    found = {"torch": "2.1.0", "deepspeed": "0.20.1"}
+    monkeypatch.setattr(doctor, "version", lambda name: found.get(name) or known(name))
+    finding = doctor.libraries()
+    assert finding.state == "wrong" and "constraints.txt" in finding.remedy
+    assert "torch 2.1.0 is not >=2.8" in finding.message
+    assert "deepspeed 0.20.1 is not <0.20,>=0.19" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("driver", "built", "usable", "state", "word"),
+    [
+        (None, None, False, "note", "CPU training only"),
+        ("570.1", None, False, "wrong", "built for CPUs"),
+        (None, "12.8", False, "note", "no NVIDIA driver"),
+        ("450.2", "13.0", False, "wrong", "cannot use it"),
+        ("570.1", "12.8", True, "ok", "driver 570.1"),
+    ],
+)
+def test_driver_and_torch(
+    monkeypatch: pytest.MonkeyPatch, driver: Any, built: Any, usable: bool, state: str, word: str
+) -> None:
+    monkeypatch.setattr(doctor, "_nvidia_driver", lambda: driver)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    finding = doctor.torch_and_driver()
+    assert finding.state == state and word in finding.message
+    assert bool(finding.remedy) == (state == "wrong" or (built and not driver) or False)
+
+
+def test_gpus_that_slurm_gave_and_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    assert doctor.gpus().state == "wrong"
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE")
+    assert doctor.gpus() == Finding("GPUs", "note", "none here")
+
+
+def test_small_limits_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type(shutil.disk_usage("/"))(64 * 2**20, 0, 64 * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert doctor.shared_memory().state == "wrong"
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (65536, 65536))
+    assert doctor.memlock().message == "64 KiB" and doctor.memlock().state in ("note", "wrong")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
+    assert doctor.memlock().state == "ok"
+
+
+def test_a_folder_that_is_slow_or_not_to_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "WRITE_BYTES", 2**20)
+    assert doctor.write_rate(tmp_path / "not" / "there").message.startswith(f"{tmp_path}: ")
+    monkeypatch.setattr(doctor, "SLOW_WRITE", float("inf"))
+    assert doctor.write_rate(tmp_path).state == "wrong"
+    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", _refuse)
+    finding = doctor.write_rate(tmp_path)
+    assert (finding.state, finding.message) == ("wrong", f"{tmp_path}: Read-only file system")
+
+
+def _refuse(**_: Any) -> Any:
+    raise OSError(30, os.strerror(30))
+
+
+def test_caches_on_a_shared_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_file_system", lambda place: "lustre")
+    finding = doctor.caches()
+    assert finding.state == "note" and "HG_SCRATCH" in finding.remedy
+
+
+def test_interfaces_are_matched_as_nccl_does() -> None:
+    assert doctor._names("ib", "ib0") and doctor._names("=ib0,eth", "ib0")
+    assert not doctor._names("=ib", "ib0") and not doctor._names("eth", "ib0")
+
+
+def test_a_slurm_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    srun = tmp_path / "srun"
+    srun.write_text("#!/bin/sh\necho srun: error: no controller >&2; exit 1\n")
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    finding = doctor.slurm()
+    assert finding.state == "note" and "no controller" in finding.message
+    srun.write_text('#!/bin/sh\n[ $1 = --version ] && echo slurm 23.11 || echo "pmix none" >&2\n')
+    assert doctor.slurm().message == "slurm 23.11; srun --mpi: none, pmix"

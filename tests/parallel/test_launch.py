@@ -1,0 +1,103 @@
+"""Who is who under each launcher, from its environment alone."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hg_scale.parallel.launch import (
+    Launch,
+    affinity_problem,
+    expand_counts,
+    first_host,
+    in_slurm_step,
+)
+
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "64", "SLURM_LOCALID": "0"}
+STEP = {
+    **BATCH,
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "13",
+    "SLURM_LOCALID": "5",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "64",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x8)",
+    "SLURM_STEP_NODELIST": "gpu[007-014]",
+}
+MPI = {
+    "OMPI_COMM_WORLD_RANK": "2",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Launch()),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Launch(3, 8, 1)),
+        (MPI, Launch(2, 4, 0)),
+        (BATCH, Launch()),
+        (STEP, Launch(13, 64, 5)),
+        # A step of one task in a job of 64, and a torchrun inside it.
+        ({**STEP, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, Launch(0, 1, 5)),
+        ({**STEP, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, Launch(1, 2, 1)),
+        # Steps with numbers of their own: interactive, batch, extern.
+        *(({**STEP, "SLURM_STEP_ID": str(0xFFFFFFFA + i)}, Launch()) for i in range(3)),
+        ({**STEP, "SLURM_STEP_ID": "batch"}, Launch()),
+        # mpirun inside a step is the nearer launcher.
+        (
+            {**STEP, "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"},
+            Launch(1, 4, 1),
+        ),
+    ],
+)
+def test_the_nearest_launcher_counts(environment: dict[str, str], expected: Launch) -> None:
+    assert Launch.from_environment(environment) == expected
+
+
+def test_a_plain_srun_leads_to_its_first_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    launch = Launch.from_environment()
+    launch.find_first()
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu007", "10007")
+    assert launch.processes_here == 8
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    launch.find_first()
+    assert os.environ["MASTER_ADDR"] == "10.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n[1-8]", "n1"),
+        ("gpu[007-009,012],cpu1", "gpu007"),
+        ("a-b[03]", "a-b03"),
+        ("cpu1,gpu[1-2]", "cpu1"),
+        ("rack[1-2]-ib,x", "rack1-ib"),
+    ],
+)
+def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+@given(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 50)), min_size=1, max_size=6))
+def test_counts_of_tasks_expand(runs: list[tuple[int, int]]) -> None:
+    text = ",".join(f"{count}(x{times})" if times > 1 else str(count) for count, times in runs)
+    assert expand_counts(text) == [count for count, times in runs for _ in range(times)]
+
+
+def test_a_task_with_fewer_cores_than_promised_is_told() -> None:
+    here = len(os.sched_getaffinity(0))
+    assert affinity_problem({**STEP, "SLURM_CPUS_PER_TASK": str(here)}) is None
+    assert affinity_problem({**BATCH, "SLURM_CPUS_PER_TASK": str(here + 1)}) is None
+    told = affinity_problem({**STEP, "SLURM_CPUS_PER_TASK": str(here + 1)})
+    assert told and f"{here} of the {here + 1} CPUs" in told and "SRUN_CPUS_PER_TASK" in told
+    assert in_slurm_step(STEP) and not in_slurm_step(BATCH)

@@ -1,0 +1,136 @@
+"""What `train.py --check` finds before anything starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from hg_scale.checkpoint.errors import CheckpointError
+from hg_scale.config import ConfigError, load_config
+from hg_scale.data.errors import DataError
+from hg_scale.training.check import DiskError, check_disk, check_run, checkpoints_to_come
+from tests.runs import train
+from tests.shared import ROOT
+
+
+class Usage(NamedTuple):
+    """As `shutil.disk_usage` gives it."""
+
+    total: int
+    used: int
+    free: int
+
+
+def save(folder: Path, step: int, size: int = 100) -> Path:
+    """A checkpoint as far as names and sizes go."""
+    checkpoint = folder / "checkpoints" / f"step-{step:08}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "rank-00000.safetensors").write_bytes(b"x" * size)
+    files = [{"name": "rank-00000.safetensors", "bytes": size}]
+    manifest = {"format_version": 1, "step": step, "files": files}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    return checkpoint
+
+
+def test_a_run_that_fits(config: Path, tmp_path: Path) -> None:
+    (told,) = check_run(config, (), tmp_path / "run", 4)
+    assert "4 processes = tensor 1 x pipeline 1 x data 4" in told and "begins anew" in told
+    checkpoint = save(tmp_path / "run", 3)
+    (told,) = check_run(config, (), tmp_path / "run", 4)
+    assert f"goes on from {checkpoint}" in told
+
+
+def test_a_number_of_processes_that_does_not_fit_comes_with_what_would(config: Path) -> None:
+    sets = ["training.global_batch_size=8", "parallel.tensor=2"]
+    with pytest.raises(ConfigError) as raised:
+        check_run(config, sets, Path("run"), 6)
+    told = str(raised.value)
+    assert "1 problem" in told and "training.global_batch_size = 8" in told
+    # 3 processes can share 8 windows only as the stages of a pipeline.
+    assert (
+        "all 6 processes, the same batch: --set parallel.tensor=2 --set parallel.pipeline=3" in told
+    )
+    assert "4 of the 6 processes, the same batch: --set parallel.tensor=2" in told
+
+
+def test_other_faults_come_without_advice(config: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        check_run(config, ["model.heads=3"], Path("run"), 4)
+    assert "model.heads" in str(raised.value) and "the same batch" not in str(raised.value)
+
+
+@pytest.mark.parametrize("fault", ["missing", "short"])
+def test_shards_are_counted_and_measured(
+    config: Path, corpus: Path, tmp_path: Path, fault: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    shard = next(path for path in copy.rglob("*.tar") if "train" in path.name)
+    if fault == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-512])
+    with pytest.raises(DataError, match=shard.name):
+        check_run(config, [f"data.path={copy}"], tmp_path / "run", 1)
+
+
+def test_damaged_checkpoints(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    older, newer = save(run, 3), save(run, 5)
+    (newer / "rank-00000.safetensors").write_bytes(b"x")
+    told = check_run(config, (), run, 1)
+    assert "passing over" in told[0] and newer.name in told[0] and older.name in told[1]
+    (older / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="none of the checkpoints here is whole"):
+        check_run(config, (), run, 1)
+    with pytest.raises(ConfigError, match="checkpoint.start_from"):
+        check_run(config, [f"checkpoint.start_from={newer}"], tmp_path / "other", 1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "done", "stop_at", "count"),
+    [(6, 0, 0, None, 1), (6, 2, 0, None, 3), (7, 2, 0, None, 4), (7, 2, 4, None, 2),
+     (7, 2, 0, 4, 2), (7, 2, 7, None, 0), (7, 10, 0, None, 1)],
+)  # fmt: skip
+def test_checkpoints_to_come(
+    config: Path, steps: int, every: int, done: int, stop_at: int | None, count: int
+) -> None:
+    sets = [f"training.steps={steps}", f"checkpoint.every={every}"]
+    assert checkpoints_to_come(load_config(config, sets), done, stop_at) == count
+
+
+def test_a_disk_that_will_be_full(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = load_config(config, ["checkpoint.every=2"])
+    checkpoint = save(tmp_path, 2, size=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**6, 0, 2000))
+    check_disk(known, tmp_path, checkpoint)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**6, 0, 1999))
+    with pytest.raises(DiskError, match=r"2 checkpoints to come .*room for 1"):
+        check_disk(known, tmp_path, checkpoint)
+    with pytest.raises(DiskError, match="3 checkpoints to come"):
+        check_disk(known, tmp_path / "not" / "there", None)
+
+
+def test_the_command_checks_and_ends(config: Path, tmp_path: Path) -> None:
+    """With the exit codes of `exit_codes.py`, in one line, without importing torch."""
+    run = tmp_path / "run"
+    words = ("--config", str(config), "--run", str(run), "--check", "--world-size", "4")
+    guard = tmp_path / "guard"
+    guard.mkdir()
+    (guard / "torch.py").write_text("raise SystemExit(33)")
+    environment = {"PYTHONPATH": f"{guard}:{ROOT}"}
+    good = train(*words, environment=environment)
+    assert (good.returncode, good.stderr) == (0, "") and "begins anew" in good.stdout
+    wrong = train(*words, "--set", "parallel.tensor=3", environment=environment)
+    assert wrong.returncode == 2 and "parallel.tensor" in wrong.stderr
+    checkpoint = save(run, 3)
+    (checkpoint / "manifest.json").write_text("{")
+    damaged = train(*words, environment=environment)
+    assert damaged.returncode == 1 and "begin anew in another run folder" in damaged.stderr
+    assert "Traceback" not in wrong.stderr + damaged.stderr and not (run / "logs").exists()

@@ -1,0 +1,115 @@
+"""What the files of a run folder say of the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hg_scale.commands.main import main
+from hg_scale.errors import UserError
+from hg_scale.training import status
+from hg_scale.training.status import status_of
+from tests.training.test_check import save
+
+NOW = 1_000_000.0
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "queue_state", lambda job: None)
+
+
+def write(run: Path, name: str, lines: list[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run / name).write_text(text + '{"half a li')
+
+
+def step(number: int, time: float) -> dict[str, Any]:
+    return {
+        "step": number, "loss": 2.5, "bits_per_byte": 3.6067, "tokens_per_second": 31_200.0,
+        "mfu": 0.415, "step_seconds": 30.0, "time": time, "skipped_steps": 2,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """At step 10 of 130, 30 s a step, the last one 20 s ago."""
+    (tmp_path / "config.json").write_text(json.dumps({"training": {"steps": 130}}))
+    held_out = {"step": 8, "validation_loss": 2.0, "validation_bits_per_byte": 2.8854}
+    steps = [step(n, NOW - 20 - 30 * (10 - n)) for n in range(1, 11)]
+    write(tmp_path, "metrics.jsonl", [*steps[:8], held_out, *steps[8:]])
+    return tmp_path
+
+
+def test_a_run_at_work(run: Path) -> None:
+    save(run, 10)
+    found = status_of(run, NOW)
+    assert found.alive is True
+    assert found.lines["state"] == "alive: last line 0:00:20 ago"
+    assert found.lines["step"] == "10 of 130"
+    assert found.lines["loss"] == "2.5000, 3.6067 bits a byte"
+    assert found.lines["speed"] == "31.2k tokens/s, MFU 41.5%"
+    assert found.lines["time left"] == "1:00:00"
+    assert found.lines["validation"] == "2.8854 bits a byte at step 8"
+    assert found.lines["checkpoint"].startswith("step-00000010, ")
+    assert found.lines["skipped"].startswith("2 steps")
+
+
+def test_silence_is_death_after_ten_steps_or_ten_minutes(run: Path) -> None:
+    assert status_of(run, NOW + 500).alive is True
+    found = status_of(run, NOW + 700)
+    assert found.alive is False and "0:12:00 ago, which is too long" in found.lines["state"]
+    write(run, "metrics.jsonl", [step(n, NOW - 300 * (10 - n)) for n in range(1, 11)])
+    assert status_of(run, NOW + 2900).alive is True
+    assert status_of(run, NOW + 3100).alive is False
+
+
+def test_jobs_restarts_and_last_errors(run: Path) -> None:
+    log = run / "hg-train-7.log"
+    log.write_text("step 9/130  loss 2.5\nCUDA error: an illegal access\nexit code 76: lost\n")
+    first = {"event": "start", "job": 7, "start": 1, "log": str(log), "time": NOW - 900}
+    ends = [{**first, "event": "end", "code": code, "requeued": True} for code in (76, 137, 76)]
+    starts = [{**first, "start": n} for n in (1, 2, 3, 4)]
+    both = [line for pair in zip(starts[:3], ends, strict=True) for line in pair]
+    write(run, "jobs.jsonl", both)
+    found = status_of(run, NOW)
+    assert found.alive is False
+    assert found.lines["state"] == (
+        "not running: job 7 ended: lost a rank or a node, waiting to start again"
+    )
+    assert found.errors == ["CUDA error: an illegal access", "exit code 76: lost"]
+    write(run, "jobs.jsonl", [*both, {**starts[3], "ends": NOW + 7200}])
+    found = status_of(run, NOW)
+    assert found.lines["job ends"] == "in 2:00:00"
+    assert found.alive is True
+    assert found.lines["restarts"] == (
+        "3 (2 x lost a rank or a node, 1 x lost a rank or a node (signal 9))"
+    )
+    assert status_of(run, NOW, last_errors=1).errors == ["exit code 76: lost"]
+
+
+def test_slurm_s_word_counts_more_than_silence(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(run, "jobs.jsonl", [{"event": "start", "job": 7, "start": 1, "log": "", "time": NOW}])
+    for state, alive in (("RUNNING", True), ("PENDING", False)):
+        monkeypatch.setattr(status, "queue_state", lambda job, state=state: state)
+        found = status_of(run, NOW + 10_000)
+        assert (found.alive, found.lines["state"].split(": ")[1]) == (alive, f"job 7 is {state}")
+
+
+def test_a_finished_run_and_a_damaged_one(run: Path) -> None:
+    write(run, "metrics.jsonl", [step(130, NOW - 50_000)])
+    assert status_of(run, NOW).lines["state"] == "not running: trained to the last step"
+    (save(run, 130) / "rank-00000.safetensors").unlink()
+    assert "none of the checkpoints here is whole" in status_of(run, NOW).lines["checkpoint"]
+
+
+def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert "  step        10 of 130\n" in told and "not running" in told
+    with pytest.raises(UserError, match="not a run folder"):
+        status_of(run / "nowhere")
+    assert main(["status", str(run / "nowhere")]) == 2
