@@ -61,7 +61,8 @@ def test_the_nearest_launcher_counts(environment: dict[str, str], expected: Laun
 
 def test_a_plain_srun_leads_to_its_first_node(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what is set below is taken back
+        monkeypatch.delenv(name)
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
     launch = Launch.from_environment()
