@@ -149,9 +149,9 @@ def checkpoints_to_come(config: Config, done: int, stop_at: int | None = None) -
     if done >= last:
         return 0
     count = (last // every - done // every + bool(last % every)) if every else 1
-    keep = getattr(config.checkpoint, "keep_last", 0)
+    keep = config.checkpoint.keep_last
     if not keep:
         return count
-    kept = getattr(config.checkpoint, "keep_every", 0)
+    kept = config.checkpoint.keep_every
     # One more while the newest is being written and the oldest still stands.
     return min(count, keep + 1 + (last // kept - done // kept if kept else 0))
