@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from hg_scale import __version__
 from hg_scale.data import output
-from hg_scale.data.corpus import KEY_BITS, Corpus, Task, listing_digest
+from hg_scale.data.corpus import KEY_BITS, Corpus, Task
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import INDEX_FILE, SPLITS, Index, Shard
 from hg_scale.data.place import Place
@@ -124,9 +124,8 @@ def _begin(job: Job, work: Path) -> None:
     """Rank 0: see what there is to do."""
     survey = job.corpus.survey()
     job.corpus.adopt(survey)
-    times = {"times of the files": listing_digest(job.corpus.files, with_times=True)}
     identity = job.corpus.tokenizer.identity.model_dump()
-    output.begin(job.output, output.job_of(job.description() | times, identity), goes_on=True)
+    output.begin(job.output, output.job_of(job.description(), identity), goes_on=True)
     for folder in ("text", "shards"):
         (work / folder).mkdir(exist_ok=True)
         for partial in (work / folder).glob(f"*{PARTIAL}"):  # of a process that was killed
