@@ -6,7 +6,7 @@
     python data_prep/prepare_bytes.py --input src/ --include '*.py' --output corpora/src
 
 A file (plain, .gz, .xz or .zst) is one text: ids 0..255, split by position. In a folder each file
-is a document: it goes whole into one split, by a hash of its path, and ends with the id 256. The
+is a document: it goes whole into one split, by a hash of its text, and ends with the id 256. The
 order is that of the source, and one process does it all; prepare_text.py shuffles, takes other
 formats and tokenizers, and many processes. The output folder gets tar shards for webdataset and,
 last of all, index.json. The same input and options always give the same bytes; run again on

@@ -163,6 +163,11 @@ def report(output: Path, index: Index, written: bool, seconds: float) -> None:
     else:
         print(f"{output}: already prepared from this source, nothing to do")
     print(summary(index))
+    asked = index.source.get("split")
+    for number, name in enumerate(SPLITS):
+        wanted = asked[number] if isinstance(asked, list | tuple) else name != "test"
+        if wanted and not index.splits[name].tokens:
+            print(f"  nothing fell into {name}: give it a larger part with --split, or more text")
 
 
 def summary(index: Index) -> str:

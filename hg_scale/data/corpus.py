@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import SPLITS
-from hg_scale.data.sources import find_files
+from hg_scale.data.sources import find_files, refuse_other_packing
 from hg_scale.data.tokenizer import Tokenizer
 
 KEY_BITS = 62  # of a key: the order in the split; the split's number stands above them
@@ -88,16 +88,29 @@ class Corpus(Protocol):
 def list_files(
     inputs: Sequence[Path], include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
 ) -> list[File]:
-    """The files of the inputs, in a fixed order. Raises DataError where one cannot be listed."""
+    """The files of the inputs, in a fixed order.
+
+    Raises DataError where one cannot be listed or read, or is in two of the inputs.
+    """
     files = []
+    found: dict[Path, int] = {}  # the input that has a file
     for number, given in enumerate(inputs):
-        names = find_files(given, include, exclude) if given.is_dir() else [given.name]
+        if given.is_dir():
+            names = find_files(given, include, exclude)
+        else:
+            refuse_other_packing(given)
+            names = [given.name]
         for name in names:
             path = given / name if given.is_dir() else given
             try:
                 status = path.stat()
             except OSError as error:
                 raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+            if len(inputs) > 1 and found.setdefault(path.resolve(), number) != number:
+                raise DataError(
+                    f"--input {given}: {path} is also in --input {inputs[found[path.resolve()]]}; "
+                    "name it once"
+                )
             known = name if len(inputs) == 1 else f"{number}:{name}"
             files.append(File(str(path), known, status.st_size, status.st_mtime_ns))
     return files
@@ -113,13 +126,18 @@ def refuse_empty(files: Sequence[File]) -> None:
             )
 
 
-def listing_digest(files: Sequence[File], *, with_times: bool = False) -> str:
-    """A sha256 of the names and sizes of the files."""
-    digest = hashlib.sha256()
+def listing(files: Sequence[File]) -> dict[str, Any]:
+    """What tells these files from others without reading them, for the index."""
+    names, times = hashlib.sha256(), hashlib.sha256()
     for file in files:
-        line = f"{file.size} {file.name}\n" + (f"{file.changed}\n" if with_times else "")
-        digest.update(line.encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+        names.update(f"{file.size} {file.name}\n".encode("utf-8", "surrogateescape"))
+        times.update(f"{file.changed}\n".encode())
+    return {
+        "files": len(files),
+        "bytes": sum(file.size for file in files),
+        "names and sizes": names.hexdigest(),
+        "times of the files": times.hexdigest(),
+    }
 
 
 def make_tasks(
@@ -160,7 +178,7 @@ class Keys:
     def __init__(self, split: tuple[float, ...] | None, seed: int) -> None:
         """`split`: fractions, or None for the folders `train/`, `validation/` and `test/`."""
         self._split, self._seed = split, seed
-        self._salt = seed.to_bytes(16, "big", signed=True)
+        self._salt = _salt(seed)
         self._name, self._key = "", b""
 
     def __call__(self, file: File, place: int, content: bytes) -> int:
@@ -172,14 +190,20 @@ class Keys:
         if self._split is None:
             split = folder_split(file)
         else:
-            digest = hashlib.blake2b(content, key=self._salt, digest_size=8).digest()
-            split = SPLITS.index(split_at(digest, self._split))
+            split = SPLITS.index(split_of([content], self._split, self._seed))
         return split << KEY_BITS | int.from_bytes(drawn, "big") >> (64 - KEY_BITS)
 
 
-def split_at(digest: bytes, fractions: Sequence[float]) -> str:
-    """The split that 8 random bytes draw."""
-    place = int.from_bytes(digest, "big") / 2**64
+def _salt(seed: int) -> bytes:
+    return seed.to_bytes(16, "big", signed=True)
+
+
+def split_of(content: Iterable[bytes], fractions: Sequence[float], seed: int) -> str:
+    """The split of a document, by a hash of its content, which comes in pieces."""
+    digest = hashlib.blake2b(key=_salt(seed), digest_size=8)
+    for piece in content:
+        digest.update(piece)
+    place = int.from_bytes(digest.digest(), "big") / 2**64
     for name, bound in zip(SPLITS, accumulate(fractions), strict=True):
         if place < bound:
             return name

@@ -26,7 +26,7 @@ _SUFFIXES: dict[str, Kind] = {
 def kind_of(path: Path) -> Kind:
     """What a file holds, by its name without .gz, .xz or .zst."""
     name = path.stem if is_packed(path) else path.name
-    return _SUFFIXES.get(Path(name).suffix, "text")
+    return _SUFFIXES.get(Path(name).suffix.lower(), "text")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from hg_scale.data.corpus import (
     Segment,
     Task,
     list_files,
-    listing_digest,
+    listing,
     make_tasks,
     refuse_empty,
 )
@@ -82,9 +82,7 @@ class ImageCorpus:
             "name": ", ".join(path.resolve().name for path in self.inputs),
             "kind": "images",
             "shape": self.shape,
-            "files": len(self.files),
-            "bytes": sum(file.size for file in self.files),
-            "names and sizes": listing_digest(self.files),
+            **listing(self.files),
             "split": self.fractions or "folders",
             "seed": self.seed,
         } | ({"array": self.array} if self.array else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from hg_scale.data.errors import DataError
+from hg_scale.data.store import SILENCE, Stream, first_line
 from hg_scale.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerIdentity, load_tokenizer
 
 FORMAT_VERSION = 1
@@ -159,10 +161,11 @@ class Index(_Part):
         return _json(self.model_dump()) + "\n"
 
 
-def read_index(location: str | os.PathLike[str]) -> Index:
+def read_index(location: str | os.PathLike[str], timeout: float = SILENCE) -> Index:
     """The index in a folder (or the file itself), at a URL, or behind `pipe:COMMAND {}`.
 
-    In a pipe, `{}` stands for the file to read. Raises DataError, one line, where there is no
+    In a pipe, `{}` stands for the file to read; a URL or pipe that gives no byte for `timeout`
+    seconds has failed. Raises DataError, one line, where there is no
     index that this version can use.
     """
     base = os.fspath(location)
@@ -174,6 +177,7 @@ def read_index(location: str | os.PathLike[str]) -> Index:
         "the index.json of a prepared corpus",
         "no such file; name a folder written by data_prep/*.py (the index is written last: is the "
         "preparation still running?)",
+        timeout,
     )
     try:
         tree = json.loads(text)
@@ -225,21 +229,19 @@ def unpack_offsets(text: str) -> NDArray[np.int64]:
     return np.cumsum(np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u4"), dtype=np.int64)
 
 
-def _read(where: str, expected: str, missing: str) -> bytes:
+def _read(where: str, expected: str, missing: str, timeout: float = SILENCE) -> bytes:
     """The content of a file, at a URL too."""
     try:
         if is_local(where):
             return Path(where).read_bytes()
-        from webdataset.gopen import gopen  # imports torch: only where a URL needs it
-
-        with gopen(where) as stream:
-            return stream.read()
+        with contextlib.closing(Stream(where, timeout)) as stream:
+            return b"".join(iter(lambda: stream.read(1 << 20), b""))
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError) and is_local(where):
             raise DataError(f"{where}: {missing}") from None
         raise DataError(
-            f"{where}: cannot be read ({error}); expected {expected}: check the location and that "
-            "it can be reached"
+            f"{where}: cannot be read ({first_line(error)}); expected {expected}: "
+            "check the location and that it can be reached"
         ) from None
 
 

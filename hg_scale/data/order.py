@@ -50,11 +50,6 @@ class Block:
     stop: int  # and just past its last one
     windows: Ints  # (n,) window w begins w L tokens after `start`
 
-    def __contains__(self, place: tuple[int, int]) -> bool:
-        """Whether (epoch, number in the stream) lies in this block."""
-        epoch, number = place
-        return epoch == self.epoch and 0 <= number - self.first < len(self.windows)
-
 
 class WindowOrder:
     """Where the n-th training window lies, for shards of the given lengths.

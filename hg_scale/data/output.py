@@ -18,6 +18,7 @@ from hg_scale.data.shard_writer import PARTIAL, write_durably
 from hg_scale.data.tokenizer import MODEL_FILE, SentencePieceTokenizer, Tokenizer
 
 WORK = "preparing"
+TEXT, SHARDS = "text", "shards"  # in it: the first pass, records of the second
 _JOB = "job.json"
 _OURS = re.compile(
     rf"(({'|'.join(SPLITS)})-\d{{5,}}\.tar|{MODEL_FILE}|{INDEX_FILE})(\.\w+{re.escape(PARTIAL)})?"
@@ -70,22 +71,37 @@ def already_prepared(folder: Path, job: dict[str, Any]) -> Index:
 def begin(folder: Path, job: dict[str, Any], *, goes_on: bool) -> None:
     """Write down what is being prepared; the lock of the folder is held.
 
-    What an interrupted run left stays where this preparation `goes_on` from it; else it goes, as
-    long as it is cheap to make again. Raises DataError where it is of another job.
+    What an interrupted run left stays where this preparation `goes_on` from it; else it goes.
+    Raises DataError where it is of another job, and worth going on with.
     """
-    path = folder / WORK / _JOB
+    path, different = folder / WORK / _JOB, ""
     if path.exists():
         old = json.loads(path.read_text())
         different = _differences(old, job)
-        if different and (goes_on or old.get("goes_on")):
+        if different and old.get("goes_on") and something_done(folder):
             raise DataError(
                 f"--output {folder}: an interrupted preparation there has another {different}; "
                 "give the same input and options to finish it, or remove the folder to start over"
             )
     for name in folder.iterdir():
-        if name.is_file() and (not goes_on or name.name.endswith(PARTIAL)):
+        if name.is_file() and (different or not goes_on or name.name.endswith(PARTIAL)):
             name.unlink(missing_ok=True)
+    if different:
+        for part in (TEXT, SHARDS):
+            shutil.rmtree(folder / WORK / part, ignore_errors=True)
     write_durably(path, json.dumps({**job, "goes_on": goes_on}) + "\n")
+
+
+def something_done(folder: Path) -> bool:
+    """Whether an unfinished preparation there has documents of its source, or a shard."""
+    texts = (folder / WORK / TEXT).glob("*.text")
+    return any(path.stat().st_size for path in texts) or any(folder.glob("*.tar"))
+
+
+def abandon(folder: Path) -> None:
+    """After a mistake of the user's: leave nothing behind, if nothing was done yet."""
+    if not something_done(folder):
+        clear_work(folder)
 
 
 def finish(folder: Path, index: Index, tokenizer: Tokenizer) -> Index:

@@ -14,13 +14,19 @@ import numpy as np
 
 from hg_scale import __version__
 from hg_scale.data import output
-from hg_scale.data.corpus import split_at
+from hg_scale.data.corpus import split_of
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import INDEX_FILE, SPLITS, Index
 from hg_scale.data.place import Place
 from hg_scale.data.progress import Progress
 from hg_scale.data.shard_writer import SplitWriter, default_shard_tokens
-from hg_scale.data.sources import file_digest, find_files, read_blocks, text_length
+from hg_scale.data.sources import (
+    file_digest,
+    find_files,
+    read_blocks,
+    refuse_other_packing,
+    text_length,
+)
 from hg_scale.data.team import Team
 from hg_scale.data.tokenizer import ByteTokenizer
 
@@ -45,6 +51,7 @@ class Preparation:
                 "--split in bytes is for a single file; a folder is split by whole files: "
                 "give fractions such as 0.9,0.05,0.05"
             )
+        refuse_other_packing(self.input)
         if not self.input.is_dir() and (self.include != ("*",) or self.exclude):
             raise DataError(f"--include and --exclude are for a folder; {self.input} is a file")
 
@@ -77,7 +84,7 @@ def prepare_bytes(job: Preparation, progress: Progress | None = None) -> tuple[I
         index = output.already_prepared(job.output, _job_of(job, source))
         output.clear_work(job.output)
         return index, False
-    plan = (_plan_folder if job.input.is_dir() else _plan_file)(job, source)
+    plan = _plan_folder(job, source, progress) if job.input.is_dir() else _plan_file(job, source)
     if not plan.text_bytes:
         raise DataError(f"--input {job.input}: there is no text in it")
     work = job.output / output.WORK
@@ -124,12 +131,6 @@ def _job_of(job: Preparation, source: dict[str, Any]) -> dict[str, Any]:
     return output.job_of(source, tokenizer.identity.model_dump())
 
 
-def split_of(document: str, fractions: tuple[float, ...], seed: int) -> str:
-    """The split of a document, by a hash of its name: other documents do not change it."""
-    key = f"{seed}:{document}".encode("utf-8", "surrogateescape")
-    return split_at(hashlib.blake2b(key, digest_size=8).digest(), fractions)
-
-
 def _describe(job: Preparation, progress: Progress) -> dict[str, Any]:
     """The source and the arguments, as far as they decide what is written."""
     source: dict[str, Any] = {"name": job.input.resolve().name}
@@ -144,6 +145,7 @@ def _describe(job: Preparation, progress: Progress) -> dict[str, Any]:
             progress.advance(size)
         source |= {"kind": "folder", "files": len(files), "sha256": digest.hexdigest()}
         source |= {"include": list(job.include), "exclude": list(job.exclude), "seed": job.seed}
+        source["split by"] = "content"
     else:
         source |= {"kind": "file", "sha256": file_digest(job.input)}
     source |= {"split": list(job.split), "chunk_tokens": job.chunk_tokens}
@@ -171,14 +173,16 @@ def _plan_file(job: Preparation, source: dict[str, Any]) -> _Plan:
     return _Plan(source, ByteTokenizer(documents=False), sum(sizes), tokens, blocks)
 
 
-def _plan_folder(job: Preparation, source: dict[str, Any]) -> _Plan:
+def _plan_folder(job: Preparation, source: dict[str, Any], progress: Progress) -> _Plan:
     """A document a file, whole in one split; empty files are left out."""
-    lengths = {
-        file: text_length(job.input / file)
-        for file in find_files(job.input, job.include, job.exclude)
-    }
-    splits = {file: split_of(file, job.split, job.seed) for file in lengths if lengths[file]}
+    files = find_files(job.input, job.include, job.exclude)
+    lengths = {file: text_length(job.input / file) for file in files}
     tokens = Counter(dict.fromkeys(SPLITS, 0))
+    splits: dict[str, str] = {}
+    progress.begin("splitting", sum(lengths.values()))
+    for file in filter(lengths.get, files):
+        splits[file] = split_of(read_blocks(job.input / file), job.split, job.seed)
+        progress.advance(lengths[file])
     for file, name in splits.items():
         tokens[name] += lengths[file] + 1
 

@@ -133,6 +133,15 @@ class Schedule:
         ]
         self._mixture = Mixture([source.weight for source in sources], limits)
 
+    def shares(self) -> dict[str, float]:
+        """By source, the part of its training tokens that a whole epoch serves as labels."""
+        return {
+            source.name: order.windows_per_epoch
+            * self.sequence_length
+            / source.index.split("train").tokens
+            for source, order in zip(self.sources, self.orders, strict=True)
+        }
+
     @property
     def windows(self) -> int | None:
         """How many windows there are, counted as `begin` is; None: without end."""

@@ -10,11 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import select
-import subprocess
 import tarfile
 import threading
-import time
 import zlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,9 +27,9 @@ from hg_scale.data.index import (
     is_local,
     member_name,
 )
+from hg_scale.data.store import SILENCE, Stream, first_line
 from hg_scale.data.tokenizer import token_dtype
 
-_BLOCK = tarfile.BLOCKSIZE
 _REMEDY = "copy the shard again or prepare the data again"
 _BACK_OFF = 0.5, 30.0  # seconds before the first retry, doubled for each further one, and at most
 
@@ -42,7 +39,7 @@ class Patience:
     """How often a read that fails is tried again, and how many seconds it may stand still."""
 
     retries: int = 0
-    timeout: float = 60.0
+    timeout: float = SILENCE
 
 
 @dataclass(frozen=True)
@@ -210,7 +207,7 @@ def check_shard(index: Index, shard: Shard) -> None:
     """Compare a whole shard with its checksum. Raises DataError where it is not the one written."""
     file, digest, size = ShardFile.of(index, shard), hashlib.sha256(), 0
     try:
-        with contextlib.closing(_Stream(file.url, Patience().timeout)) as stream:
+        with contextlib.closing(Stream(file.url, Patience().timeout)) as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
                 size += len(block)
@@ -223,66 +220,13 @@ def check_shard(index: Index, shard: Shard) -> None:
         )
 
 
-class _Stream:
-    """A file or pipe opened by webdataset. Closing is quick and quiet: a pipe left early exits
-    with a signal, and whether everything was read is checked against the index instead."""
-
-    def __init__(self, url: str, timeout: float) -> None:
-        from webdataset.gopen import gopen  # imports torch where it may
-
-        self._opened = gopen(url, bufsize=0)  # unbuffered: what is in a pipe can be waited for
-        self._file, self._timeout = self._opened, timeout
-        self._process, self._killed = getattr(self._opened, "proc", None), False
-        self.seekable = self._process is None
-        if self._process:
-            self._file = self._opened.stream
-            self._poll = select.poll()
-            self._poll.register(self._file, select.POLLIN)
-
-    def read(self, size: int = -1) -> bytes:
-        """Up to `size` bytes. Raises OSError where a pipe gives none for too long, or fails."""
-        if self._process:
-            self._wait()
-        data = self._file.read(size)
-        if self._process and not data and size:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                if status := self._process.wait(self._timeout):
-                    command = self._process.args  # a list for curl and the like
-                    name = "the command" if isinstance(command, str) else command[0]
-                    raise OSError(f"{name} ended with exit code {status}")
-        return data
-
-    def seek(self, place: int) -> None:
-        self._file.seek(place)
-
-    def kill(self) -> None:
-        """End the process behind a pipe, and whoever waits for it."""
-        self._killed = True
-        if self._process:
-            self._process.kill()
-
-    def _wait(self) -> None:
-        """Until there is something to read. A killed shell's children may hold the pipe open."""
-        deadline = time.monotonic() + self._timeout
-        while not self._poll.poll(200):
-            if self._killed:
-                raise OSError("ended")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no data for {self._timeout:g} seconds")
-
-    def close(self) -> None:
-        self.kill()
-        with contextlib.suppress(OSError):
-            self._opened.close()
-
-
 class _Archive:
     """A shard opened at a member, or at its beginning where it cannot be entered."""
 
     def __init__(self, file: ShardFile, number: int, timeout: float) -> None:
         from webdataset.tariterators import tar_file_iterator
 
-        self._file, self.stream = file, _Stream(file.url, timeout)
+        self._file, self.stream = file, Stream(file.url, timeout)
         self.number = number if self.stream.seekable else 0  # of the next member
         if self.stream.seekable:
             self.stream.seek(file.members.offsets[number])
@@ -322,7 +266,7 @@ def _checked(entry: dict[str, Any] | None, file: ShardFile, number: int) -> NDAr
     try:
         tokens = np.load(io.BytesIO(entry["data"]), allow_pickle=False)
     except ValueError as error:
-        raise _WrongMember(f"{where}: not a .npy array ({_first_line(error)}); {_REMEDY}") from None
+        raise _WrongMember(f"{where}: not a .npy array ({first_line(error)}); {_REMEDY}") from None
     if tokens.dtype != dtype or tokens.shape != (count,):
         raise _WrongMember(
             f"{where} holds {tokens.dtype} {tokens.shape}, the index says {dtype} ({count},); "
@@ -340,11 +284,6 @@ def _unreadable(error: Exception, file: ShardFile, where: str = "") -> str:
     if isinstance(error, FileNotFoundError) and is_local(file.url):
         return f"{file.url}: the shard is missing{where}; {_REMEDY}"
     return (
-        f"{file.url}: cannot be read{where} ({_first_line(error)}); the file should have "
+        f"{file.url}: cannot be read{where} ({first_line(error)}); the file should have "
         f"{file.file_bytes} bytes: {_REMEDY}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error) or type(error).__name__
-    return text.split(" @ ")[0].splitlines()[0]  # webdataset appends the stream's repr after an @

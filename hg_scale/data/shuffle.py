@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from hg_scale import __version__
 from hg_scale.data import output
-from hg_scale.data.corpus import KEY_BITS, Corpus, Task, listing_digest
+from hg_scale.data.corpus import KEY_BITS, Corpus, Task
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import INDEX_FILE, SPLITS, Index, Shard
 from hg_scale.data.place import Place
@@ -90,26 +90,41 @@ def prepare(job: Job, progress: Progress) -> tuple[Index | None, bool]:
         return (_already_there(job) if job.place.rank == 0 else None), False
     work = job.output / output.WORK
     work.mkdir(parents=True, exist_ok=True)
-    with Team(job.place, work, patience=job.patience, progress=progress) as team:
-        if team.rank == 0:
-            _begin(job, work)
-        team.barrier()
-        job.corpus.adopt(json.loads((work / "survey.json").read_text()))
-        tasks = job.corpus.tasks()
-        _scatter(job, work, tasks, team)
-        team.barrier()
-        spill = Spill(work / "text", len(tasks))
-        if team.rank == 0 and not (work / "plan.json").exists():
-            write_durably(work / "plan.json", json.dumps(_plan(job, spill)))
-        team.barrier()
-        plan = json.loads((work / "plan.json").read_text())
-        ranges = [Range(*entry) for entry in plan["ranges"]]
-        _gather(job, work, ranges, plan["text_bytes"], spill, team)
-        team.barrier()
-        index = _finish(job, work, ranges) if team.rank == 0 else None
+    mistaken = False
+    try:
+        with Team(job.place, work, patience=job.patience, progress=progress) as team:
+            try:
+                index = _prepare(job, work, team)
+            except DataError as error:
+                mistaken = error is not team.problem
+                raise
+    finally:
+        # With others, who still look there for what went wrong, the next start clears it.
+        if mistaken and job.place.size == 1:
+            output.abandon(job.output)
     if team.rank == 0:
         output.clear_work(job.output)
     return index, True
+
+
+def _prepare(job: Job, work: Path, team: Team) -> Index | None:
+    """All of it, as one of the team. The index on rank 0."""
+    if team.rank == 0:
+        _begin(job, work)
+    team.barrier()
+    job.corpus.adopt(json.loads((work / "survey.json").read_text()))
+    tasks = job.corpus.tasks()
+    _scatter(job, work, tasks, team)
+    team.barrier()
+    spill = Spill(work / output.TEXT, len(tasks))
+    if team.rank == 0 and not (work / "plan.json").exists():
+        write_durably(work / "plan.json", json.dumps(_plan(job, spill)))
+    team.barrier()
+    plan = json.loads((work / "plan.json").read_text())
+    ranges = [Range(*entry) for entry in plan["ranges"]]
+    _gather(job, work, ranges, plan["text_bytes"], spill, team)
+    team.barrier()
+    return _finish(job, work, ranges) if team.rank == 0 else None
 
 
 def _already_there(job: Job) -> Index:
@@ -124,10 +139,9 @@ def _begin(job: Job, work: Path) -> None:
     """Rank 0: see what there is to do."""
     survey = job.corpus.survey()
     job.corpus.adopt(survey)
-    times = {"times of the files": listing_digest(job.corpus.files, with_times=True)}
     identity = job.corpus.tokenizer.identity.model_dump()
-    output.begin(job.output, output.job_of(job.description() | times, identity), goes_on=True)
-    for folder in ("text", "shards"):
+    output.begin(job.output, output.job_of(job.description(), identity), goes_on=True)
+    for folder in (output.TEXT, output.SHARDS):
         (work / folder).mkdir(exist_ok=True)
         for partial in (work / folder).glob(f"*{PARTIAL}"):  # of a process that was killed
             partial.unlink()
@@ -136,19 +150,31 @@ def _begin(job: Job, work: Path) -> None:
 
 def _scatter(job: Job, work: Path, tasks: list[Task], team: Team) -> None:
     """The first pass."""
-    folder = work / "text"
+    folder = work / output.TEXT
     done = {task.number for task in tasks if table_path(folder, task.number).exists()}
     total = sum(task.stored_bytes for task in tasks)
     before = sum(task.stored_bytes for task in tasks if task.number in done)
     team.stage("reading documents", total, before)
     left = [task for task in tasks if task.number not in done]
     for task in team.share(left, lambda task: f"text-{task.number}"):
-        with SpillWriter(folder, task.number) as spill:
-            for segment in task.segments:
-                counter = _Counter(team, segment.end - segment.begin)
-                for key, content in job.corpus.documents(segment, folder, counter.advance):
-                    spill.add(key, content)
-                counter.close()
+        try:
+            _scatter_task(job, folder, task, team)
+        except DataError as error:
+            if error is team.problem or not output.something_done(job.output):
+                raise
+            raise DataError(
+                f"{error}. A part is done in {job.output}: remove it, to start over once the input "
+                "or the options have changed"
+            ) from None
+
+
+def _scatter_task(job: Job, folder: Path, task: Task, team: Team) -> None:
+    with SpillWriter(folder, task.number) as spill:
+        for segment in task.segments:
+            counter = _Counter(team, segment.end - segment.begin)
+            for key, content in job.corpus.documents(segment, folder, counter.advance):
+                spill.add(key, content)
+            counter.close()
 
 
 class _Counter:
@@ -242,7 +268,7 @@ def _write_shard(job: Job, part: Range, spill: Spill, team: Team) -> Shard:
 
 def _record_path(work: Path, part: Range) -> Path:
     """What the index will say of a shard; it is there when the shard is done."""
-    return work / "shards" / f"{part.name}.json"
+    return work / output.SHARDS / f"{part.name}.json"
 
 
 def _records(job: Job, work: Path, ranges: list[Range]) -> Iterator[Shard]:

@@ -29,14 +29,18 @@ _OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
     ".xz": lzma.LZMAFile,
     ".zst": _zstd,
 }
+_NOT_READ = {
+    ".bz2", ".zstd", ".lz4", ".lzma", ".lz", ".lzo", ".z", ".br", ".sz",
+    ".7z", ".rar", ".zip", ".tar", ".tgz", ".tbz", ".tbz2", ".txz",
+}  # fmt: skip
 
 
 def find_files(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
     """The files below `folder` as relative POSIX paths, sorted by their bytes.
 
     A pattern is matched with the file's name and with its relative path, where `*` also spans
-    `/`. Links to folders are not followed. Raises DataError where nothing is left, or a link to a
-    file leads nowhere.
+    `/`. Links to folders are not followed. Raises DataError where nothing is left, a link to a file
+    leads nowhere, or a file is packed in an unknown way.
     """
 
     def matches(path: str, patterns: Sequence[str]) -> bool:
@@ -54,6 +58,7 @@ def find_files(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> 
             if not matches(relative, include) or matches(relative, exclude):
                 continue
             if path.is_file():
+                refuse_other_packing(path)
                 found.append(relative)
             elif path.is_symlink() and not path.exists():
                 raise DataError(
@@ -71,7 +76,16 @@ def find_files(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> 
 
 def is_packed(path: Path) -> bool:
     """Whether the file has to be unpacked, by its name."""
-    return path.suffix in _OPENERS
+    return path.suffix.lower() in _OPENERS
+
+
+def refuse_other_packing(path: Path) -> None:
+    """Raise DataError where a file is packed, by its name, in a way that is not read here."""
+    if path.suffix.lower() in _NOT_READ:
+        raise DataError(
+            f"{path}: {path.suffix} files are not read; unpack it, or pack it as "
+            f"{', '.join(_OPENERS)}, or leave it out with --exclude"
+        )
 
 
 def read_blocks(
@@ -85,7 +99,7 @@ def read_blocks(
     try:
         with path.open("rb") as stored:
             stored.seek(begin)
-            file = _OPENERS[path.suffix](stored) if is_packed(path) else stored
+            file = _OPENERS[path.suffix.lower()](stored) if is_packed(path) else stored
             told = begin
             with closing(file):
                 while block := file.read(_BLOCK):

@@ -70,6 +70,11 @@ class Team:
 
     # what the work uses
 
+    @property
+    def problem(self) -> DataError | None:
+        """What ends this process, where it is no fault of its own work."""
+        return self._problem
+
     def barrier(self) -> None:
         """Wait for all. Raises Stopped, with its message, where a process failed or is silent."""
         self._done.append(0)

@@ -15,7 +15,7 @@ from hg_scale.data.corpus import (
     Segment,
     Task,
     list_files,
-    listing_digest,
+    listing,
     make_tasks,
     refuse_empty,
 )
@@ -75,9 +75,7 @@ class TextCorpus:
         source: dict[str, Any] = {
             "name": ", ".join(path.resolve().name for path in self.inputs),
             "kind": "text" if self.sizes else "documents",
-            "files": len(self.files),
-            "bytes": sum(file.size for file in self.files),
-            "names and sizes": listing_digest(self.files),
+            **listing(self.files),
             "split": self.sizes or self.fractions or "folders",
         }
         if self.sizes is None:

@@ -6,6 +6,7 @@ rank of a tensor group reads, and gives the others theirs.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -26,6 +27,8 @@ from hg_scale.training.agreement import flag_of, raise_flag, stop_all
 from hg_scale.training.corpora import patience
 
 _MEGABYTE = 1 << 20
+_TOLD = 20  # faults that a rank tells
+_FEW_LEFT_OUT = 0.95  # of the tokens, served in an epoch: less is worth a warning
 
 
 class Batches:
@@ -67,6 +70,8 @@ class Batches:
         if self.schedule.new_sources and mesh.rank == 0:
             new = ", ".join(self.schedule.new_sources)
             warn(f"data new to this run begins at its first window: {new}")
+        if mesh.rank == 0:
+            self._tell_shares()
         self._check_room(steps)
         self.skipped = list(resumed.skipped) if resumed else []  # [window of the run, shard], ...
         self.scored = 1.0  # share of the last global batch that counts in the loss
@@ -157,14 +162,19 @@ class Batches:
             batch = self._stream.next_batch()
         except DataError as error:
             return None, error
+        except Exception as error:  # of ours; it too must reach the flag that the peers wait for
+            self._warn(traceback.format_exc())
+            what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            return None, DataError(f"reading the data failed ({what}); report the traceback above")
         self._waits.append(batch.waited)
         messages = list(dict.fromkeys(batch.faults.values()))
         if messages and not self._skips:
             return None, DataError(messages[0])
         for message in messages:
-            if message not in self._told:
+            if message not in self._told and len(self._told) < _TOLD:
                 self._told.add(message)
-                self._warn(f"{message}; its windows are skipped")
+                last = "; further ones are counted only" if len(self._told) == _TOLD else ""
+                self._warn(f"{message}; its windows are skipped{last}")
         return batch, None
 
     def _agree(self, read: Batch | None, fault: DataError | None) -> list[int]:
@@ -196,6 +206,16 @@ class Batches:
                 f"data.max_skipped {self._most}: mend the shards named above, or allow more"
             )
             stop_all(fault, teller=0)
+
+    def _tell_shares(self) -> None:
+        """Say where the ends of shards, of which no window can be made, are more than a few."""
+        for name, share in self.schedule.shares().items():
+            if share < _FEW_LEFT_OUT:
+                self._warn(
+                    f"{name}: an epoch serves {share:.1%} of its training tokens in windows of "
+                    f"{self._length}, the ends of its shards stay out; larger --shard-tokens in "
+                    "its preparation leave out less"
+                )
 
     def _check_room(self, steps: int) -> None:
         """Sources that all retire must last."""

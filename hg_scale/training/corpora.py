@@ -25,7 +25,7 @@ def open_sources(config: Config) -> list[Source]:
     key = "data.path" if config.data.sources is None else "data.sources"
     sources = []
     for corpus in config.data.corpora:
-        index = _open(corpus, key, config.data.retries)
+        index = _open(corpus, key, patience(config))
         _check(config, corpus, key, index)
         again = corpus.when_exhausted == "repeat"
         sources.append(Source(corpus.label, index, corpus.weight, again))
@@ -52,8 +52,8 @@ def bytes_per_token(sources: list[Source]) -> float:
     return sum(weight * split.text_bytes / split.tokens for weight, split in splits) / weights
 
 
-def _open(corpus: SourceConfig, key: str, retries: int) -> Index:
-    path, pause = corpus.path, 0.5
+def _open(corpus: SourceConfig, key: str, patience: Patience) -> Index:
+    path, retries, pause = corpus.path, patience.retries, 0.5
     if is_local(path) and not Path(path).is_dir():
         problem = Problem(
             key,
@@ -64,7 +64,7 @@ def _open(corpus: SourceConfig, key: str, retries: int) -> Index:
         raise ConfigError([problem])
     while True:
         try:
-            return read_index(path)
+            return read_index(path, patience.timeout)
         except DataError:
             if is_local(path) or not retries:
                 raise

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import locate, pack_offsets, read_index, unpack_offsets
+from tests.data.servers import serve
 
 
 def damage(index, **changes):
@@ -75,6 +76,21 @@ def test_missing_and_broken_files(tmp_path):
         read_index(tmp_path)
     with pytest.raises(DataError, match="cannot be read"):
         read_index("pipe:exit 3 # {}")
+
+
+def test_a_server_that_refuses_or_falls_silent(index):
+    """One line, and no waiting without end."""
+    refuses = serve(index.location, lambda name, number: "refuse")
+    with refuses as (url, _), pytest.raises(DataError) as caught:
+        read_index(url)
+    reason = "cannot be read (curl ended with exit code 22); expected the index.json"
+    assert str(caught.value).startswith(f"{url}/index.json: {reason}")
+    stalls = serve(index.location, lambda name, number: "stall")
+    with stalls as (url, _), pytest.raises(DataError) as caught:
+        read_index(url, timeout=0.5)
+    assert "index.json: cannot be read (no data for 0.5 seconds)" in str(caught.value)
+    with serve(index.location) as (url, _):
+        assert read_index(url).text() == index.text()
 
 
 def test_empty_split(copied):

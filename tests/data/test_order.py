@@ -25,7 +25,7 @@ def starts_of_epoch(order, epoch):
     for e, stream, number in zip(*order.turns(first, order.windows_per_epoch), strict=True):
         assert e == epoch
         block = order.block(epoch, int(stream), int(number))
-        assert (epoch, number) in block
+        assert block.epoch == epoch and 0 <= number - block.first < len(block.windows)
         window = block.windows[number - block.first]
         places.append((block.shard, block.start + int(window) * order.sequence_length))
     return places

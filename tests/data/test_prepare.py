@@ -1,13 +1,15 @@
 import lzma
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hg_scale.data.corpus import KEY_BITS, File, Keys, split_of
 from hg_scale.data.errors import DataError
 from hg_scale.data.evaluation import split_text
-from hg_scale.data.prepare import Preparation, prepare_bytes, split_of
+from hg_scale.data.prepare import Preparation, prepare_bytes
 from hg_scale.data.shard_writer import default_shard_tokens
 from hg_scale.data.shards import SplitReader
 from tests.data.conftest import TEXT, make_folder, prepare
@@ -49,7 +51,7 @@ def test_documents_go_whole_into_one_split(tmp_path):
         assert tokens.dtype == np.uint16 and tokens[-1] == 256
         expected = [
             text for file, text in sorted(documents.items())
-            if text and split_of(file, (0.6, 0.2, 0.2), 3) == name
+            if text and split_of([text], (0.6, 0.2, 0.2), 3) == name
         ]  # fmt: skip
         ends = np.flatnonzero(tokens == 256) + 1
         pieces = [part[:-1].astype(np.uint8).tobytes() for part in np.split(tokens, ends)[:-1]]
@@ -64,12 +66,28 @@ def test_documents_go_whole_into_one_split(tmp_path):
 
 
 def test_a_new_document_moves_no_other():
-    names = [f"d/{number}" for number in range(5000)]
-    splits = [split_of(name, (0.9, 0.05, 0.05), 0) for name in names]
-    assert splits == [split_of(name, (0.9, 0.05, 0.05), 0) for name in names]
+    texts = [[b"text", b"%d" % number] for number in range(5000)]
+    splits = [split_of(text, (0.9, 0.05, 0.05), 0) for text in texts]
+    assert splits == [split_of([b"".join(text)], (0.9, 0.05, 0.05), 0) for text in texts]
     assert abs(splits.count("train") / 5000 - 0.9) < 0.015
-    assert splits != [split_of(name, (0.9, 0.05, 0.05), 1) for name in names]
-    assert split_of("d/0", (0.0, 1.0, 0.0), 0) == "validation"
+    assert splits != [split_of(text, (0.9, 0.05, 0.05), 1) for text in texts]
+    assert split_of([b"text"], (0.0, 1.0, 0.0), 0) == "validation"
+
+
+def test_equal_documents_land_in_the_same_split(tmp_path):
+    """Whatever their names, packed or not, and in the one where `prepare_text.py` puts them."""
+    (tmp_path / "in").mkdir()
+    for number in range(60):
+        text = b"the text %d" % (number % 20)
+        packed = lzma.compress(text) if number % 2 else text
+        (tmp_path / "in" / f"{number}.txt{'.xz' * (number % 2)}").write_bytes(packed)
+    index = prepare(tmp_path / "in", tmp_path / "out", split=(0.4, 0.3, 0.3))
+    keys = Keys((0.4, 0.3, 0.3), 0)
+    for number, (name, split) in enumerate(index.splits.items()):
+        texts = Counter(split_text(index, name).split(b"the text ")[1:])
+        assert set(texts.values()) == {3} and split.documents == texts.total()
+        for text in texts:
+            assert keys(File("x", "x", 1, 0), 0, b"the text " + text) >> KEY_BITS == number
 
 
 def test_run_again_changes_nothing(text_file, tmp_path):

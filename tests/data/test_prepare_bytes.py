@@ -39,6 +39,14 @@ def test_folder_with_patterns(tmp_path):
     assert read_index(tmp_path / "out").source["files"] == 72
 
 
+def test_a_split_that_stays_empty_is_told(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a").write_text("the only document")
+    for split, lines in [("0.9,0.05,0.05", 2), ("1,0,0", 0)]:
+        result = run("--input", "in", "--output", f"out-{lines}", "--split", split, cwd=tmp_path)
+        assert result.returncode == 0 and result.stdout.count("nothing fell into") == lines
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

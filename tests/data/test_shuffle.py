@@ -215,6 +215,10 @@ def test_run_again_and_other_options(tmp_path):
     assert run(tmp_path / "in", out, tokenizer) == (index, False)
     with pytest.raises(DataError, match="from 'in' with another seed, shard_tokens; choose"):
         run(tmp_path / "in", out, tokenizer, seed=5, shard_tokens=1000)
+    text = (tmp_path / "in" / "001.txt").read_text()
+    (tmp_path / "in" / "001.txt").write_text(text[::-1])  # as long as before
+    with pytest.raises(DataError, match="from 'in' with another times of the files; choose"):
+        run(tmp_path / "in", out, tokenizer)
     (tmp_path / "in" / "000.txt").write_text("longer " * 99)
     with pytest.raises(DataError, match="with another bytes, names and sizes"):
         run(tmp_path / "in", out, tokenizer)
@@ -229,6 +233,42 @@ def test_a_source_that_changed_is_not_gone_on_with(tmp_path, monkeypatch):
     text = (tmp_path / "in" / "001.txt").read_text()
     (tmp_path / "in" / "001.txt").write_text(text[::-1])
     with pytest.raises(DataError, match="another times of the files; give the same input"):
+        run(tmp_path / "in", out, tokenizer)
+
+
+def test_a_first_mistake_leaves_nothing_behind(tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jsonl").write_text('{"text": "one"}\nnot JSON\n')
+    make_corpus(tmp_path / "in", 30)
+    tokenizer, out = ByteTokenizer(documents=True), tmp_path / "out"
+    with pytest.raises(DataError, match="mend or remove it$"):
+        run(tmp_path / "bad", out, tokenizer)
+    assert not list(out.iterdir())
+    assert run(tmp_path / "in", out, tokenizer)[1]
+
+
+def test_what_others_left_unfinished_is_no_hindrance(tmp_path):
+    """As several processes leave it, where one met a mistake before a part was done."""
+    make_corpus(tmp_path / "in", 30)
+    tokenizer, out = ByteTokenizer(documents=True), tmp_path / "out"
+    (out / "preparing" / "text").mkdir(parents=True)
+    (out / "preparing" / "text" / "00000.text").touch()
+    (out / "preparing" / "text" / "00000.npy").touch()
+    (out / "preparing" / "job.json").write_text('{"name": "other", "goes_on": true}')
+    run(tmp_path / "in", out, tokenizer)
+    run(tmp_path / "in", tmp_path / "again", tokenizer)
+    assert contents(out) == contents(tmp_path / "again")
+
+
+def test_a_later_mistake_says_how_to_start_over(tmp_path, monkeypatch):
+    from hg_scale.data import corpus
+
+    monkeypatch.setattr(corpus, "_LEAST_TASK", 1)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text('{"text": "one"}\n' * 99)
+    (tmp_path / "in" / "b.jsonl").write_text("not JSON\n")
+    tokenizer, out = ByteTokenizer(documents=True), tmp_path / "out"
+    with pytest.raises(DataError, match="mend or remove it. A part is done in .*out: remove it"):
         run(tmp_path / "in", out, tokenizer)
 
 

@@ -5,7 +5,7 @@ import pyarrow
 import pytest
 
 from hg_scale.data.errors import DataError
-from hg_scale.data.sources import file_digest, find_files, read_blocks, text_length
+from hg_scale.data.sources import file_digest, find_files, is_packed, read_blocks, text_length
 
 
 def zstd(data):
@@ -43,6 +43,23 @@ def test_broken_packed_files(tmp_path, suffix, pack):
         with pytest.raises(DataError, match=rf"text\{suffix}: cannot be unpacked") as caught:
             list(read_blocks(path))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["text.gz", "TEXT.GZ", "text.Xz", "text.ZST"])
+def test_suffixes_in_any_case(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(dict(PACKERS)[path.suffix.lower()](TEXT))
+    assert is_packed(path) and b"".join(read_blocks(path)) == TEXT
+
+
+@pytest.mark.parametrize("name", ["b.jsonl.bz2", "b.txt.ZSTD", "b.lz4", "b.7z", "b.tar"])
+def test_other_packing_is_refused(tmp_path, name):
+    """It would become a document of what a packer writes."""
+    for file in ("a.jsonl", name):
+        (tmp_path / file).write_bytes(b"{}")
+    with pytest.raises(DataError, match=f"{name}: .* files are not read; unpack it, or pack it"):
+        find_files(tmp_path, ["*"], [])
+    assert find_files(tmp_path, ["*"], ["b.*"]) == ["a.jsonl"]
 
 
 def test_unreadable_file(tmp_path):

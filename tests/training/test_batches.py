@@ -134,11 +134,53 @@ def test_a_skip_masks_and_is_written_down_alike_everywhere(
     assert {shard for _, shard in ledger} == {"shards/train-00004.tar"}
     assert len({window for window, _ in ledger}) == len(ledger) == masked.sum()
     assert {window // 8 for window, _ in ledger} == set(np.flatnonzero(masked.any(1)).tolist())
-    told = {message for rank in ranks for message in rank["warnings"]}
+    told = {message for rank in ranks for message in rank["warnings"] if "skipped" in message}
     assert len(told) == 1 and "train-00004.tar: member 1: the checksum differs" in told.pop()
     # The ledger goes on in a run resumed from there, on another layout.
     again = worlds.run(2, serve, config_of(corpus, on_fault="skip"), 2, ranks[0]["state"])
     assert again[0]["state"]["skipped"][: len(ledger)] == ledger
+
+
+def serve_with_a_bug(tree: dict[str, Any]) -> dict[str, Any]:
+    """As `serve`, where reading fails on rank 1 as no bad data makes it fail."""
+    import torch.distributed as dist
+
+    from hg_scale.data.shards import ShardReader
+
+    def load(self: ShardReader, start: int, stop: int) -> None:
+        raise RuntimeError("not as planned\nat all")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(ShardReader, "load", load)
+        return serve(tree, STEPS)
+
+
+def test_a_bug_on_one_rank_ends_all(worlds: Worlds, corpus: Index) -> None:
+    """None is left waiting in the exchange; the traceback is shown where it happened."""
+    ranks = worlds.run(2, serve_with_a_bug, config_of(corpus))
+    assert ranks[0]["fault"][0] == "Stopped"
+    kind, text = ranks[1]["fault"]
+    assert kind == "DataError" and "(RuntimeError: not as planned)" in text
+    assert "Traceback" in ranks[1]["warnings"][-1] and "in load" in ranks[1]["warnings"][-1]
+
+
+def serve_and_tell_two(tree: dict[str, Any]) -> dict[str, Any]:
+    from hg_scale.training import batches
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "_TOLD", 2)
+        return serve(tree, STEPS)
+
+
+def test_no_more_faults_are_told_than_one_reads(worlds: Worlds, corpus: Index) -> None:
+    for number in range(5):
+        Path(corpus.location, f"train-{number:05d}.tar").unlink()
+    tree = config_of(corpus, on_fault="skip", max_skipped=100)
+    (found,) = worlds.run(1, serve_and_tell_two, tree)
+    told = [message for message in found["warnings"] if "skipped" in message]
+    assert len(told) == 2 and told[-1].endswith("further ones are counted only")
+    assert found["fault"] is None and len(found["state"]["skipped"]) > 20
 
 
 def test_too_many_skips_stop_all_ranks(worlds: Worlds, corpus: Index) -> None:
@@ -148,6 +190,19 @@ def test_too_many_skips_stop_all_ranks(worlds: Worlds, corpus: Index) -> None:
     kind, text = ranks[0]["fault"]
     assert kind == "DataError" and "more than data.max_skipped 3" in text
     assert "train-0000" in text and ranks[1]["fault"][0] == "Stopped"
+
+
+def test_tokens_left_out_are_told(worlds: Worlds, corpus: Index, tmp_path: Path) -> None:
+    """Of 12 shards of 1,000 tokens; of one of 12,000 few enough stay out to say nothing."""
+    (warning,) = worlds.run(2, serve, config_of(corpus), 1)[0]["warnings"]
+    assert f"shards: an epoch serves {12 * 14 * 64 / 12_000:.1%} of its training tok" in warning
+    tree = merge(config_of(corpus), {"model": {"sequence_length": 512}})
+    (warning,) = worlds.run(1, serve, tree, 1)[0]["warnings"]
+    assert "serves 51.2% of its training tokens in windows of 512" in warning
+    large = prepare(
+        tmp_path / "text", tmp_path / "large", split=(12_000, 1_000, 0), shard_tokens=12_000
+    )
+    assert worlds.run(1, serve, config_of(large), 1)[0]["warnings"] == []
 
 
 def test_the_worst_rank_is_named(worlds: Worlds, corpus: Index) -> None:

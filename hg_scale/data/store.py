@@ -1,0 +1,69 @@
+"""Bytes from where a corpus lies: a file, a URL, a pipe. None waits for them without end."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import subprocess
+import time
+
+SILENCE = 60.0  # seconds without a byte, after which a read has failed
+
+
+class Stream:
+    """A file or pipe opened by webdataset. Closing is quick and quiet: a pipe left early exits
+    with a signal, and whether everything was read is checked against the index instead."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        from webdataset.gopen import gopen  # imports torch where it may
+
+        self._opened = gopen(url, bufsize=0)  # unbuffered: what is in a pipe can be waited for
+        self._file, self._timeout = self._opened, timeout
+        self._process, self._killed = getattr(self._opened, "proc", None), False
+        self.seekable = self._process is None
+        if self._process:
+            self._file = self._opened.stream
+            self._poll = select.poll()
+            self._poll.register(self._file, select.POLLIN)
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to `size` bytes. Raises OSError where a pipe gives none for too long, or fails."""
+        if self._process:
+            self._wait()
+        data = self._file.read(size)
+        if self._process and not data and size:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if status := self._process.wait(self._timeout):
+                    command = self._process.args  # a list for curl and the like
+                    name = "the command" if isinstance(command, str) else command[0]
+                    raise OSError(f"{name} ended with exit code {status}")
+        return data
+
+    def seek(self, place: int) -> None:
+        self._file.seek(place)
+
+    def kill(self) -> None:
+        """End the process behind a pipe, and whoever waits for it."""
+        self._killed = True
+        if self._process:
+            self._process.kill()
+
+    def _wait(self) -> None:
+        """Until there is something to read. A killed shell's children may hold the pipe open."""
+        deadline = time.monotonic() + self._timeout
+        while not self._poll.poll(200):
+            if self._killed:
+                raise OSError("ended")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no data for {self._timeout:g} seconds")
+
+    def close(self) -> None:
+        self.kill()
+        with contextlib.suppress(OSError):
+            self._opened.close()
+
+
+def first_line(error: Exception) -> str:
+    """What webdataset or the system says of a failed read, in a line."""
+    text = str(error) or type(error).__name__
+    return text.split(" @ ")[0].splitlines()[0]  # webdataset appends the stream's repr after an @
