@@ -87,6 +87,7 @@ def _check(options: argparse.Namespace) -> None:
 def figures(subject: Subject, score: Score, precision: str) -> dict[str, Any]:
     """All that was measured, for a file."""
     period = subject.trained.model.config.parsed.total_factor
+    spread = score.bits_per_byte * score.byte_interval
     found: dict[str, Any] = {
         "model": str(subject.trained.path),
         "step": subject.trained.step,
@@ -95,14 +96,12 @@ def figures(subject: Subject, score: Score, precision: str) -> dict[str, Any]:
         "window": subject.how.length,
         "stride": subject.how.stride,
         "tokens": score.tokens,
-        "bytes": round(score.bytes),
+        "bytes": score.bytes,
         "nats_per_token": score.nats_per_token,
         "bits_per_token": score.bits_per_token,
         "bits_per_byte": score.bits_per_byte,
-        "interval_95": score.bits_per_byte * score.relative_interval,
+        "interval_95_half_width": None if spread != spread else spread,  # JSON has no NaN
     }
-    if found["interval_95"] != found["interval_95"]:
-        found["interval_95"] = None  # JSON has no NaN
     if subject.images:
         found["bits_per_dimension"] = score.bits_per_token
     found["nats_by_position"] = [
@@ -124,13 +123,13 @@ def _print(subject: Subject, score: Score) -> None:
     from rich.console import Console
 
     how, trained = subject.how, subject.trained
-    spread = score.bits_per_byte * score.relative_interval
+    spread = score.bits_per_byte * score.byte_interval
     print(f"{trained.path}, step {trained.step:,}, on {subject.name}")
     if how.stride == how.length:
         protocol = f"windows of {how.length:,} tokens without context"
     else:
         protocol = f"windows of {how.length:,} tokens, the last {how.stride:,} of each scored"
-    print(f"  {score.tokens:,} tokens, {round(score.bytes):,} bytes, each scored once; {protocol}")
+    print(f"  {score.tokens:,} tokens, {score.bytes:,} bytes, each scored once; {protocol}")
     print(
         f"  {score.nats_per_token:.4f} nats a token, {score.bits_per_token:.4f} bits a token, "
         f"{score.bits_per_byte:.4f} bits a byte"

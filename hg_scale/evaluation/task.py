@@ -43,13 +43,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and the text that it is scored on: `tokens` that stand for `bytes`."""
+    """A model and the text that it is scored on: `tokens` that stand for `bytes`.
+
+    `bytes` is None for a part of a text: what its tokens stand for.
+    """
 
     trained: Trained
     text: Text
     name: str
     tokens: int
-    bytes: float
+    bytes: int | None
     how: Windows
     begin: int
     images: bool
@@ -70,8 +73,9 @@ def open_subject(task: Task, device: str | None = None) -> Subject:
     text: Text
     if plain:
         raw, tokenizer = plain.read_bytes(), trained.open_tokenizer()
+        size: int | None = len(raw)
         ids = tokenizer.encode(raw)
-        text, tokens, size = Tokens(ids), len(ids), float(len(raw))
+        text, tokens = Tokens(ids), len(ids)
         name, begin = str(plain), tokenizer.eod or 0
         if not tokens:
             raise UserError(f"{plain}: is empty")
@@ -80,7 +84,7 @@ def open_subject(task: Task, device: str | None = None) -> Subject:
         if index is None:
             raise UserError(f"{task.model}: an export names no data; give --data SHARDS or FILE")
         text, tokens = SplitReader(index, task.split), index.split(task.split).tokens
-        size = float(split_bytes(index, task.split))
+        size = split_bytes(index, task.split)
         name, begin = f"{task.split} split of {index.location}", index.eod or 0
         images = document_shape(index) is not None
         if images and (how.length, how.stride) != (index.document_tokens,) * 2:
@@ -89,8 +93,9 @@ def open_subject(task: Task, device: str | None = None) -> Subject:
                 "its own: leave --context, --window and --stride out"
             )
     if task.windows is not None:
-        part = min(tokens, how.length + (task.windows - 1) * how.stride)
-        tokens, size = part, size * part / tokens
+        part = how.length + (task.windows - 1) * how.stride
+        if part < tokens:
+            tokens, size = part, None
     return Subject(trained, text, name, tokens, size, how, begin, images)
 
 
@@ -108,7 +113,8 @@ def evaluate(
         losses = _share(subject, task.rows, 0, 1, advance)
     else:
         losses = _spread(task, processes, advance)
-    return subject, Score(losses, subject.bytes)
+    size = int(losses.bytes.sum()) if subject.bytes is None else subject.bytes
+    return subject, Score(losses, size)
 
 
 def _share(
@@ -119,7 +125,8 @@ def _share(
     return score_windows(
         subject.trained.model, subject.text, subject.tokens, subject.how, rows=rows,
         begin=subject.begin, separate=subject.images, first=int(ends[rank]),
-        last=int(ends[rank + 1]), advance=advance,
+        last=int(ends[rank + 1]), count_bytes=subject.trained.open_tokenizer().count_bytes,
+        advance=advance,
     )  # fmt: skip
 
 
