@@ -108,6 +108,7 @@ def test_images(worlds: Worlds, tmp_path: Path) -> None:
     assert figures["bits_per_dimension"] == figures["bits_per_token"] < 6  # uniform: 8
     assert figures["tokens"] == 64 * read_index(shards).split("test").documents
     assert main(["evaluate", str(run), "--window", "32"]) == 2  # an image is scored on its own
+    assert main(["evaluate", str(run), "--data", __file__]) == 2  # no text
     picture = tmp_path / "drawn.png"
     assert main(["generate", str(run), "--count", "4", "--output", str(picture)]) == 0
     with Image.open(picture) as drawn:

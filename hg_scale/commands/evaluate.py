@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a run folder (its newest checkpoint), a checkpoint folder, or an export")  # fmt: skip
     add("--data", metavar="SHARDS_OR_FILE",
         help="prepared corpus, or a plain text file (default: the corpus of the run)")  # fmt: skip
-    add("--split", default="test", help="train, validation or test (default: test)")
+    add("--split", help="train, validation or test of a prepared corpus (default: test)")
     add("--context", type=int, metavar="N",
         help="windows of N tokens that follow each other (default: as in training)")  # fmt: skip
     add("--window", type=int, metavar="N",
@@ -56,7 +56,8 @@ def run(options: argparse.Namespace) -> int:
         min(stride, options.window) if options.window else None,
         options.windows, options.batch, options.precision,
     )  # fmt: skip
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    terminal = Console(stderr=True)
+    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         bar = progress.add_task("scoring", total=None)
         subject, score = evaluate(
             task, options.processes, lambda tokens: progress.advance(bar, tokens)

@@ -14,6 +14,7 @@ import torch
 import torch.multiprocessing as mp
 
 from hg_scale.data.evaluation import split_bytes
+from hg_scale.data.index import INDEX_FILE
 from hg_scale.data.protocol import Text, Tokens, Windows
 from hg_scale.data.shards import SplitReader
 from hg_scale.errors import UserError
@@ -26,14 +27,14 @@ from hg_scale.evaluation.trained import Trained, load_trained
 class Task:
     """What is to be scored, and how; small enough to be sent to a process.
 
-    `data`: a prepared corpus (whose `split` is scored) or a plain file; None: the corpus of the
-    run. `length`: tokens in a window, None: as in training; `stride`: None, no context;
-    `windows`: only so many.
+    `data`: a prepared corpus, whose `split` (None: test) is scored, or a plain file; None: the
+    corpus of the run. `length`: tokens in a window, None: as in training; `stride`: None, no
+    context; `windows`: only so many.
     """
 
     model: Path
     data: str | None = None
-    split: str = "test"
+    split: str | None = None
     length: int | None = None
     stride: int | None = None
     windows: int | None = None
@@ -64,7 +65,7 @@ class Subject:
 
 def open_subject(task: Task, device: str | None = None) -> Subject:
     """The model and the text of a task. Raises UserError where they do not fit each other."""
-    plain = Path(task.data) if task.data and Path(task.data).is_file() else None
+    plain = _plain_file(task)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[task.precision]
     trained = load_trained(task.model, None if plain else task.data, dtype, device)
     length = task.length or trained.model.config.sequence_length
@@ -72,6 +73,9 @@ def open_subject(task: Task, device: str | None = None) -> Subject:
     images = False
     text: Text
     if plain:
+        if document_shape(trained.index) is not None:
+            raise UserError(f"{plain}: a plain file is scored as text, but {trained.data} holds "
+                            "images: name a prepared corpus with --data")  # fmt: skip
         raw, tokenizer = plain.read_bytes(), trained.open_tokenizer()
         size: int | None = len(raw)
         ids = tokenizer.encode(raw)
@@ -83,9 +87,10 @@ def open_subject(task: Task, device: str | None = None) -> Subject:
         index = trained.index
         if index is None:
             raise UserError(f"{task.model}: an export names no data; give --data SHARDS or FILE")
-        text, tokens = SplitReader(index, task.split), index.split(task.split).tokens
-        size = split_bytes(index, task.split)
-        name, begin = f"{task.split} split of {index.location}", index.eod or 0
+        split = task.split or "test"
+        text, tokens = SplitReader(index, split), index.split(split).tokens
+        size = split_bytes(index, split)
+        name, begin = f"{split} split of {index.location}", index.eod or 0
         images = document_shape(index) is not None
         if images and (how.length, how.stride) != (index.document_tokens,) * 2:
             raise UserError(
@@ -97,6 +102,18 @@ def open_subject(task: Task, device: str | None = None) -> Subject:
         if part < tokens:
             tokens, size = part, None
     return Subject(trained, text, name, tokens, size, how, begin, images)
+
+
+def _plain_file(task: Task) -> Path | None:
+    """The text file that a task names; None where it names a prepared corpus, or nothing."""
+    path = Path(task.data or "")
+    if not path.is_file() or path.name == INDEX_FILE:
+        return None
+    if path.suffix == ".tar":
+        raise UserError(f"{path}: a shard is no text; name its folder, and the split with --split")
+    if task.split is not None:
+        raise UserError(f"--split: {path} is a plain file and has no {task.split!r} split")
+    return path
 
 
 def evaluate(

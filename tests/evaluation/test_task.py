@@ -84,6 +84,24 @@ def test_an_export_scores_a_file_without_its_data(run: Path, tmp_path: Path) -> 
     assert theirs["bits_per_byte"] == ours["bits_per_byte"]
 
 
+def test_a_shard_is_not_scored_as_text(
+    run: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = next(corpus.glob("*.tar"))
+    for words, said in (
+        (("--data", str(shard)), "a shard is no text; name its folder"),
+        (("--data", __file__, "--split", "validation"), "has no 'validation' split"),
+    ):
+        assert main(["evaluate", str(run), *words]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    folder, index = (
+        evaluate(tmp_path, str(run), "--data", str(path), "--windows", "3")
+        for path in (corpus, corpus / "index.json")
+    )
+    assert folder == index
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
