@@ -75,6 +75,13 @@ class RunFolder:
         """A figure of every validation; NaN where it is null or missing."""
         return _column(self.validation, key)
 
+    @property
+    def scored_tokens(self) -> int | None:
+        """Tokens of the last validation with bits per byte; None without one, or unknown."""
+        known = np.flatnonzero(np.isfinite(self.validation_column("validation_bits_per_byte")))
+        scored = self.validation[known[-1]].get("validation_tokens") if known.size else None
+        return scored if isinstance(scored, int) else None
+
     def setting(self, key: str) -> Any:
         """A value of the configuration by its dotted key; None where it is not there."""
         node: Any = self.tree
