@@ -19,7 +19,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--include-path", metavar="DIR", help="folder of task files of your own")
     add("--fewshot", type=int, metavar="N", help="examples before each question")
     add("--limit", type=int, metavar="N", help="the first N questions of each task only")
-    add("--batch", type=int, default=8, metavar="N", help="windows at once (default: 8)")
+    add("--batch", type=int, default=8, metavar="N",
+        help="windows scored at once (default: 8); texts are written one at a time")  # fmt: skip
     add("--data", metavar="SHARDS", help="prepared corpus, for its tokenizer (default: the run's)")
     add("--precision", choices=("fp32", "bf16"), default="fp32",
         help="what to compute in (default: fp32)")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import subprocess
@@ -86,6 +87,34 @@ def test_context_and_continuation_make_the_whole(trained: Trained) -> None:
     stop = text[2:4]
     (cut,) = model.generate_until([ask(context, {"until": [stop], "max_gen_toks": 5})])
     assert cut == text[: text.index(stop)]
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\t", " \n\n"])
+def test_white_space_counts_with_the_continuation(trained: Trained, space: str) -> None:
+    from hg_scale.evaluation.harness import HarnessModel
+
+    model = HarnessModel(trained)
+    found, expected = model.loglikelihood([ask("the" + space, "fox"), ask("the", space + "fox")])
+    assert found == expected
+
+
+@pytest.mark.parametrize(("most", "kept"), [(5, 27), (31, 1), (40, 16)])
+def test_a_long_context_leaves_room_for_the_answer(trained: Trained, most: int, kept: int) -> None:
+    """The answer is that after the end of the context alone, up to where the window is full."""
+    from hg_scale.evaluation.harness import HarnessModel
+
+    context = "the quick brown fox jumps over the lazy dog. " * 3
+    options = {"until": ["\n\n\n"], "max_gen_toks": most}
+    (text,) = HarnessModel(trained).generate_until([ask(context, options)])
+    ids, made = list(context.encode())[-kept:], []
+    with torch.inference_mode():
+        while len(ids) + len(made) <= 32 and len(made) < most:
+            made.append(int(trained.model(torch.tensor([ids + made]))[0, -1].argmax()))
+            if made[-1] == 256:
+                break
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    expected = decoder.decode(bytes(token for token in made if token < 256))
+    assert expected and text.startswith(expected)
 
 
 def test_a_task_of_ones_own_offline(worlds: Worlds, corpus: Path, tmp_path: Path) -> None:
