@@ -8,6 +8,7 @@ from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hg_scale.commands.writable import refuse_unwritable
 from hg_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,10 +66,7 @@ def run(options: argparse.Namespace) -> int:
     found = figures(subject, score, options.precision)
     _print(subject, score)
     if options.json:
-        try:
-            options.json.write_text(json.dumps(found, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"{options.json}: cannot be written ({error.strerror})") from None
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0
 
 
@@ -83,6 +81,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--stride: needs --window")
     if options.stride and options.stride > options.window:
         raise UserError(f"--stride: at most --window {options.window}, or tokens would be left out")
+    if options.json:
+        refuse_unwritable(options.json)
 
 
 def figures(subject: Subject, score: Score, precision: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hg_scale.commands.writable import refuse_unwritable
 from hg_scale.errors import UserError
 
 HELP = "write one HTML page about a run, or several beside each other"
@@ -34,6 +35,7 @@ def run(options: argparse.Namespace) -> int:
 
     runs = read_runs(options.runs)
     output = options.output or (runs[0].path if len(runs) == 1 else Path()) / "report.html"
+    refuse_unwritable(output)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     terminal = Console(stderr=True)
     with Progress(
@@ -50,9 +52,6 @@ def run(options: argparse.Namespace) -> int:
             doing(f"{one.name} writes")
             samples.append(sample_of(one, options.sample, options.seed))
     page = render(Report(runs, baselines, reasons, samples))
-    try:
-        output.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror})") from None
+    output.write_text(page, encoding="utf-8")
     print(f"report: {output} ({len(page.encode()):,} bytes)")
     return 0

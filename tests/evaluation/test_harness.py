@@ -152,3 +152,39 @@ def test_a_task_of_ones_own_offline(worlds: Worlds, corpus: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert "fox" in done.stdout
     assert json.loads((tmp_path / "out.json").read_text())["fox"]["acc,none"] == 1.0
+
+    (tmp_path / "tasks" / "gone.yaml").write_text(
+        (tmp_path / "tasks" / "fox.yaml").read_text().replace("task: fox", "task: gone")
+        .replace("dataset_path: json", "dataset_path: nobody/nothing").replace("  data_files", "#")
+        .replace("    test:", "#").replace("dataset_kwargs:\n", "")
+    )  # fmt: skip
+    command[command.index("fox")] = "gone"
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+        env={**os.environ, **offline},
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "the data of gone cannot be had" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--tasks", ","), "--tasks: expected names"),
+        (("--tasks", "piqa", "--batch", "0"), "--batch: expected 1 or more"),
+        (("--tasks", "piqa", "--limit", "0"), "--limit: expected 1 or more"),
+        (("--tasks", "piqa", "--fewshot", "-1"), "--fewshot: expected 0 or more"),
+        (("--tasks", "piqa", "--include-path", "/nowhere"), "is no folder"),
+        (("--tasks", "piqa", "--json", "/nowhere/r.json"), "cannot be written"),
+    ],
+)
+def test_it_is_refused_before_the_work(
+    words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["harness", "nowhere", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1

@@ -289,9 +289,14 @@ def test_what_is_no_run_is_told_in_a_line(
     assert said in error and str(run) in error and error.count("\n") == 1
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_place_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hg_scale.evaluation.report import page
+
     run = write_run(tmp_path / "alpha")
     words = ["report", str(run), "--sample", "0", "--output", str(tmp_path / "no" / "page.html")]
+    monkeypatch.setattr(page, "render", lambda report: pytest.fail("worked before it asked"))
     assert main(words) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

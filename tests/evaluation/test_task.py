@@ -111,6 +111,7 @@ def test_a_shard_is_not_scored_as_text(
         (("--context", "8", "--window", "8"), "give one of them"),
         (("--data", "nowhere"), "nowhere"),
         (("--split", "tset"), "tset"),
+        (("--data", "nowhere", "--json", "/nowhere/figures.json"), "figures.json: cannot be"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
