@@ -169,8 +169,8 @@ def score_windows(
         nats.append(losses.sum(1).cpu().numpy())
         counts.append(counted.sum(1))
         sizes += [count_bytes(row[of]) for row, of in zip(labels, counted, strict=True)]
-        position_nats += losses.sum(0)
-        position_tokens += counted.sum(0)
+        position_nats[: losses.shape[1]] += losses.sum(0)
+        position_tokens[: losses.shape[1]] += counted.sum(0)
         advance(int(counted.sum()))
     return Losses(
         np.concatenate(nats), np.concatenate(counts), np.array(sizes, np.int64),

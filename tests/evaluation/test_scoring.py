@@ -88,6 +88,13 @@ def test_against_a_loop_over_the_text(model: Hourglass, stride: int) -> None:
     assert found.position_nats.sum() == pytest.approx(sum(nats), rel=1e-6)
 
 
+def test_a_text_shorter_than_the_window(model: Hourglass) -> None:
+    """A window far longer than the text costs nothing and changes nothing."""
+    found, expected = score(model, Windows(10**6, 10**6)), score(model, Windows(700, 700))
+    assert found.nats == expected.nats
+    assert found.losses.position_tokens.sum() == 700
+
+
 def test_positions_and_phases_of_made_up_losses() -> None:
     """Positions 0..5 of two windows, losses equal to the position; the last token not scored."""
     positions, counts = np.arange(6.0) * 2, np.array([2, 2, 2, 2, 2, 1])
