@@ -14,6 +14,7 @@ from hg_scale.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from hg_scale.data.protocol import Windows
     from hg_scale.evaluation.scoring import Score
     from hg_scale.evaluation.task import Subject
 
@@ -106,18 +107,25 @@ def figures(subject: Subject, score: Score, precision: str) -> dict[str, Any]:
     if subject.images:
         found["bits_per_dimension"] = score.bits_per_token
     found["nats_by_position"] = [
-        {"from": a, "to": b, "nats_per_token": nats}
-        for a, b, nats in score.by_position(edges(subject.how.length))
+        {"from": a, "to": b, "nats_per_token": nats, "tokens": tokens}
+        for a, b, nats, tokens in score.by_position(edges(subject.how))
     ]
-    phases = score.by_phase(period)
-    found["nats_by_phase"] = [None if nats != nats else nats for nats in phases]
+    found["nats_by_phase"] = [
+        {"phase": phase, "nats_per_token": nats if tokens else None, "tokens": tokens}
+        for phase, (nats, tokens) in enumerate(score.by_phase(period))
+    ]
     return found
 
 
-def edges(length: int) -> list[int]:
-    """0, 1, 2, 4, 8, ... up to the length: context grows in doublings."""
-    powers = [0] + [2**i for i in range(length.bit_length()) if 2**i < length]
-    return [*powers, length]
+def edges(how: Windows) -> list[int]:
+    """0, 1, 2, 4, 8, ... up to the length: context grows in doublings.
+
+    Of sliding windows up to the last `stride` positions, which stand by themselves: what is before
+    them is scored in the first window only.
+    """
+    head = how.length - how.stride or how.length
+    powers = [2**i for i in range(head.bit_length()) if 2**i < head]
+    return sorted({0, *powers, head, how.length})
 
 
 def _print(subject: Subject, score: Score) -> None:
@@ -149,13 +157,14 @@ def _positions(subject: Subject, score: Score) -> Table:
     table = Table(title="bits a token by position", title_justify="left")
     table.add_column("position in the window", justify="right")
     table.add_column("bits", justify="right")
-    for a, b, nats in score.by_position(edges(subject.how.length)):
+    table.add_column("tokens", justify="right")
+    for a, b, nats, tokens in score.by_position(edges(subject.how)):
         name = f"{a:,}" if b == a + 1 else f"{a:,} to {b - 1:,}"
-        table.add_row(name, f"{nats / log(2):.4f}")
+        table.add_row(name, f"{nats / log(2):.4f}", f"{tokens:,}")
     period = subject.trained.model.config.parsed.total_factor
     if period > 1:
         table.add_section()
-        for phase, nats in enumerate(score.by_phase(period)):
-            if nats == nats:
-                table.add_row(f"{phase} modulo {period}", f"{nats / log(2):.4f}")
+        for phase, (nats, tokens) in enumerate(score.by_phase(period)):
+            if tokens:
+                table.add_row(f"{phase} modulo {period}", f"{nats / log(2):.4f}", f"{tokens:,}")
     return table

@@ -116,24 +116,25 @@ class Score:
         spread = sqrt((beyond**2).sum() * pieces / (pieces - 1))
         return student_95(pieces - 1) * spread / self.nats
 
-    def by_position(self, edges: list[int]) -> list[tuple[int, int, float]]:
-        """(first, after the last, mean nats) for positions in the window cut at `edges`; without
-        stretches in which nothing was scored."""
+    def by_position(self, edges: list[int]) -> list[tuple[int, int, float, int]]:
+        """(first, after the last, mean nats, tokens) for positions in the window cut at `edges`;
+        without stretches in which nothing was scored."""
         found = []
         for a, b in zip(edges, edges[1:], strict=False):
             tokens = int(self.losses.position_tokens[a:b].sum())
             if tokens:
-                found.append((a, b, float(self.losses.position_nats[a:b].sum()) / tokens))
+                nats = float(self.losses.position_nats[a:b].sum()) / tokens
+                found.append((a, b, nats, tokens))
         return found
 
-    def by_phase(self, period: int) -> list[float]:
-        """Mean nats by position modulo `period`: how stale the shortened levels are inside a group
-        shows here. NaN where nothing was scored."""
+    def by_phase(self, period: int) -> list[tuple[float, int]]:
+        """(mean nats, tokens) by position modulo `period`: how stale the shortened levels are
+        inside a group shows here. NaN where nothing was scored."""
         places = np.arange(len(self.losses.position_nats)) % period
         nats = np.bincount(places, self.losses.position_nats, period)
-        tokens = np.bincount(places, self.losses.position_tokens, period)
+        tokens = np.bincount(places, self.losses.position_tokens, period).astype(np.int64)
         with np.errstate(invalid="ignore"):
-            return list((nats / tokens).tolist())
+            return list(zip((nats / tokens).tolist(), tokens.tolist(), strict=True))
 
 
 @torch.inference_mode()

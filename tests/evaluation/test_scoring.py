@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from hg_scale.commands.evaluate import edges
 from hg_scale.config.schema import ModelConfig
 from hg_scale.data.protocol import Tokens, Windows
 from hg_scale.evaluation.scoring import Losses, Score, score_windows, student_95
@@ -102,8 +103,10 @@ def test_positions_and_phases_of_made_up_losses() -> None:
     tokens = np.array([6, 5])
     losses = Losses(np.array([15.0, 10.0]), tokens, tokens, positions, counts)
     found = Score(losses, 11)
-    assert found.by_position([0, 1, 2, 4, 6]) == [(0, 1, 0), (1, 2, 1), (2, 4, 2.5), (4, 6, 13 / 3)]
-    assert found.by_phase(2) == pytest.approx([2.0, 13 / 5])
+    assert found.by_position([0, 1, 2, 4, 6]) == [
+        (0, 1, 0, 2), (1, 2, 1, 2), (2, 4, 2.5, 4), (4, 6, 13 / 3, 3),
+    ]  # fmt: skip
+    assert found.by_phase(2) == [(2.0, 6), (13 / 5, 5)]
     assert found.bits_per_token == pytest.approx(25 / 11 / log(2))
 
 
@@ -136,6 +139,13 @@ def test_an_interval_is_of_what_it_stands_beside() -> None:
     assert found.token_interval > 0.01
     found = of_windows(2.0 * size, size, np.full(400, 10))
     assert found.token_interval == pytest.approx(0, abs=1e-12) and found.byte_interval > 0.01
+
+
+def test_the_last_positions_of_sliding_windows_stand_apart() -> None:
+    assert edges(Windows(20, 20)) == [0, 1, 2, 4, 8, 16, 20]
+    assert edges(Windows(20, 6)) == [0, 1, 2, 4, 8, 14, 20]
+    assert edges(Windows(4096, 128))[-3:] == [2048, 3968, 4096]
+    assert edges(Windows(2, 1)) == [0, 1, 2] and edges(Windows(1, 1)) == [0, 1]
 
 
 def test_students_t() -> None:

@@ -53,8 +53,10 @@ def test_processes_and_batches_change_nothing(
     half = "interval_95_half_width"
     assert shared[half] == pytest.approx(alone[half], rel=1e-3)
     assert shared["tokens"] == alone["tokens"]
-    for a, b in zip(shared["nats_by_position"], alone["nats_by_position"], strict=True):
-        assert a == pytest.approx(b, rel=1e-5)
+    for places in ("nats_by_position", "nats_by_phase"):
+        for a, b in zip(shared[places], alone[places], strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
+        assert sum(place["tokens"] for place in alone[places]) == alone["tokens"]
 
 
 def test_sliding_by_the_window_is_no_context(run: Path, tmp_path: Path) -> None:
