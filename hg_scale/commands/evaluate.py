@@ -62,7 +62,9 @@ def run(options: argparse.Namespace) -> int:
     with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         bar = progress.add_task("scoring", total=None)
         subject, score = evaluate(
-            task, options.processes, lambda tokens: progress.advance(bar, tokens)
+            task,
+            options.processes,
+            lambda tokens, of: progress.update(bar, advance=tokens, total=of),
         )
     found = figures(subject, score, options.precision)
     _print(subject, score)

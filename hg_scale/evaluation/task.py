@@ -117,19 +117,25 @@ def _plain_file(task: Task) -> Path | None:
 
 
 def evaluate(
-    task: Task, processes: int = 1, advance: Callable[[int], object] = lambda tokens: None
+    task: Task, processes: int = 1, advance: Callable[[int, int], object] = lambda tokens, of: None
 ) -> tuple[Subject, Score]:
-    """Score a task; each of several processes takes consecutive windows. `advance` is told tokens.
+    """Score a task; each of several processes takes consecutive windows.
 
-    The result does not depend on their number, beyond rounding. Raises UserError, here, for what
-    any process meets.
+    `advance` is told the tokens just scored, and of how many in all; first 0. The
+    result does not depend on the number of processes, beyond rounding. Raises UserError, here, for
+    what any process meets.
     """
     subject = open_subject(task, "cpu" if processes > 1 else None)
     processes = min(processes, subject.windows)
+
+    def told(tokens: int) -> None:
+        advance(tokens, subject.tokens)
+
+    told(0)
     if processes == 1:
-        losses = _share(subject, task.rows, 0, 1, advance)
+        losses = _share(subject, task.rows, 0, 1, told)
     else:
-        losses = _spread(task, processes, advance)
+        losses = _spread(task, processes, told)
     size = int(losses.bytes.sum()) if subject.bytes is None else subject.bytes
     return subject, Score(losses, size)
 

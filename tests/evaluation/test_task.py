@@ -11,6 +11,8 @@ import pytest
 from hg_scale.commands.main import main
 from hg_scale.data.evaluation import split_text
 from hg_scale.data.index import read_index
+from hg_scale.evaluation import task as task_of
+from hg_scale.evaluation.task import Task
 from tests.runs import records, train_in
 from tests.world import Worlds
 
@@ -57,6 +59,15 @@ def test_processes_and_batches_change_nothing(
         for a, b in zip(shared[places], alone[places], strict=True):
             assert a == pytest.approx(b, rel=1e-5)
         assert sum(place["tokens"] for place in alone[places]) == alone["tokens"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_progress_knows_its_end(run: Path, processes: int) -> None:
+    told: list[tuple[int, int]] = []
+    task = Task(run, split="validation", windows=20)
+    _, score = task_of.evaluate(task, processes, lambda *of: told.append(of))
+    assert told[0] == (0, score.tokens) and {of for _, of in told} == {score.tokens}
+    assert sum(tokens for tokens, _ in told) == score.tokens
 
 
 def test_sliding_by_the_window_is_no_context(run: Path, tmp_path: Path) -> None:
