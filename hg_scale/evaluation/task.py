@@ -203,5 +203,8 @@ def _work(task: Task, rank: int, size: int, results: Any) -> None:
         results.put((rank, "losses", told))
     except UserError as error:
         results.put((rank, "fault", str(error)))
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        results.put((rank, "fault", f"process {rank} of the evaluation failed: {why}"))
     results.close()
     results.join_thread()

@@ -313,6 +313,14 @@ def test_a_real_run_with_its_baselines_and_a_sample(
     assert "6 of 6" in page.text and "no sample" not in page.text
 
 
+def test_an_export_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert main(["report", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "is an export, not a run folder" in error and error.count("\n") == 1
+
+
 def scored_on(run: Path, tokens: int) -> None:
     """Let the validations have scored so many tokens."""
     known = "validation_tokens"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from hg_scale.commands.main import main
 from hg_scale.data.evaluation import split_text
@@ -113,6 +115,23 @@ def test_a_shard_is_not_scored_as_text(
         for path in (corpus, corpus / "index.json")
     )
     assert folder == index
+
+
+def test_a_process_says_what_it_died_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(task_of, "open_subject", fail)
+    told: list[Any] = []
+    results = SimpleNamespace(put=told.append, close=lambda: None, join_thread=lambda: None)
+    threads = torch.get_num_threads()
+    try:
+        task_of._work(Task(Path("nowhere")), 1, 2, results)
+    finally:
+        torch.set_num_threads(threads)
+    ((rank, kind, said),) = told
+    assert (rank, kind) == (1, "fault")
+    assert said == "process 1 of the evaluation failed: RuntimeError: out of memory"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import damage, read_manifest
+from hg_scale.checkpoint.open import is_export
 from hg_scale.config.errors import ConfigError
 from hg_scale.config.load import read_tree
 from hg_scale.config.schema import DataConfig, ModelConfig, SourceConfig
@@ -150,6 +151,8 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 def _read_run(path: Path, name: str) -> RunFolder:
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is not a run folder: it has no config.json")
+    if is_export(path):
+        raise UserError(f"{path} is an export, not a run folder: name the run it was made from")
     try:
         tree = read_tree(path / "config.json")
     except ConfigError as error:
