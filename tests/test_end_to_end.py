@@ -82,6 +82,12 @@ def test_text_with_a_tokenizer(
     scores = [evaluate(tmp_path, str(path), "--data", str(text)) for path in (run, export)]
     assert scores[0]["bytes"] == len(text.read_bytes())
     assert scores[0]["bits_per_byte"] == scores[1]["bits_per_byte"]
+    mixed = "Füchse und Hasen jagen nachts. " * 4 + "0123456789 qxqxqx " * 40
+    text.write_text(mixed)  # its beginning is of longer pieces than the rest
+    part = evaluate(tmp_path, str(run), "--data", str(text), "--windows", "2")
+    tokens = index.open_tokenizer().encode(mixed)
+    assert part["tokens"] == 2 * part["window"] < len(tokens)
+    assert part["bytes"] == len(index.open_tokenizer().decode(tokens[: part["tokens"]]))
     capsys.readouterr()
     for path in (run, export):
         assert main(["generate", str(path), "--prompt", "Füchse", "--tokens", "20"]) == 0
@@ -102,6 +108,7 @@ def test_images(worlds: Worlds, tmp_path: Path) -> None:
     assert figures["bits_per_dimension"] == figures["bits_per_token"] < 6  # uniform: 8
     assert figures["tokens"] == 64 * read_index(shards).split("test").documents
     assert main(["evaluate", str(run), "--window", "32"]) == 2  # an image is scored on its own
+    assert main(["evaluate", str(run), "--data", __file__]) == 2  # no text
     picture = tmp_path / "drawn.png"
     assert main(["generate", str(run), "--count", "4", "--output", str(picture)]) == 0
     with Image.open(picture) as drawn:

@@ -8,11 +8,13 @@ from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hg_scale.commands.writable import refuse_unwritable
 from hg_scale.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from hg_scale.data.protocol import Windows
     from hg_scale.evaluation.scoring import Score
     from hg_scale.evaluation.task import Subject
 
@@ -26,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a run folder (its newest checkpoint), a checkpoint folder, or an export")  # fmt: skip
     add("--data", metavar="SHARDS_OR_FILE",
         help="prepared corpus, or a plain text file (default: the corpus of the run)")  # fmt: skip
-    add("--split", default="test", help="train, validation or test (default: test)")
+    add("--split", help="train, validation or test of a prepared corpus (default: test)")
     add("--context", type=int, metavar="N",
         help="windows of N tokens that follow each other (default: as in training)")  # fmt: skip
     add("--window", type=int, metavar="N",
@@ -56,18 +58,18 @@ def run(options: argparse.Namespace) -> int:
         min(stride, options.window) if options.window else None,
         options.windows, options.batch, options.precision,
     )  # fmt: skip
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    terminal = Console(stderr=True)
+    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         bar = progress.add_task("scoring", total=None)
         subject, score = evaluate(
-            task, options.processes, lambda tokens: progress.advance(bar, tokens)
+            task,
+            options.processes,
+            lambda tokens, of: progress.update(bar, advance=tokens, total=of),
         )
     found = figures(subject, score, options.precision)
     _print(subject, score)
     if options.json:
-        try:
-            options.json.write_text(json.dumps(found, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"{options.json}: cannot be written ({error.strerror})") from None
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0
 
 
@@ -82,11 +84,14 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--stride: needs --window")
     if options.stride and options.stride > options.window:
         raise UserError(f"--stride: at most --window {options.window}, or tokens would be left out")
+    if options.json:
+        refuse_unwritable(options.json)
 
 
 def figures(subject: Subject, score: Score, precision: str) -> dict[str, Any]:
     """All that was measured, for a file."""
     period = subject.trained.model.config.parsed.total_factor
+    spread = score.bits_per_byte * score.byte_interval
     found: dict[str, Any] = {
         "model": str(subject.trained.path),
         "step": subject.trained.step,
@@ -95,42 +100,47 @@ def figures(subject: Subject, score: Score, precision: str) -> dict[str, Any]:
         "window": subject.how.length,
         "stride": subject.how.stride,
         "tokens": score.tokens,
-        "bytes": round(score.bytes),
+        "bytes": score.bytes,
         "nats_per_token": score.nats_per_token,
         "bits_per_token": score.bits_per_token,
         "bits_per_byte": score.bits_per_byte,
-        "interval_95": score.bits_per_byte * score.relative_interval,
+        "interval_95_half_width": None if spread != spread else spread,  # JSON has no NaN
     }
-    if found["interval_95"] != found["interval_95"]:
-        found["interval_95"] = None  # JSON has no NaN
     if subject.images:
         found["bits_per_dimension"] = score.bits_per_token
     found["nats_by_position"] = [
-        {"from": a, "to": b, "nats_per_token": nats}
-        for a, b, nats in score.by_position(edges(subject.how.length))
+        {"from": a, "to": b, "nats_per_token": nats, "tokens": tokens}
+        for a, b, nats, tokens in score.by_position(edges(subject.how))
     ]
-    phases = score.by_phase(period)
-    found["nats_by_phase"] = [None if nats != nats else nats for nats in phases]
+    found["nats_by_phase"] = [
+        {"phase": phase, "nats_per_token": nats if tokens else None, "tokens": tokens}
+        for phase, (nats, tokens) in enumerate(score.by_phase(period))
+    ]
     return found
 
 
-def edges(length: int) -> list[int]:
-    """0, 1, 2, 4, 8, ... up to the length: context grows in doublings."""
-    powers = [0] + [2**i for i in range(length.bit_length()) if 2**i < length]
-    return [*powers, length]
+def edges(how: Windows) -> list[int]:
+    """0, 1, 2, 4, 8, ... up to the length: context grows in doublings.
+
+    Of sliding windows up to the last `stride` positions, which stand by themselves: what is before
+    them is scored in the first window only.
+    """
+    head = how.length - how.stride or how.length
+    powers = [2**i for i in range(head.bit_length()) if 2**i < head]
+    return sorted({0, *powers, head, how.length})
 
 
 def _print(subject: Subject, score: Score) -> None:
     from rich.console import Console
 
     how, trained = subject.how, subject.trained
-    spread = score.bits_per_byte * score.relative_interval
+    spread = score.bits_per_byte * score.byte_interval
     print(f"{trained.path}, step {trained.step:,}, on {subject.name}")
     if how.stride == how.length:
         protocol = f"windows of {how.length:,} tokens without context"
     else:
         protocol = f"windows of {how.length:,} tokens, the last {how.stride:,} of each scored"
-    print(f"  {score.tokens:,} tokens, {round(score.bytes):,} bytes, each scored once; {protocol}")
+    print(f"  {score.tokens:,} tokens, {score.bytes:,} bytes, each scored once; {protocol}")
     print(
         f"  {score.nats_per_token:.4f} nats a token, {score.bits_per_token:.4f} bits a token, "
         f"{score.bits_per_byte:.4f} bits a byte"
@@ -149,13 +159,14 @@ def _positions(subject: Subject, score: Score) -> Table:
     table = Table(title="bits a token by position", title_justify="left")
     table.add_column("position in the window", justify="right")
     table.add_column("bits", justify="right")
-    for a, b, nats in score.by_position(edges(subject.how.length)):
+    table.add_column("tokens", justify="right")
+    for a, b, nats, tokens in score.by_position(edges(subject.how)):
         name = f"{a:,}" if b == a + 1 else f"{a:,} to {b - 1:,}"
-        table.add_row(name, f"{nats / log(2):.4f}")
+        table.add_row(name, f"{nats / log(2):.4f}", f"{tokens:,}")
     period = subject.trained.model.config.parsed.total_factor
     if period > 1:
         table.add_section()
-        for phase, nats in enumerate(score.by_phase(period)):
-            if nats == nats:
-                table.add_row(f"{phase} modulo {period}", f"{nats / log(2):.4f}")
+        for phase, (nats, tokens) in enumerate(score.by_phase(period)):
+            if tokens:
+                table.add_row(f"{phase} modulo {period}", f"{nats / log(2):.4f}", f"{tokens:,}")
     return table

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hg_scale.commands.writable import refuse_unwritable
 from hg_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
             held = f"{trained.data} holds text" if trained.data else "give --data SHARDS"
             raise UserError(f"--complete is for images; {held}, or use --prompt")
         if options.output:
-            _refuse_unwritable(options.output)
+            refuse_unwritable(options.output)
         return _write(trained, _prompts(options), how, options.output)
     if options.prompt or options.prompts:
         raise UserError(f"--prompt is for text; {trained.data} holds images: use --complete")
@@ -94,14 +95,6 @@ def _check(options: argparse.Namespace) -> None:
     for problem, found in problems.items():
         if found:
             raise UserError(problem)
-
-
-def _refuse_unwritable(path: Path) -> None:
-    """Before the work, not after it."""
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _prompts(options: argparse.Namespace) -> list[bytes]:
@@ -173,7 +166,7 @@ def _draw(
     from hg_scale.evaluation.pictures import read_images, write_grid
 
     path = options.output or Path("samples.png")
-    _refuse_unwritable(path)
+    refuse_unwritable(path)
     originals = read_images(options.complete or [], shape)
     count = options.count or (1 if originals else 16)
     kept = math.floor(options.keep * shape[0]) if originals else 0  # rows of pixels

@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from hg_scale.commands.writable import refuse_unwritable
 from hg_scale.errors import UserError
 
 HELP = "run tasks of lm-eval on a run, a checkpoint or an export"
@@ -19,7 +20,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--include-path", metavar="DIR", help="folder of task files of your own")
     add("--fewshot", type=int, metavar="N", help="examples before each question")
     add("--limit", type=int, metavar="N", help="the first N questions of each task only")
-    add("--batch", type=int, default=8, metavar="N", help="windows at once (default: 8)")
+    add("--batch", type=int, default=8, metavar="N",
+        help="windows scored at once (default: 8); texts are written one at a time")  # fmt: skip
     add("--data", metavar="SHARDS", help="prepared corpus, for its tokenizer (default: the run's)")
     add("--precision", choices=("fp32", "bf16"), default="fp32",
         help="what to compute in (default: fp32)")  # fmt: skip
@@ -27,6 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    names = _checked(options)
     try:
         import lm_eval
     except ImportError:
@@ -38,21 +41,43 @@ def run(options: argparse.Namespace) -> int:
     from hg_scale.evaluation.harness import HarnessModel
     from hg_scale.evaluation.trained import load_trained
 
-    names = [name for name in options.tasks.split(",") if name]
     manager = TaskManager(include_path=options.include_path)
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         raise UserError(f"--tasks: lm-eval knows no {', '.join(unknown)}; see `lm_eval ls tasks`")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
     model = HarnessModel(load_trained(options.model, options.data, dtype), options.batch)
-    results = lm_eval.simple_evaluate(
-        model=model,
-        tasks=names,
-        task_manager=manager,
-        num_fewshot=options.fewshot,
-        limit=options.limit,
-    )
+    try:
+        results = lm_eval.simple_evaluate(
+            model=model,
+            tasks=names,
+            task_manager=manager,
+            num_fewshot=options.fewshot,
+            limit=options.limit,
+        )
+    except OSError as error:  # also of the libraries that fetch data
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"--tasks: the data of {', '.join(names)} cannot be had ({why}); without a network "
+            "they must have been fetched before"
+        ) from None
     print(make_table(results))
     if options.json:
         text = json.dumps(results["results"], indent=2, default=str)
         options.json.write_text(text + "\n")
     return 0
+
+
+def _checked(options: argparse.Namespace) -> list[str]:
+    """The tasks asked for. Raises UserError for what cannot be meant, or not be written."""
+    names = [name for name in map(str.strip, options.tasks.split(",")) if name]
+    if not names:
+        raise UserError("--tasks: expected names with commas; see `lm_eval ls tasks`")
+    for key, least in (("batch", 1), ("limit", 1), ("fewshot", 0)):
+        value = getattr(options, key)
+        if value is not None and value < least:
+            raise UserError(f"--{key}: expected {least} or more, got {value}")
+    if options.include_path and not Path(options.include_path).is_dir():
+        raise UserError(f"--include-path: {options.include_path} is no folder")
+    if options.json:
+        refuse_unwritable(options.json)
+    return names

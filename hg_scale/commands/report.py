@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hg_scale.commands.writable import refuse_unwritable
 from hg_scale.errors import UserError
 
 HELP = "write one HTML page about a run, or several beside each other"
@@ -34,10 +35,7 @@ def run(options: argparse.Namespace) -> int:
 
     runs = read_runs(options.runs)
     output = options.output or (runs[0].path if len(runs) == 1 else Path()) / "report.html"
-    try:
-        output.open("a").close()  # before the work, not after it
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror})") from None
+    refuse_unwritable(output)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     terminal = Console(stderr=True)
     with Progress(

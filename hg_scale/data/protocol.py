@@ -73,9 +73,10 @@ def batches(
     first: int = 0,
     last: int | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """(inputs, labels), int64 (up to `rows`, length) each, of the windows from `first` to `last`.
+    """(inputs, labels), int64 (up to `rows`, n) each, of the windows from `first` to `last`.
 
-    An input is the token before its label; at the beginning of the text, and of every window where
+    n is the length of the longest of the windows: less than `how.length` where the text is. An
+    input is the token before its label; at the beginning of the text, and of every window where
     each is a document of its own (`separate`, images), it is the token `begin`. Labels that do not
     count are IGNORED.
     """
@@ -85,8 +86,9 @@ def batches(
         start, stop = max(0, windows[0].start - 1), windows[-1].stop
         ids = np.empty(stop - start + 1, np.int64)  # token i at ids[i - start + 1]
         ids[0], ids[1:] = begin, text.read(start, stop)
-        inputs = np.full((len(windows), how.length), begin, np.int64)
-        labels = np.full((len(windows), how.length), IGNORED, np.int64)
+        longest = max(window.stop - window.start for window in windows)
+        inputs = np.full((len(windows), longest), begin, np.int64)
+        labels = np.full((len(windows), longest), IGNORED, np.int64)
         for row, window in enumerate(windows):
             n, place = window.stop - window.start, window.start - start + 1
             inputs[row, :n] = ids[place - 1 : place - 1 + n]

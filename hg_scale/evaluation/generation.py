@@ -70,8 +70,16 @@ def write_texts(trained: Trained, prompts: Sequence[bytes], how: Writing) -> Ite
         raise UserError(f"{trained.data}: holds images; `hg-scale generate` draws them")
     tokenizer = trained.open_tokenizer()
     start = tokenizer.eod or 0
+    return write_after(trained, [[start, *tokenizer.encode(p).tolist()] for p in prompts], how)
+
+
+def write_after(
+    trained: Trained, prompts: Sequence[Sequence[int]], how: Writing
+) -> Iterator[Piece]:
+    """`write_texts` after tokens, at least one a prompt, as they are."""
+    tokenizer = trained.open_tokenizer()
     for first in range(0, len(prompts), how.batch):
-        ids = [[start, *tokenizer.encode(p).tolist()] for p in prompts[first : first + how.batch]]
+        ids = [list(prompt) for prompt in prompts[first : first + how.batch]]
         characters = [Characters(tokenizer) for _ in ids]
         left = [how.tokens] * len(ids)
         for row, token in generate(

@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from hg_scale.errors import UserError
-from hg_scale.evaluation.generation import Writing, document_shape, write_texts
+from hg_scale.evaluation.generation import Writing, document_shape, write_after
 from hg_scale.evaluation.trained import Trained
 from hg_scale.model.sampling import Sampling
 
@@ -28,6 +28,7 @@ class HarnessModel(LM):
 
     A text begins where a document does. What is longer than a window is seen in its last window:
     of a continuation, as much context as fits; a whole text in windows that follow each other.
+    `rows` windows are scored at once; texts are written one at a time.
     """
 
     def __init__(self, trained: Trained, rows: int = 8) -> None:
@@ -47,10 +48,9 @@ class HarnessModel(LM):
         """(context, continuation) -> (log-likelihood in nats, whether greedy decoding gives it)."""
         todo = []
         for context, continuation in (request.args for request in requests):
-            # Spaces between belong to the continuation, whose pieces would begin with them (as in
-            # the harness's own models).
-            kept = context.rstrip(" ") if continuation else context
-            head, whole = self.encode(kept), self.encode(context + continuation)
+            # White space between belongs to the continuation, whose pieces would begin with it (as
+            # in the harness's own models).
+            head, whole = self.encode(context.rstrip()), self.encode(context + continuation)
             todo.append(([self.start, *whole[: len(head)]], whole[len(head) :]))
         results: list[tuple[float, bool]] = []
         for windows in self._scored(todo):
@@ -78,9 +78,13 @@ class HarnessModel(LM):
             options.get("top_k") if sampled else None,
             options.get("top_p", 1.0) if sampled else 1.0,
         )
-        how = Writing(sampling, int(options.get("max_gen_toks", MOST_TOKENS)))
+        most = int(options.get("max_gen_toks", MOST_TOKENS))
+        # Of a long context the end, so that the answer has room in the window (as in the harness's
+        # own models; they refuse an answer as long as the window, which here gets half of one).
+        kept = self.length - most if most < self.length else max(1, self.length // 2)
+        ids = [self.start, *self.encode(context)][-kept:]
         text = ""
-        for piece in write_texts(self.trained, [context.encode()], how):
+        for piece in write_after(self.trained, [ids], Writing(sampling, most)):
             text += piece.text
             ends = [place for stop in stops if (place := text.find(stop)) >= 0]
             if ends:

@@ -14,19 +14,36 @@ from numpy.typing import NDArray
 from hg_scale.data.protocol import Text, Windows, batches
 from hg_scale.model.hourglass import Hourglass
 
-PIECES = 100  # consecutive pieces of the text whose spread gives the interval
-NORMAL_95 = 1.96  # half the width of a 95% interval in standard errors
+PIECES = 30  # consecutive pieces of the text whose spread gives the interval
+# Half the width of a 95% interval in standard errors (Student's t), by degrees of freedom from 1.
+_STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+_NORMAL_95 = 1.95996
+
+
+def student_95(freedom: int) -> float:
+    """The 97.5% quantile of Student's t with `freedom` >= 1 degrees, to 3 decimals."""
+    if freedom <= len(_STUDENT_95):
+        return _STUDENT_95[freedom - 1]
+    z = _NORMAL_95  # Cornish-Fisher expansion in 1 / freedom
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return sum(term / freedom**power for power, term in enumerate(terms))
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Sums of losses in nats (fp64), and how many tokens each is of.
+    """Sums of losses in nats (fp64), and how many tokens and bytes of text each is of.
 
     By window (N,) in the order of the text, and by position in the window (L,).
     """
 
     nats: NDArray[np.float64]
     tokens: NDArray[np.int64]
+    bytes: NDArray[np.int64]
     position_nats: NDArray[np.float64]
     position_tokens: NDArray[np.int64]
 
@@ -36,6 +53,7 @@ class Losses:
         return Losses(
             np.concatenate([p.nats for p in parts]),
             np.concatenate([p.tokens for p in parts]),
+            np.concatenate([p.bytes for p in parts]),
             np.sum([p.position_nats for p in parts], 0),
             np.sum([p.position_tokens for p in parts], 0),
         )
@@ -46,7 +64,7 @@ class Score:
     """The losses of a text that is `bytes` long."""
 
     losses: Losses
-    bytes: float
+    bytes: int
 
     @cached_property
     def nats(self) -> float:
@@ -71,38 +89,52 @@ class Score:
         return self.nats / log(2) / self.bytes
 
     @property
-    def relative_interval(self) -> float:
-        """Half a 95% interval of the mean loss, as a fraction of it: how far another text of the
-        same kind and length may lie. From the spread of up to 100 consecutive pieces (batch
-        means), since neighbouring windows are alike. NaN for a single window."""
-        pieces = min(PIECES, len(self.losses.nats))
+    def token_interval(self) -> float:
+        """Half a 95% interval of nats (or bits) a token, as a fraction: see `_interval`."""
+        return self._interval(self.losses.tokens)
+
+    @property
+    def byte_interval(self) -> float:
+        """Half a 95% interval of bits a byte, as a fraction: see `_interval`."""
+        return self._interval(self.losses.bytes)
+
+    def _interval(self, sizes: NDArray[np.int64]) -> float:
+        """How far the mean of the source (endless text of this kind) may lie, as a fraction.
+
+        From the spread of up to 30 consecutive pieces (batch means), since neighbouring windows
+        are alike; of fewer windows each is a piece. NaN for a single window.
+        """
+        pieces = min(PIECES, len(sizes))
         if pieces < 2:
             return float("nan")
-        nats = np.array([part.sum() for part in np.array_split(self.losses.nats, pieces)])
-        tokens = np.array([part.sum() for part in np.array_split(self.losses.tokens, pieces)])
-        mean = self.nats_per_token
+        nats, size = (
+            np.array([part.sum() for part in np.array_split(values, pieces)])
+            for values in (self.losses.nats, sizes)
+        )
         # Of a ratio of sums: the spread of what each piece has beyond its share.
-        spread = sqrt(((nats - mean * tokens) ** 2).sum() * pieces / (pieces - 1))
-        return NORMAL_95 * spread / self.nats
+        beyond = nats - self.nats * size / size.sum()
+        spread = sqrt((beyond**2).sum() * pieces / (pieces - 1))
+        return student_95(pieces - 1) * spread / self.nats
 
-    def by_position(self, edges: list[int]) -> list[tuple[int, int, float]]:
-        """(first, after the last, mean nats) for positions in the window cut at `edges`; without
-        stretches in which nothing was scored."""
+    def by_position(self, edges: list[int]) -> list[tuple[int, int, float, int]]:
+        """(first, after the last, mean nats, tokens) for positions in the window cut at `edges`;
+        without stretches in which nothing was scored."""
         found = []
         for a, b in zip(edges, edges[1:], strict=False):
             tokens = int(self.losses.position_tokens[a:b].sum())
             if tokens:
-                found.append((a, b, float(self.losses.position_nats[a:b].sum()) / tokens))
+                nats = float(self.losses.position_nats[a:b].sum()) / tokens
+                found.append((a, b, nats, tokens))
         return found
 
-    def by_phase(self, period: int) -> list[float]:
-        """Mean nats by position modulo `period`: how stale the shortened levels are inside a group
-        shows here. NaN where nothing was scored."""
+    def by_phase(self, period: int) -> list[tuple[float, int]]:
+        """(mean nats, tokens) by position modulo `period`: how stale the shortened levels are
+        inside a group shows here. NaN where nothing was scored."""
         places = np.arange(len(self.losses.position_nats)) % period
         nats = np.bincount(places, self.losses.position_nats, period)
-        tokens = np.bincount(places, self.losses.position_tokens, period)
+        tokens = np.bincount(places, self.losses.position_tokens, period).astype(np.int64)
         with np.errstate(invalid="ignore"):
-            return list((nats / tokens).tolist())
+            return list(zip((nats / tokens).tolist(), tokens.tolist(), strict=True))
 
 
 @torch.inference_mode()
@@ -117,15 +149,16 @@ def score_windows(
     separate: bool = False,
     first: int = 0,
     last: int | None = None,
+    count_bytes: Callable[[NDArray[np.int64]], int] = len,
     advance: Callable[[int], object] = lambda tokens: None,
 ) -> Losses:
     """Losses of the windows from `first` to `last` of a text of `tokens`: see `data/protocol.py`.
 
-    `rows` windows go through the model at once; it does not change the result. Raises DataError
-    where the text cannot be read.
+    `rows` windows go through the model at once; it does not change the result. `count_bytes`: of
+    the text that tokens stand for. Raises DataError where the text cannot be read.
     """
     device = next(model.parameters()).device
-    nats, counts = [np.zeros(0)], [np.zeros(0, np.int64)]
+    nats, counts, sizes = [np.zeros(0)], [np.zeros(0, np.int64)], []
     position_nats = torch.zeros(how.length, dtype=torch.float64, device=device)
     position_tokens = np.zeros(how.length, np.int64)
     for inputs, labels in batches(
@@ -136,9 +169,11 @@ def score_windows(
         counted = labels >= 0
         nats.append(losses.sum(1).cpu().numpy())
         counts.append(counted.sum(1))
-        position_nats += losses.sum(0)
-        position_tokens += counted.sum(0)
+        sizes += [count_bytes(row[of]) for row, of in zip(labels, counted, strict=True)]
+        position_nats[: losses.shape[1]] += losses.sum(0)
+        position_tokens[: losses.shape[1]] += counted.sum(0)
         advance(int(counted.sum()))
     return Losses(
-        np.concatenate(nats), np.concatenate(counts), position_nats.cpu().numpy(), position_tokens
-    )
+        np.concatenate(nats), np.concatenate(counts), np.array(sizes, np.int64),
+        position_nats.cpu().numpy(), position_tokens,
+    )  # fmt: skip

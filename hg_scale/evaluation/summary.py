@@ -6,14 +6,13 @@ import bz2
 import gzip
 import json
 import lzma
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from hg_scale.config.load import load_config
-from hg_scale.config.schema import SourceConfig
 from hg_scale.data.evaluation import split_text
 from hg_scale.errors import UserError
 from hg_scale.evaluation.generation import Writing, write_texts
@@ -26,16 +25,6 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "xz -9e": lambda text: lzma.compress(text, preset=9 | lzma.PRESET_EXTREME),
 }
 TEMPERATURE = 0.8
-
-
-def held_out_text(corpora: Sequence[SourceConfig], limit: int | None = None) -> bytes:
-    """The validation text of the corpora that have one, or of the first `limit` tokens of each.
-
-    Raises UserError where a corpus is not at hand.
-    """
-    indexes = [index_of_run(corpus.path) for corpus in corpora]
-    held_out = [index for index in indexes if "validation" in index.splits]
-    return b"".join(split_text(index, "validation", limit) for index in held_out)
 
 
 def compressed(compressor: str, text: bytes) -> float:

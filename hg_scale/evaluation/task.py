@@ -14,6 +14,7 @@ import torch
 import torch.multiprocessing as mp
 
 from hg_scale.data.evaluation import split_bytes
+from hg_scale.data.index import INDEX_FILE
 from hg_scale.data.protocol import Text, Tokens, Windows
 from hg_scale.data.shards import SplitReader
 from hg_scale.errors import UserError
@@ -26,14 +27,14 @@ from hg_scale.evaluation.trained import Trained, load_trained
 class Task:
     """What is to be scored, and how; small enough to be sent to a process.
 
-    `data`: a prepared corpus (whose `split` is scored) or a plain file; None: the corpus of the
-    run. `length`: tokens in a window, None: as in training; `stride`: None, no context;
-    `windows`: only so many.
+    `data`: a prepared corpus, whose `split` (None: test) is scored, or a plain file; None: the
+    corpus of the run. `length`: tokens in a window, None: as in training; `stride`: None, no
+    context; `windows`: only so many.
     """
 
     model: Path
     data: str | None = None
-    split: str = "test"
+    split: str | None = None
     length: int | None = None
     stride: int | None = None
     windows: int | None = None
@@ -43,13 +44,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and the text that it is scored on: `tokens` that stand for `bytes`."""
+    """A model and the text that it is scored on: `tokens` that stand for `bytes`.
+
+    `bytes` is None for a part of a text: what its tokens stand for.
+    """
 
     trained: Trained
     text: Text
     name: str
     tokens: int
-    bytes: float
+    bytes: int | None
     how: Windows
     begin: int
     images: bool
@@ -61,7 +65,7 @@ class Subject:
 
 def open_subject(task: Task, device: str | None = None) -> Subject:
     """The model and the text of a task. Raises UserError where they do not fit each other."""
-    plain = Path(task.data) if task.data and Path(task.data).is_file() else None
+    plain = _plain_file(task)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[task.precision]
     trained = load_trained(task.model, None if plain else task.data, dtype, device)
     length = task.length or trained.model.config.sequence_length
@@ -69,9 +73,13 @@ def open_subject(task: Task, device: str | None = None) -> Subject:
     images = False
     text: Text
     if plain:
+        if document_shape(trained.index) is not None:
+            raise UserError(f"{plain}: a plain file is scored as text, but {trained.data} holds "
+                            "images: name a prepared corpus with --data")  # fmt: skip
         raw, tokenizer = plain.read_bytes(), trained.open_tokenizer()
+        size: int | None = len(raw)
         ids = tokenizer.encode(raw)
-        text, tokens, size = Tokens(ids), len(ids), float(len(raw))
+        text, tokens = Tokens(ids), len(ids)
         name, begin = str(plain), tokenizer.eod or 0
         if not tokens:
             raise UserError(f"{plain}: is empty")
@@ -79,9 +87,10 @@ def open_subject(task: Task, device: str | None = None) -> Subject:
         index = trained.index
         if index is None:
             raise UserError(f"{task.model}: an export names no data; give --data SHARDS or FILE")
-        text, tokens = SplitReader(index, task.split), index.split(task.split).tokens
-        size = float(split_bytes(index, task.split))
-        name, begin = f"{task.split} split of {index.location}", index.eod or 0
+        split = task.split or "test"
+        text, tokens = SplitReader(index, split), index.split(split).tokens
+        size = split_bytes(index, split)
+        name, begin = f"{split} split of {index.location}", index.eod or 0
         images = document_shape(index) is not None
         if images and (how.length, how.stride) != (index.document_tokens,) * 2:
             raise UserError(
@@ -89,26 +98,46 @@ def open_subject(task: Task, device: str | None = None) -> Subject:
                 "its own: leave --context, --window and --stride out"
             )
     if task.windows is not None:
-        part = min(tokens, how.length + (task.windows - 1) * how.stride)
-        tokens, size = part, size * part / tokens
+        part = how.length + (task.windows - 1) * how.stride
+        if part < tokens:
+            tokens, size = part, None
     return Subject(trained, text, name, tokens, size, how, begin, images)
 
 
-def evaluate(
-    task: Task, processes: int = 1, advance: Callable[[int], object] = lambda tokens: None
-) -> tuple[Subject, Score]:
-    """Score a task; each of several processes takes consecutive windows. `advance` is told tokens.
+def _plain_file(task: Task) -> Path | None:
+    """The text file that a task names; None where it names a prepared corpus, or nothing."""
+    path = Path(task.data or "")
+    if not path.is_file() or path.name == INDEX_FILE:
+        return None
+    if path.suffix == ".tar":
+        raise UserError(f"{path}: a shard is no text; name its folder, and the split with --split")
+    if task.split is not None:
+        raise UserError(f"--split: {path} is a plain file and has no {task.split!r} split")
+    return path
 
-    The result does not depend on their number, beyond rounding. Raises UserError, here, for what
-    any process meets.
+
+def evaluate(
+    task: Task, processes: int = 1, advance: Callable[[int, int], object] = lambda tokens, of: None
+) -> tuple[Subject, Score]:
+    """Score a task; each of several processes takes consecutive windows.
+
+    `advance` is told the tokens just scored, and of how many in all; first 0. The
+    result does not depend on the number of processes, beyond rounding. Raises UserError, here, for
+    what any process meets.
     """
     subject = open_subject(task, "cpu" if processes > 1 else None)
     processes = min(processes, subject.windows)
+
+    def told(tokens: int) -> None:
+        advance(tokens, subject.tokens)
+
+    told(0)
     if processes == 1:
-        losses = _share(subject, task.rows, 0, 1, advance)
+        losses = _share(subject, task.rows, 0, 1, told)
     else:
-        losses = _spread(task, processes, advance)
-    return subject, Score(losses, subject.bytes)
+        losses = _spread(task, processes, told)
+    size = int(losses.bytes.sum()) if subject.bytes is None else subject.bytes
+    return subject, Score(losses, size)
 
 
 def _share(
@@ -119,7 +148,8 @@ def _share(
     return score_windows(
         subject.trained.model, subject.text, subject.tokens, subject.how, rows=rows,
         begin=subject.begin, separate=subject.images, first=int(ends[rank]),
-        last=int(ends[rank + 1]), advance=advance,
+        last=int(ends[rank + 1]), count_bytes=subject.trained.open_tokenizer().count_bytes,
+        advance=advance,
     )  # fmt: skip
 
 
@@ -173,5 +203,8 @@ def _work(task: Task, rank: int, size: int, results: Any) -> None:
         results.put((rank, "losses", told))
     except UserError as error:
         results.put((rank, "fault", str(error)))
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        results.put((rank, "fault", f"process {rank} of the evaluation failed: {why}"))
     results.close()
     results.join_thread()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hg_scale.checkpoint.export import load_export
-from hg_scale.checkpoint.find import find_latest, read_manifest
+from hg_scale.checkpoint.find import MANIFEST, find_latest, read_manifest
 from hg_scale.checkpoint.load import read_parameters
 from hg_scale.checkpoint.open import is_export
 from hg_scale.checkpoint.source import ExportSource
@@ -71,6 +71,11 @@ def _checkpoint(folder: Path, data: str | None) -> Trained:
     if checkpoint is None:
         if (folder / "config.json").is_file():
             raise UserError(f"{folder}: a run without a checkpoint; train it to its first one")
+        if not (folder / MANIFEST).is_file():
+            raise UserError(
+                f"{folder}: expected a run folder (with config.json and checkpoints/), a "
+                f"checkpoint folder whose save was finished (with {MANIFEST}) or an export"
+            )
         checkpoint = folder
     manifest = read_manifest(checkpoint)
     config = parse_config({"model": manifest["config"]["model"]}, source=str(checkpoint))

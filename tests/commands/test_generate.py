@@ -170,7 +170,7 @@ def test_models_that_cannot_be_used(
     for folder, options, message in (
         (tmp_path / "none", [], "no such folder"),
         (tmp_path, [], "without a checkpoint"),
-        (run / "checkpoints", [], "manifest.json: no such file"),
+        (run / "checkpoints", [], "expected a run folder (with config.json"),
         (digits, ["--prompt", "a"], "--prompt is for text"),
     ):
         assert main(["generate", str(folder), *options]) == 2

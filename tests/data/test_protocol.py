@@ -42,6 +42,15 @@ def test_batches_hold_the_text(
     assert found == ids.tolist()
 
 
+@pytest.mark.parametrize(("tokens", "widths"), [(7, [7]), (100, [50, 50]), (101, [50, 50, 1])])
+def test_nothing_is_padded_beyond_the_longest_window(tokens: int, widths: list[int]) -> None:
+    how = Windows(50, 50)
+    found = batches(Tokens(np.arange(tokens)), tokens, how, rows=1, begin=0, separate=False)
+    assert [inputs.shape for inputs, _ in found] == [(1, width) for width in widths]
+    (both,) = batches(Tokens(np.arange(60)), 60, how, rows=2, begin=0, separate=False)
+    assert both[0].shape == both[1].shape == (2, 50)
+
+
 def test_the_papers_protocol_gives_every_token_its_context() -> None:
     how = Windows(4096, 128)
     assert how.window(0, 10_000) == (0, 4096, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import subprocess
@@ -88,6 +89,34 @@ def test_context_and_continuation_make_the_whole(trained: Trained) -> None:
     assert cut == text[: text.index(stop)]
 
 
+@pytest.mark.parametrize("space", [" ", "\n", "\t", " \n\n"])
+def test_white_space_counts_with_the_continuation(trained: Trained, space: str) -> None:
+    from hg_scale.evaluation.harness import HarnessModel
+
+    model = HarnessModel(trained)
+    found, expected = model.loglikelihood([ask("the" + space, "fox"), ask("the", space + "fox")])
+    assert found == expected
+
+
+@pytest.mark.parametrize(("most", "kept"), [(5, 27), (31, 1), (40, 16)])
+def test_a_long_context_leaves_room_for_the_answer(trained: Trained, most: int, kept: int) -> None:
+    """The answer is that after the end of the context alone, up to where the window is full."""
+    from hg_scale.evaluation.harness import HarnessModel
+
+    context = "the quick brown fox jumps over the lazy dog. " * 3
+    options = {"until": ["\n\n\n"], "max_gen_toks": most}
+    (text,) = HarnessModel(trained).generate_until([ask(context, options)])
+    ids, made = list(context.encode())[-kept:], []
+    with torch.inference_mode():
+        while len(ids) + len(made) <= 32 and len(made) < most:
+            made.append(int(trained.model(torch.tensor([ids + made]))[0, -1].argmax()))
+            if made[-1] == 256:
+                break
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    expected = decoder.decode(bytes(token for token in made if token < 256))
+    assert expected and text.startswith(expected)
+
+
 def test_a_task_of_ones_own_offline(worlds: Worlds, corpus: Path, tmp_path: Path) -> None:
     """By the command, on an export, with the network forbidden to the harness."""
     (tmp_path / "tiny.json").write_text(json.dumps({**TINY, "data": {"path": str(corpus)}}))
@@ -123,3 +152,39 @@ def test_a_task_of_ones_own_offline(worlds: Worlds, corpus: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert "fox" in done.stdout
     assert json.loads((tmp_path / "out.json").read_text())["fox"]["acc,none"] == 1.0
+
+    (tmp_path / "tasks" / "gone.yaml").write_text(
+        (tmp_path / "tasks" / "fox.yaml").read_text().replace("task: fox", "task: gone")
+        .replace("dataset_path: json", "dataset_path: nobody/nothing").replace("  data_files", "#")
+        .replace("    test:", "#").replace("dataset_kwargs:\n", "")
+    )  # fmt: skip
+    command[command.index("fox")] = "gone"
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+        env={**os.environ, **offline},
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "the data of gone cannot be had" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--tasks", ","), "--tasks: expected names"),
+        (("--tasks", "piqa", "--batch", "0"), "--batch: expected 1 or more"),
+        (("--tasks", "piqa", "--limit", "0"), "--limit: expected 1 or more"),
+        (("--tasks", "piqa", "--fewshot", "-1"), "--fewshot: expected 0 or more"),
+        (("--tasks", "piqa", "--include-path", "/nowhere"), "is no folder"),
+        (("--tasks", "piqa", "--json", "/nowhere/r.json"), "cannot be written"),
+    ],
+)
+def test_it_is_refused_before_the_work(
+    words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["harness", "nowhere", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1

@@ -25,6 +25,7 @@ from hg_scale.data.index import read_index
 from hg_scale.data.progress import Progress
 from hg_scale.data.shuffle import Job, prepare
 from hg_scale.evaluation.report.axes import short, size, tick_labels, ticks
+from hg_scale.evaluation.report.baselines import find_baselines
 from hg_scale.evaluation.report.charts import make_charts, path
 from hg_scale.evaluation.report.curves import (
     POINTS,
@@ -288,9 +289,14 @@ def test_what_is_no_run_is_told_in_a_line(
     assert said in error and str(run) in error and error.count("\n") == 1
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_place_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hg_scale.evaluation.report import page
+
     run = write_run(tmp_path / "alpha")
     words = ["report", str(run), "--sample", "0", "--output", str(tmp_path / "no" / "page.html")]
+    monkeypatch.setattr(page, "render", lambda report: pytest.fail("worked before it asked"))
     assert main(words) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -301,10 +307,57 @@ def test_a_real_run_with_its_baselines_and_a_sample(
     run = tmp_path / "run"
     assert train_in(worlds, 1, tmp_path, "--config", str(config), "--run", str(run)).code == 0
     page = report(run, "--sample", "40")
-    text = split_text(read_index(str(corpus)), "validation")
+    text = split_text(read_index(str(corpus)), "validation", 8 * 32)  # 8 windows are scored
     assert f"gzip -9 {8 * len(gzip.compress(text, 9)) / len(text):.3f}" in page.text
     assert "40 tokens from an empty beginning" in page.text
     assert "6 of 6" in page.text and "no sample" not in page.text
+
+
+def test_an_export_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert main(["report", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "is an export, not a run folder" in error and error.count("\n") == 1
+
+
+def scored_on(run: Path, tokens: int) -> None:
+    """Let the validations have scored so many tokens."""
+    known = "validation_tokens"
+    rewrite(run, lambda record: record | ({known: tokens} if known in record else {}))
+
+
+def test_compressors_have_the_text_that_a_run_was_scored_on(
+    report: Callable[..., Page], corpus: Path, tmp_path: Path
+) -> None:
+    """Runs that were scored on more or less of the split are not ranked together."""
+    index = read_index(str(corpus))
+    whole = index.split("validation").tokens
+    paths = [write_run(tmp_path / name, change={"data": {"path": str(corpus)}}) for name in "abc"]
+    for path_, tokens in zip(paths, (300, whole, 300), strict=True):
+        scored_on(path_, tokens)
+    runs = read_runs(paths)
+    baselines, reasons = find_baselines(runs, lambda what: None)
+    assert not reasons and len(baselines) == 6
+    bars = score_bars(runs, baselines)
+    assert [sorted(b.label for b in part if b.run is not None) for part in bars.values()] == [
+        ["a", "c"], ["b"],
+    ]  # fmt: skip
+    for part, tokens in zip(bars.values(), (300, whole), strict=True):
+        (bar,) = (bar for bar in part if bar.label == "gzip -9")
+        text = split_text(index, "validation", tokens)
+        assert bar.value == 8 * len(gzip.compress(text, 9)) / len(text)
+        assert bar.of == f"{len(text):,} bytes"
+    page = report(*paths)
+    assert "shards, 300 tokens" in page.text and f"shards, {whole:,} tokens" in page.text
+
+
+def test_a_mean_over_sources_has_no_compressors(
+    report: Callable[..., Page], corpus: Path, tmp_path: Path
+) -> None:
+    sources = [{"path": str(corpus)}, {"path": str(corpus), "name": "again"}]
+    page = report(write_run(tmp_path / "run", change={"data": {"path": None, "sources": sources}}))
+    assert "the figure is a mean over several sources" in page.text
 
 
 def test_a_run_on_images_has_baselines(report: Callable[..., Page], tmp_path: Path) -> None:
@@ -313,8 +366,9 @@ def test_a_run_on_images_has_baselines(report: Callable[..., Page], tmp_path: Pa
     np.save(source, images)
     pictures = ImageCorpus((source,), fractions=(0.5, 0.5, 0.0))
     prepare(Job(pictures, (source,), shards, chunk_tokens=300, shard_tokens=900), Progress())
-    page = report(write_run(tmp_path / "run", change={"data": {"path": str(shards)}}),
-                  "--sample", "0")  # fmt: skip
+    run = write_run(tmp_path / "run", change={"data": {"path": str(shards)}})
+    scored_on(run, 240)
+    page = report(run)
     assert "gzip -9" in page.text and "No compressors" not in page.text
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from hg_scale.commands.evaluate import edges
 from hg_scale.config.schema import ModelConfig
 from hg_scale.data.protocol import Tokens, Windows
-from hg_scale.evaluation.scoring import Losses, Score, score_windows
+from hg_scale.evaluation.scoring import Losses, Score, score_windows, student_95
 from hg_scale.model.hourglass import Hourglass
 from hg_scale.parallel.initialization import initialize
 
@@ -41,7 +42,7 @@ def test_a_uniform_model_scores_8_bits_a_byte(model: Hourglass) -> None:
         found = score(uniform, how)
         assert found.bits_per_byte == pytest.approx(8, rel=1e-7)
         assert (found.tokens, found.bytes) == (700, 700)
-        assert found.relative_interval == pytest.approx(0, abs=1e-6)
+        assert found.byte_interval == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("how", [Windows(64, 64), Windows(64, 24)])
@@ -84,31 +85,70 @@ def test_against_a_loop_over_the_text(model: Hourglass, stride: int) -> None:
     assert len(nats) == sum(counted) == int(found.tokens.sum()) == 700
     assert found.nats.sum() == pytest.approx(sum(nats), rel=1e-6)
     # By position: the first window is scored whole, later ones at their end only.
-    assert found.position_tokens[0] == 1 if stride < 64 else 11
+    assert found.position_tokens[0] == (1 if stride < 64 else 11)
     assert found.position_nats.sum() == pytest.approx(sum(nats), rel=1e-6)
+
+
+def test_a_text_shorter_than_the_window(model: Hourglass) -> None:
+    """A window far longer than the text costs nothing and changes nothing."""
+    found, expected = score(model, Windows(10**6, 10**6)), score(model, Windows(700, 700))
+    assert found.nats == expected.nats
+    assert found.losses.position_tokens.sum() == 700
 
 
 def test_positions_and_phases_of_made_up_losses() -> None:
     """Positions 0..5 of two windows, losses equal to the position; the last token not scored."""
     positions, counts = np.arange(6.0) * 2, np.array([2, 2, 2, 2, 2, 1])
     positions[5] = 5
-    losses = Losses(np.array([15.0, 10.0]), np.array([6, 5]), positions, counts)
+    tokens = np.array([6, 5])
+    losses = Losses(np.array([15.0, 10.0]), tokens, tokens, positions, counts)
     found = Score(losses, 11)
-    assert found.by_position([0, 1, 2, 4, 6]) == [(0, 1, 0), (1, 2, 1), (2, 4, 2.5), (4, 6, 13 / 3)]
-    assert found.by_phase(2) == pytest.approx([2.0, 13 / 5])
+    assert found.by_position([0, 1, 2, 4, 6]) == [
+        (0, 1, 0, 2), (1, 2, 1, 2), (2, 4, 2.5, 4), (4, 6, 13 / 3, 3),
+    ]  # fmt: skip
+    assert found.by_phase(2) == [(2.0, 6), (13 / 5, 5)]
     assert found.bits_per_token == pytest.approx(25 / 11 / log(2))
 
 
-def test_the_interval_covers_the_mean_of_the_source() -> None:
-    """200 texts of 1,000 windows whose losses have a known mean: about 95% of the intervals hold
-    it, also where each window resembles the one before."""
+def of_windows(nats: np.ndarray, tokens: np.ndarray, size: np.ndarray) -> Score:
+    one = np.zeros(1)
+    return Score(Losses(nats, tokens, size, one, one.astype(int)), int(size.sum()))
+
+
+@pytest.mark.parametrize(
+    ("windows", "like"), [(2, 1), (3, 1), (5, 1), (10, 1), (40, 1), (300, 4), (1000, 4)]
+)
+def test_the_interval_covers_the_mean_of_the_source(windows: int, like: int) -> None:
+    """1,000 texts whose losses have a known mean: about 95% of the intervals hold it, also of few
+    windows, and where each resembles the `like` - 1 before."""
     draw, held = np.random.default_rng(0), 0
-    for _ in range(200):
-        noise = draw.normal(size=1003)
-        windows = 50 + (noise[:-3] + noise[1:-2] + noise[2:-1] + noise[3:])  # of 10 tokens each
-        one = np.zeros(1)
-        losses = Losses(windows, np.full(1000, 10), one, one.astype(int))
-        found = Score(losses, 1)
-        half = found.relative_interval * found.nats_per_token
-        held += abs(found.nats_per_token - 5) <= half
-    assert 175 <= held <= 198
+    size = np.full(windows, 10)
+    for _ in range(1000):
+        noise = draw.normal(size=windows + like - 1)
+        nats = 50 + sum(noise[i : i + windows] for i in range(like))
+        found = of_windows(nats, size, size)
+        held += abs(found.nats_per_token - 5) <= found.token_interval * found.nats_per_token
+    assert 930 <= held <= 970
+
+
+def test_an_interval_is_of_what_it_stands_beside() -> None:
+    """Pieces of many bytes cost many nats: bits a byte are certain where nats a token are not."""
+    size = np.random.default_rng(0).integers(20, 60, 400)
+    found = of_windows(2.0 * size, np.full(400, 10), size)
+    assert found.byte_interval == pytest.approx(0, abs=1e-12)
+    assert found.token_interval > 0.01
+    found = of_windows(2.0 * size, size, np.full(400, 10))
+    assert found.token_interval == pytest.approx(0, abs=1e-12) and found.byte_interval > 0.01
+
+
+def test_the_last_positions_of_sliding_windows_stand_apart() -> None:
+    assert edges(Windows(20, 20)) == [0, 1, 2, 4, 8, 16, 20]
+    assert edges(Windows(20, 6)) == [0, 1, 2, 4, 8, 14, 20]
+    assert edges(Windows(4096, 128))[-3:] == [2048, 3968, 4096]
+    assert edges(Windows(2, 1)) == [0, 1, 2] and edges(Windows(1, 1)) == [0, 1]
+
+
+def test_students_t() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    found = [student_95(freedom) for freedom in range(1, 200)]
+    np.testing.assert_allclose(found, stats.t.ppf(0.975, np.arange(1, 200)), atol=1e-3)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from hg_scale.commands.main import main
 from hg_scale.data.evaluation import split_text
 from hg_scale.data.index import read_index
+from hg_scale.evaluation import task as task_of
+from hg_scale.evaluation.task import Task
 from tests.runs import records, train_in
 from tests.world import Worlds
 
@@ -50,10 +54,22 @@ def test_processes_and_batches_change_nothing(
     alone = evaluate(tmp_path, *common)
     shared = evaluate(tmp_path, *common, "--processes", "2", "--batch", "5")
     assert shared["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-6)
-    assert shared["interval_95"] == pytest.approx(alone["interval_95"], rel=1e-3)
+    half = "interval_95_half_width"
+    assert shared[half] == pytest.approx(alone[half], rel=1e-3)
     assert shared["tokens"] == alone["tokens"]
-    for a, b in zip(shared["nats_by_position"], alone["nats_by_position"], strict=True):
-        assert a == pytest.approx(b, rel=1e-5)
+    for places in ("nats_by_position", "nats_by_phase"):
+        for a, b in zip(shared[places], alone[places], strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
+        assert sum(place["tokens"] for place in alone[places]) == alone["tokens"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_progress_knows_its_end(run: Path, processes: int) -> None:
+    told: list[tuple[int, int]] = []
+    task = Task(run, split="validation", windows=20)
+    _, score = task_of.evaluate(task, processes, lambda *of: told.append(of))
+    assert told[0] == (0, score.tokens) and {of for _, of in told} == {score.tokens}
+    assert sum(tokens for tokens, _ in told) == score.tokens
 
 
 def test_sliding_by_the_window_is_no_context(run: Path, tmp_path: Path) -> None:
@@ -83,6 +99,41 @@ def test_an_export_scores_a_file_without_its_data(run: Path, tmp_path: Path) -> 
     assert theirs["bits_per_byte"] == ours["bits_per_byte"]
 
 
+def test_a_shard_is_not_scored_as_text(
+    run: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = next(corpus.glob("*.tar"))
+    for words, said in (
+        (("--data", str(shard)), "a shard is no text; name its folder"),
+        (("--data", __file__, "--split", "validation"), "has no 'validation' split"),
+    ):
+        assert main(["evaluate", str(run), *words]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    folder, index = (
+        evaluate(tmp_path, str(run), "--data", str(path), "--windows", "3")
+        for path in (corpus, corpus / "index.json")
+    )
+    assert folder == index
+
+
+def test_a_process_says_what_it_died_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(task_of, "open_subject", fail)
+    told: list[Any] = []
+    results = SimpleNamespace(put=told.append, close=lambda: None, join_thread=lambda: None)
+    threads = torch.get_num_threads()
+    try:
+        task_of._work(Task(Path("nowhere")), 1, 2, results)
+    finally:
+        torch.set_num_threads(threads)
+    ((rank, kind, said),) = told
+    assert (rank, kind) == (1, "fault")
+    assert said == "process 1 of the evaluation failed: RuntimeError: out of memory"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -92,6 +143,7 @@ def test_an_export_scores_a_file_without_its_data(run: Path, tmp_path: Path) -> 
         (("--context", "8", "--window", "8"), "give one of them"),
         (("--data", "nowhere"), "nowhere"),
         (("--split", "tset"), "tset"),
+        (("--data", "nowhere", "--json", "/nowhere/figures.json"), "figures.json: cannot be"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(

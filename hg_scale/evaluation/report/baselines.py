@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from hg_scale.data.evaluation import split_text
 from hg_scale.errors import UserError
 from hg_scale.evaluation.report.run_folder import RunFolder
-from hg_scale.evaluation.summary import COMPRESSORS, compressed, held_out_text
+from hg_scale.evaluation.summary import COMPRESSORS, compressed
+from hg_scale.evaluation.trained import index_of_run
 
-LIMIT = 32 * 2**20  # tokens of a corpus that are compressed; xz takes half a minute for as many
+LIMIT = 32 * 2**20  # tokens that are compressed at most; xz takes half a minute for as many
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A compressor on `bytes` of the validation text of `corpus`."""
+    """A compressor on the first `tokens` of the validation split of `corpus`, `bytes` long."""
 
     compressor: str
     corpus: str
     bits_per_byte: float
+    tokens: int
     bytes: int
     label: str
 
@@ -38,25 +41,37 @@ def corpus_names(runs: Sequence[RunFolder]) -> list[str]:
 def find_baselines(
     runs: Sequence[RunFolder], doing: Callable[[str], object]
 ) -> tuple[list[Baseline], list[str]]:
-    """The compressors on every corpus once, and why some corpus has none.
+    """The compressors on each text that a run was scored on last, and why some text has none.
 
     `doing` is told what comes next.
     """
-    corpora = {name: run.corpora for name, run in zip(corpus_names(runs), runs, strict=True)}
-    baselines, reasons = [], []
-    for name, sources in corpora.items():
-        if not name:
-            continue
+    texts: dict[tuple[str, int], RunFolder] = {}
+    for name, run in zip(corpus_names(runs), runs, strict=True):
+        if name and (scored := run.scored_tokens):
+            texts.setdefault((name, scored), run)
+    baselines: list[Baseline] = []
+    reasons: list[str] = []
+    for (name, tokens), run in texts.items():
         try:
-            text = held_out_text(sources, LIMIT)
-            if not text:
-                raise UserError("no validation split")
+            text = _text(run, tokens)
         except UserError as error:
             reasons.append(f"{name}: {error}")
             continue
         for compressor in COMPRESSORS:
             doing(f"{compressor} on {name}")
             bits = compressed(compressor, text)
-            label = compressor if len(corpora) == 1 else f"{compressor} ({name})"
-            baselines.append(Baseline(compressor, name, bits, len(text), label))
-    return baselines, reasons
+            label = compressor if len(texts) == 1 else f"{compressor} ({name}, {tokens:,} tokens)"
+            baselines.append(Baseline(compressor, name, bits, tokens, len(text), label))
+    return baselines, list(dict.fromkeys(reasons))
+
+
+def _text(run: RunFolder, tokens: int) -> bytes:
+    """What the run was scored on. Raises UserError where it is not at hand, or is no one text."""
+    if len(run.corpora) > 1:
+        raise UserError("the figure is a mean over several sources")
+    index = index_of_run(run.corpora[0].path)
+    if tokens > LIMIT:
+        raise UserError(f"{tokens:,} tokens were scored, more than the {LIMIT:,} compressed here")
+    if tokens > index.split("validation").tokens:
+        raise UserError(f"its validation split is shorter than the {tokens:,} tokens scored")
+    return split_text(index, "validation", tokens)

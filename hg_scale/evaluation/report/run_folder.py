@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import damage, read_manifest
+from hg_scale.checkpoint.open import is_export
 from hg_scale.config.errors import ConfigError
 from hg_scale.config.load import read_tree
 from hg_scale.config.schema import DataConfig, ModelConfig, SourceConfig
@@ -74,6 +75,13 @@ class RunFolder:
     def validation_column(self, key: str) -> Column:
         """A figure of every validation; NaN where it is null or missing."""
         return _column(self.validation, key)
+
+    @property
+    def scored_tokens(self) -> int | None:
+        """Tokens of the last validation with bits per byte; None without one, or unknown."""
+        known = np.flatnonzero(np.isfinite(self.validation_column("validation_bits_per_byte")))
+        scored = self.validation[known[-1]].get("validation_tokens") if known.size else None
+        return scored if isinstance(scored, int) else None
 
     def setting(self, key: str) -> Any:
         """A value of the configuration by its dotted key; None where it is not there."""
@@ -143,6 +151,8 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 def _read_run(path: Path, name: str) -> RunFolder:
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is not a run folder: it has no config.json")
+    if is_export(path):
+        raise UserError(f"{path} is an export, not a run folder: name the run it was made from")
     try:
         tree = read_tree(path / "config.json")
     except ConfigError as error:

@@ -95,25 +95,29 @@ def _notes(run: RunFolder) -> list[str]:
 def score_bars(
     runs: Sequence[RunFolder], baselines: Sequence[Baseline]
 ) -> dict[str, list[ScoreBar]]:
-    """By corpus, the last validation of each run and the compressors, best first.
+    """By text, the last validation of each run and the compressors on it, best first.
 
-    Corpora that no run was validated on are left out.
+    A text is the beginning of a corpus's validation split, as much of it as was scored: runs that
+    were scored on more or less of it are not ranked together.
     """
-    found: dict[str, list[ScoreBar]] = {}
+    found: dict[tuple[str, int | None], list[ScoreBar]] = {}
     for number, (run, corpus) in enumerate(zip(runs, corpus_names(runs), strict=True)):
         values = run.validation_column("validation_bits_per_byte")
         known = np.flatnonzero(np.isfinite(values))
         if known.size:
             record, value = run.validation[known[-1]], float(values[known[-1]])
-            scored = record.get("validation_tokens")
-            over = f", {scored:,} tokens" if isinstance(scored, int) else ""
+            scored = run.scored_tokens
+            over = f", {scored:,} tokens" if scored else ""
             bar = ScoreBar(run.name, number, value, f"step {record['step']:,}{over}")
-            found.setdefault(corpus, []).append(bar)
+            found.setdefault((corpus, scored), []).append(bar)
     for one in baselines:
-        if one.corpus in found:
-            bar = ScoreBar(one.compressor, None, one.bits_per_byte, f"{one.bytes:,} bytes")
-            found[one.corpus].append(bar)
-    return {name: sorted(bars, key=lambda bar: bar.value) for name, bars in found.items()}
+        bar = ScoreBar(one.compressor, None, one.bits_per_byte, f"{one.bytes:,} bytes")
+        found[one.corpus, one.tokens].append(bar)
+    names = {
+        (corpus, scored): f"{corpus or 'unknown'}, {scored:,} tokens" if scored else corpus
+        for corpus, scored in found
+    }
+    return {names[text]: sorted(bars, key=lambda b: b.value) for text, bars in found.items()}
 
 
 def differences(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
