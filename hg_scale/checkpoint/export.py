@@ -84,8 +84,10 @@ def export(
 ) -> float:
     """Write weights to the new folder `out`; the largest difference of the logits from theirs.
 
-    Raises CheckpointError where it cannot be written or, in fp32, computes something else.
+    Raises CheckpointError where the source is damaged, `out` cannot be written or, in fp32,
+    computes something else.
     """
+    source.require_unchanged(workers, report)
     with new_folder(out) as folder:
         places = _make_files(folder, source, dtype, shard_bytes, style.prefix)
         copy_pieces(source, places, workers, report, "exporting")

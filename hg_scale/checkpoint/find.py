@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hg_scale.checkpoint.checksum import Checksum
 from hg_scale.checkpoint.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -87,8 +88,7 @@ def content_damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | Non
         if fault := _size_damage(checkpoint, file):
             return fault
         try:
-            with (checkpoint / file["name"]).open("rb") as data:
-                digest = hashlib.file_digest(data, "sha256").hexdigest()
+            digest = Checksum(checkpoint)(file["name"])
         except OSError as error:
             return f"{file['name']} cannot be read: {error.strerror}"
         if digest != file["sha256"]:

@@ -17,8 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hg_scale.checkpoint.checksum import changed_files
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
+from hg_scale.checkpoint.jobs import Report
 from hg_scale.checkpoint.load import Reader
 from hg_scale.checkpoint.reference import read_entries, reference_config, reference_weights, under
 from hg_scale.config.errors import ConfigError
@@ -85,6 +87,12 @@ class Source:
     def whole(self, name: str, kind: str = "fp32") -> Tensor:
         """One parameter, whole, in fp32."""
         return self.read(name, kind).view(self.shapes[name])
+
+    def require_unchanged(self, workers: int, report: Report) -> None:
+        """Raise CheckpointError where bytes are not those that were written, by their checksums.
+
+        What carries no checksums is taken as it is.
+        """
 
     def close(self) -> None:
         """Let go of open files; reading opens them again."""
@@ -164,6 +172,10 @@ class CheckpointSource(Source):
         self.step, self.optimizer_step = manifest["step"], manifest["optimizer_step"]
         self.progress = manifest["progress"]
         self.tokenizer = manifest.get("tokenizer")
+
+    def require_unchanged(self, workers: int, report: Report) -> None:
+        for fault in changed_files(self.path, self.manifest["files"], workers, report):
+            raise CheckpointError(f"{fault}; use another checkpoint")
 
     def _read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         wanted = Fragment(Slice(name, self.shapes[name]), start, stop - start)

@@ -87,7 +87,8 @@ class WriteParameter:
 
 
 def to_deepspeed(source: CheckpointSource, out: Path, *, workers: int = 1, report: Report) -> None:
-    """Write the new folder `out`. Raises CheckpointError."""
+    """Write the new folder `out`. Raises CheckpointError; on a damaged source, too."""
+    source.require_unchanged(workers, report)
     tag = f"global_step{source.step}"
     with new_folder(out) as folder:
         zero = folder / tag / ZERO

@@ -7,14 +7,13 @@ where training stood (DeepSpeed's universal format), that is kept, and training 
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from hg_scale.checkpoint.checksum import Checksum
 from hg_scale.checkpoint.export import copy_pieces, split_into_files
 from hg_scale.checkpoint.find import FORMAT_VERSION, MANIFEST
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
@@ -31,7 +30,8 @@ _LAYOUT = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 0}
 def write_checkpoint(
     source: Source, out: Path, *, workers: int = 1, report: Report, file_bytes: int = FILE_BYTES
 ) -> None:
-    """Write the checkpoint folder `out`. Raises CheckpointError."""
+    """Write the checkpoint folder `out`. Raises CheckpointError; on a damaged source, too."""
+    source.require_unchanged(workers, report)
     goes_on = source.kinds == KINDS and source.progress is not None
     with new_folder(out) as folder:
         places: dict[tuple[str, str], Place] = {}
@@ -66,17 +66,6 @@ def write_checkpoint(
             )
         manifest = _head(source, goes_on) | {"files": entries}
         (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class Checksum:
-    """sha256 of a file of `folder`."""
-
-    folder: Path
-
-    def __call__(self, file: str) -> str:
-        with (self.folder / file).open("rb") as data:
-            return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def _head(source: Source, goes_on: bool) -> dict[str, Any]:

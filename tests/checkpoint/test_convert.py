@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from hg_scale.checkpoint.jobs import run_jobs
 from hg_scale.checkpoint.open import open_source
 from hg_scale.commands.main import main
+from hg_scale.errors import UserError
+from hg_scale.evaluation.trained import load_trained
 from tests.checkpoint.trained import Trained
 
 Get = Callable[[str], Trained]
@@ -68,12 +70,36 @@ def test_inspect_shows_what_is_not_finite(copy: Path, capsys: pytest.CaptureFixt
 def test_verify(trained: Get, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert("verify", trained("zero3").path) == 0
     assert "a whole checkpoint of step 2" in capsys.readouterr().out
-    file = copy / "rank-00001.safetensors"
+    flip(copy / "rank-00001.safetensors")
+    assert convert("verify", copy, "--workers", 2) == 1
+    assert "rank-00001.safetensors: changed since it was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["export", "import", "to-hf", "to-deepspeed", "average"])
+def test_damage_goes_nowhere(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    """No conversion gives flipped bits a new, valid checksum."""
+    flip(copy / "rank-00001.safetensors")
+    out = tmp_path / "out"
+    options = ["--out", out] if verb == "average" else [out]
+    assert convert(verb, copy, *options) == 2
+    told = capsys.readouterr().err
+    assert "rank-00001.safetensors: changed since it was written" in told.splitlines()[-1]
+    assert not out.exists()
+
+
+def test_damage_is_not_evaluated(copy: Path) -> None:
+    flip(copy / "rank-00001.safetensors")
+    with pytest.raises(UserError, match="rank-00001.safetensors: changed since it was written"):
+        load_trained(copy)
+
+
+def flip(file: Path) -> None:
+    """Turn a bit of the last tensor."""
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
-    assert convert("verify", copy, "--workers", 2) == 1
-    assert "rank-00001.safetensors: changed since it was written" in capsys.readouterr().err
 
 
 def test_verify_tells_every_fault(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
