@@ -170,8 +170,10 @@ class CheckpointSource(Source):
         model = model_of(manifest["config"]["model"], path)
         super().__init__((path,), path, model, self.reader.shapes)
         self.step, self.optimizer_step = manifest["step"], manifest["optimizer_step"]
-        self.progress = manifest["progress"]
-        self.tokenizer = manifest.get("tokenizer")
+        self.progress: dict[str, Any] = manifest["progress"]
+        # Runs keep it with their data's state, too; before they did elsewhere, only there.
+        data = self.progress.get("data") or {}
+        self.tokenizer = manifest.get("tokenizer") or data.get("tokenizer") or None
 
     def require_unchanged(self, workers: int, report: Report) -> None:
         for fault in changed_files(self.path, self.manifest["files"], workers, report):

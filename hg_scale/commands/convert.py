@@ -179,7 +179,7 @@ def _tokenizer(source: Source, data: str | None) -> Tokenizer | None:
             return read_index(path).open_tokenizer()
     except DataError:
         pass
-    if source.tokenizer is None:
+    if source.tokenizer is None or source.tokenizer["sha256"]:  # it has a model file
         print(
             f"the data of {source.path} is not at hand, so the tokenizer is left out; give it with "
             "--data SHARDS",

@@ -46,6 +46,7 @@ def describe_state(engine: Engine, progress: Progress, config: Config) -> dict[s
         "optimizer_step": optimizer_step(engine.deepspeed),
         "layout": layout_of(engine),
         "config": config.model_dump(),
+        "tokenizer": progress.data.get("tokenizer"),
         "versions": {name: version(name) for name in ("hg-scale", "torch", "deepspeed", "numpy")},
     }
 
