@@ -38,8 +38,9 @@ class Source:
     """Parameters of `model` by name. Cheap to open; sent to a worker, it is opened again there.
 
     `kinds`: "fp32", and Adam's moments where it holds them. `step`, `optimizer_step`, `progress`
-    (where training stands, None unknown) and `tokenizer` (its identity, as JSON has it) are what is
-    known beside the weights. Raises CheckpointError where the parameters are not those of `model`.
+    (where training stands, None unknown), `config` (of the run, as JSON has it, None unknown) and
+    `tokenizer` (its identity) are what is known beside the weights. Raises CheckpointError where
+    the parameters are not those of `model`.
     """
 
     kinds: tuple[str, ...] = ("fp32",)
@@ -57,6 +58,7 @@ class Source:
             self._check_shape(name, self.stored[name], shape)
         self.step = self.optimizer_step = 0
         self.progress: dict[str, Any] | None = None
+        self.config: dict[str, Any] | None = None
         self.tokenizer: dict[str, Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -171,6 +173,7 @@ class CheckpointSource(Source):
         super().__init__((path,), path, model, self.reader.shapes)
         self.step, self.optimizer_step = manifest["step"], manifest["optimizer_step"]
         self.progress: dict[str, Any] = manifest["progress"]
+        self.config = manifest["config"]
         # Runs keep it with their data's state, too; before they did elsewhere, only there.
         data = self.progress.get("data") or {}
         self.tokenizer = manifest.get("tokenizer") or data.get("tokenizer") or None
@@ -190,7 +193,7 @@ class ExportSource(Source):
     what = "export"
 
     def __init__(self, path: Path) -> None:
-        self.config = config = read_json(path / CONFIG)
+        self.described = config = read_json(path / CONFIG)
         if "model" not in config:
             raise CheckpointError(f"{path / CONFIG}: no export of ours: it has no model section")
         self._files = SafetensorsFiles(path)

@@ -132,6 +132,7 @@ def _model_states(source: CheckpointSource) -> dict[str, Any]:
         "universal_checkpoint_info": {"universal_checkpoint_version": UNIVERSAL_VERSION},
         OURS: {
             "model": source.model.model_dump(),
+            "config": source.config,
             "progress": progress,
             "tokenizer": source.tokenizer,
         },

@@ -21,7 +21,6 @@ from hg_scale.checkpoint.jobs import Report, run_jobs
 from hg_scale.checkpoint.output import new_folder
 from hg_scale.checkpoint.safetensors_file import Place, create
 from hg_scale.checkpoint.source import Source
-from hg_scale.config.schema import Config
 
 FILE_BYTES = 16_000_000_000
 _LAYOUT = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 0}
@@ -78,7 +77,7 @@ def _head(source: Source, goes_on: bool) -> dict[str, Any]:
         "progress": source.progress if goes_on else begin,
         "optimizer_step": source.optimizer_step if goes_on else 0,
         "layout": _LAYOUT,
-        "config": Config(model=source.model).model_dump(),  # type: ignore[call-arg]
+        "config": (source.config or {}) | {"model": source.model.model_dump()},
         "versions": {name: _version(name) for name in ("hg-scale", "torch", "deepspeed", "numpy")},
         "tokenizer": source.tokenizer,
         "source": {"kind": source.what, "name": source.path.resolve().name, "step": source.step},

@@ -172,8 +172,9 @@ def _tokenizer(source: Source, data: str | None) -> Tokenizer | None:
         return read_index(data).open_tokenizer()
     if not isinstance(source, CheckpointSource):
         return None
-    sources = source.manifest["config"]["data"].get("sources") or [{}]
-    path = source.manifest["config"]["data"].get("path") or sources[0].get("path")
+    section = source.manifest["config"].get("data", {})
+    sources = section.get("sources") or [{}]
+    path = section.get("path") or sources[0].get("path")
     try:
         if path and is_local(path):
             return read_index(path).open_tokenizer()

@@ -76,7 +76,7 @@ def _checkpoint(folder: Path, data: str | None) -> Trained:
     if fault := content_damage(checkpoint):
         raise UserError(f"{checkpoint}: {fault}; use another checkpoint")
     config = parse_config({"model": manifest["config"]["model"]}, source=str(checkpoint))
-    index = read_index(data) if data else _index_of(manifest["config"]["data"], checkpoint)
+    index = read_index(data) if data else _index_of(manifest["config"].get("data", {}), checkpoint)
     model = load_model(config.model, checkpoint)
     return Trained(model, checkpoint, manifest["step"], index, index.open_tokenizer)
 

@@ -92,13 +92,20 @@ def find_source(
             raise ConfigError([Problem("checkpoint.start_from", message, str(source))])
     if source:
         refuse_other_model(config, source)
-        seed = read_manifest(source)["config"]["training"].get("seed")
-        if seed != config.training.seed:
+        seed = _seed_of(read_manifest(source))
+        if seed not in (None, config.training.seed):
             lines.append(
                 f"training.seed is {config.training.seed}, that of {source.name} was {seed}: the "
                 "data goes on in another order, and some of it may come again"
             )
     return source
+
+
+def _seed_of(manifest: dict[str, Any]) -> int | None:
+    """That of the data's order; None where it is not known, or no data was read in that order."""
+    if not manifest["progress"]["position"]:
+        return None
+    return manifest["config"].get("training", {}).get("seed")
 
 
 def _from_first_rank(found: Path | None, device: torch.device) -> Path | None:

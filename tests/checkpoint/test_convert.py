@@ -11,11 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hg_scale.checkpoint.find import read_manifest, seal
 from hg_scale.checkpoint.jobs import run_jobs
 from hg_scale.checkpoint.open import open_source
 from hg_scale.commands.main import main
+from hg_scale.config.load import parse_config
+from hg_scale.config.schema import Config
 from hg_scale.errors import UserError
 from hg_scale.evaluation.trained import load_trained
+from hg_scale.training.begin import find_source
 from tests.checkpoint.trained import Trained
 
 Get = Callable[[str], Trained]
@@ -100,6 +104,50 @@ def flip(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
+
+
+def test_the_seed_goes_along(copy: Path, tmp_path: Path) -> None:
+    """The whole configuration does, through DeepSpeed's format, too: data goes on in its order."""
+    tree = read_manifest(copy)
+    tree["config"]["training"]["seed"] = 7
+    (copy / "manifest.json").write_text(json.dumps(seal(tree)))
+    assert convert("import", copy, tmp_path / "back") == 0
+    assert convert("to-deepspeed", copy, tmp_path / "universal") == 0
+    assert convert("from-deepspeed", tmp_path / "universal", tmp_path / "there") == 0
+    for name in ("back", "there"):
+        assert read_manifest(tmp_path / name)["config"] == tree["config"]
+        lines: list[str] = []
+        config = parse_config(tree["config"])
+        start_from(config, tmp_path / name, lines)
+        assert lines == []
+        start_from(with_seed(config, 1), tmp_path / name, lines)
+        assert lines[0].startswith(f"training.seed is 1, that of {name} was 7")
+
+
+def test_a_seed_that_is_not_known_is_not_told(copy: Path, tmp_path: Path) -> None:
+    """An export says none, and from the first window on there is none to keep to."""
+    config = with_seed(parse_config(read_manifest(copy)["config"]), 3)
+    assert convert("export", copy, tmp_path / "out") == 0
+    assert convert("import", tmp_path / "out", tmp_path / "back") == 0
+    assert convert("average", copy, copy, "--out", tmp_path / "mean") == 0
+    for name in ("back", "mean"):
+        assert "training" not in read_manifest(tmp_path / name)["config"]
+        lines: list[str] = []
+        start_from(config, tmp_path / name, lines)
+        assert lines == []
+
+
+def with_seed(config: Config, seed: int) -> Config:
+    return config.model_copy(update={"training": config.training.model_copy(update={"seed": seed})})
+
+
+def start_from(config: Config, path: Path, lines: list[str]) -> None:
+    """What a new run that begins there finds to tell."""
+    begun = config.checkpoint.model_copy(update={"start_from": str(path)})
+    found = find_source(
+        config.model_copy(update={"checkpoint": begun}), path.parent / "no run", {}, lines
+    )
+    assert found == path
 
 
 def test_verify_tells_every_fault(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
