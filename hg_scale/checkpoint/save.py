@@ -23,6 +23,7 @@ from hg_scale.checkpoint.find import FORMAT_VERSION, MANIFEST, folder_name, seal
 from hg_scale.checkpoint.fragments import Fragment, cover_problems
 from hg_scale.checkpoint.rank_file import Staged, gather, write_rank_file
 from hg_scale.checkpoint.retention import Keep, prune, remove_leftovers
+from hg_scale.errors import UserError
 
 T = TypeVar("T")
 Group = dist.ProcessGroup | None
@@ -46,10 +47,12 @@ def write_checkpoint(
     keep: Keep = Keep(),  # noqa: B008  # frozen
     damaged: Collection[Path] = (),
     warn: Callable[[str], None] = lambda _: None,
+    permit: Callable[[], None] = lambda: None,
 ) -> Path:
     """As `save`, over a process group of all ranks.
 
-    `staged` gives what this rank writes, or raises what kept it. Once the checkpoint is there,
+    `staged` gives what this rank writes, or raises what kept it; `permit` raises on rank 0 what
+    forbids to write to the folder at all. Once the checkpoint is there,
     `latest` names it and what it supersedes is removed (`retention.prune`); rank 0 warns where
     these fail.
     """
@@ -59,6 +62,7 @@ def write_checkpoint(
 
     def prepare() -> None:
         if rank == 0:
+            permit()
             remove_leftovers(folder)
             temporary.mkdir(parents=True)
 
@@ -98,6 +102,8 @@ def _agree(work: Callable[[], T], what: str, group: Group) -> T:
         result = work()
     except OSError as error:
         fault = (error.strerror or str(error)) + (f" ({error.filename})" if error.filename else "")
+    except UserError as error:
+        fault = str(error)
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"
     faults: list[Any] = [None] * dist.get_world_size()

@@ -49,10 +49,15 @@ class Saver:
         last_step: int,
         warn: Callable[[str], None],
         damaged: Collection[Path] = (),
+        permit: Callable[[], None] = lambda: None,
     ) -> None:
-        """`damaged` are checkpoints known to be so, that are not to count among those kept."""
+        """`damaged` are checkpoints known to be so, that are not to count among those kept.
+
+        `permit` is asked on rank 0 before each save, and raises what forbids it.
+        """
         self._engine, self._folder, self._config = engine, folder, config
         self._last_step, self._warn, self._damaged = last_step, warn, damaged
+        self._permit = permit
         self._keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every)
         self._group = dist.new_group(backend="gloo")
         self._buffer = HostBuffer()
@@ -109,6 +114,7 @@ class Saver:
                 keep=self._keep,
                 damaged=self._damaged,
                 warn=self._warn,
+                permit=self._permit,
             )
         except CheckpointError as error:
             self._last_fault = error
