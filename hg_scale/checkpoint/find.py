@@ -15,6 +15,7 @@ from typing import Any
 
 from hg_scale.checkpoint.checksum import Checksum
 from hg_scale.checkpoint.errors import CheckpointError
+from hg_scale.checkpoint.manifest import shape_fault
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -110,8 +111,8 @@ def _size_damage(checkpoint: Path, file: dict[str, Any]) -> str | None:
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest, as of the current format version.
 
-    Raises CheckpointError where it is missing, broken, changed since it was written, or of a
-    version that cannot be read.
+    Raises CheckpointError where it is missing, broken, changed since it was written (or says no
+    checksum of itself), of a version that cannot be read, or lacks what every manifest says.
     """
     path = checkpoint / MANIFEST
     try:
@@ -129,16 +130,18 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: format version {version}, expected {FORMAT_VERSION}; {remedy}"
         )
-    if manifest.get("manifest_sha256") not in (None, _digest(manifest)):
+    if manifest.get("manifest_sha256") != _digest(manifest):
         raise CheckpointError(f"{path}: changed since it was written (sha256 differs)")
     while version != FORMAT_VERSION:
         manifest = MIGRATIONS[version](manifest)
         version += 1
+    if fault := shape_fault(manifest):
+        raise CheckpointError(f"{path}: {fault}; use another checkpoint")
     return manifest
 
 
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with a checksum of itself, which `read_manifest` checks where there is one."""
+    """The manifest with a checksum of itself, which `read_manifest` checks."""
     manifest = json.loads(json.dumps(manifest))  # as it will be read: lists, keys of text
     return {**manifest, "manifest_sha256": _digest(manifest)}
 

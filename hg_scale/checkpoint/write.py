@@ -15,7 +15,7 @@ from typing import Any
 
 from hg_scale.checkpoint.checksum import Checksum
 from hg_scale.checkpoint.export import copy_pieces, split_into_files
-from hg_scale.checkpoint.find import FORMAT_VERSION, MANIFEST
+from hg_scale.checkpoint.find import FORMAT_VERSION, MANIFEST, seal
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
 from hg_scale.checkpoint.jobs import Report, run_jobs
 from hg_scale.checkpoint.output import new_folder
@@ -64,7 +64,7 @@ def write_checkpoint(
                 {"name": file, "bytes": sizes[file], "sha256": digest, "fragments": fragments}
             )
         manifest = _head(source, goes_on) | {"files": entries}
-        (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        (folder / MANIFEST).write_text(json.dumps(seal(manifest)), encoding="utf-8")
 
 
 def _head(source: Source, goes_on: bool) -> dict[str, Any]:

@@ -44,12 +44,11 @@ def change_tensor(path: Path, key: str, change: Callable[[torch.Tensor], object]
     change(tensors[key])
     save_file(tensors, file)
     tree = json.loads(manifest.read_text())
-    tree.pop("manifest_sha256", None)
     tree["files"][0] |= {
         "bytes": file.stat().st_size,
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
     }
-    manifest.write_text(json.dumps(tree))
+    manifest.write_text(json.dumps(seal(tree)))
 
 
 def test_inspect(trained: Get, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,9 +162,8 @@ def test_verify_tells_every_fault(copy: Path, capsys: pytest.CaptureFixture[str]
 def test_verify_finds_a_hole(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = copy / "manifest.json"
     tree = json.loads(manifest.read_text())
-    tree.pop("manifest_sha256", None)
     tree["files"][0]["fragments"][0]["length"] -= 1
-    manifest.write_text(json.dumps(tree))
+    manifest.write_text(json.dumps(seal(tree)))
     assert convert("verify", copy) == 1
     assert "is covered by" in capsys.readouterr().err
 

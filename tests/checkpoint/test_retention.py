@@ -13,6 +13,7 @@ from hg_scale.checkpoint.rank_file import gather, write_rank_file
 from hg_scale.checkpoint.retention import Keep, prune, remove_leftovers, superseded
 from hg_scale.checkpoint.save import _write_manifest
 from tests.checkpoint.test_rank_file import states
+from tests.manifests import META
 
 STEPS = st.sets(st.integers(1, 60))
 
@@ -37,7 +38,7 @@ def checkpoint(folder: Path, step: int) -> Path:
     path = folder / folder_name(step)
     path.mkdir(parents=True)
     entry = write_rank_file(path / "rank-00000.safetensors", gather(states(3)))
-    _write_manifest(path, step, [entry], {})
+    _write_manifest(path, step, [entry], META)
     assert damage(path) is None
     return path
 

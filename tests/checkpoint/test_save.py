@@ -30,9 +30,9 @@ from hg_scale.checkpoint.find import (
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
 from hg_scale.checkpoint.load import Reader, read_parameters, verify
 from hg_scale.checkpoint.save import save
+from tests.manifests import META
 from tests.world import Worlds
 
-META = {"optimizer_step": 7, "layout": {"tensor": 2}}
 WHOLE = torch.arange(24.0).reshape(4, 6)
 
 
@@ -227,7 +227,46 @@ def test_a_manifest_without_a_checksum_of_itself(folder: Path) -> None:
     manifest = json.loads(path.read_text())
     del manifest["manifest_sha256"]
     path.write_text(json.dumps(manifest))
-    assert read_manifest(path.parent)["step"] == 1
+    with pytest.raises(CheckpointError, match="changed since it was written"):
+        read_manifest(path.parent)
+
+
+def lacks(*keys: Any) -> Callable[[dict[str, Any]], None]:
+    def change(manifest: Any) -> None:
+        for key in keys[:-1]:
+            manifest = manifest[key]
+        del manifest[keys[-1]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lacks("progress"), "progress: field required"),
+        (lacks("progress", "position"), r"progress.position: field required"),
+        (lacks("config", "model"), "config.model: field required"),
+        (lacks("files", 1, "bytes"), r"files.1.bytes: field required"),
+        (lacks("files", 0, "fragments", 1, "count"), r"files.0.fragments.1.count: field required"),
+        (lambda m: m.update(step="1"), "step: input should be a valid integer"),
+        (
+            lambda m: m["files"][0].update(name="../other/file"),
+            r"files.0.name: string should match",
+        ),
+    ],
+)
+def test_a_manifest_that_lacks_something(
+    folder: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    """Sealed, so it was written so: by another tool, or by hand. One line names the key."""
+    path = folder / "step-00000002" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(seal(manifest)))
+    with pytest.raises(CheckpointError, match=rf"manifest.json: {message}.*; use another") as told:
+        read_manifest(path.parent)
+    assert "\n" not in str(told.value)
+    assert find_latest(folder) == folder / "step-00000001"
 
 
 def test_faults_that_are_known_otherwise(folder: Path) -> None:
