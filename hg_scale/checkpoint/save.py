@@ -64,7 +64,10 @@ def write_checkpoint(
         if rank == 0:
             permit()
             remove_leftovers(folder)
+            new = not folder.exists()
             temporary.mkdir(parents=True)
+            if new:
+                _sync_parents(folder)
 
     def write() -> dict[str, Any]:
         return write_rank_file(temporary / f"rank-{rank:05}.safetensors", staged())
@@ -87,6 +90,7 @@ def write_checkpoint(
     if rank == 0:
         try:
             _replace(folder / "latest", final.name + "\n")
+            _sync_folder(folder)  # before what the older `latest` named may go
         except OSError as error:  # what it names must stay, too
             warn(f"{folder / 'latest'} does not name {final.name}: {error.strerror}")
         else:
@@ -138,7 +142,12 @@ def _put_in_place(temporary: Path, final: Path) -> None:
                 latest.unlink()
         shutil.rmtree(older, ignore_errors=True)
         os.rename(final, older)
-    os.rename(temporary, final)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        with suppress(OSError):  # else what is left is removed by the next save
+            os.rename(older, final)
+        raise
     _sync_folder(final.parent)
     shutil.rmtree(older, ignore_errors=True)
 
@@ -155,6 +164,13 @@ def _replace(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _sync_parents(folder: Path) -> None:
+    """Make a new folder durable, and the run folder around it, which may be as new."""
+    for parent in folder.absolute().parents[:3]:
+        with suppress(OSError):  # one that may not be read
+            _sync_folder(parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -59,9 +59,8 @@ def agreed_source(
         if source:
             together(lambda: _look(source, rank), device)  # noqa: B023
             faults: list[Any] = [None] * world
-            if rank == 0:
-                _announce(source, world, console)
-            dist.all_gather_object(faults, content_damage(source, rank, world))
+            fault = together(lambda: _damage_here(source, rank, world, console), device)  # noqa: B023
+            dist.all_gather_object(faults, fault)
             if fault := next(filter(None, faults), None):
                 known[source] = fault
                 continue
@@ -122,8 +121,9 @@ def _look(source: Path, rank: int) -> None:
         )
 
 
-def _announce(source: Path, world: int, console: Console) -> None:
-    """Say what takes some seconds."""
+def _damage_here(source: Path, rank: int, world: int, console: Console) -> str | None:
+    """This rank's part of the checking; the first one says what takes some seconds."""
     size = sum(file["bytes"] for file in read_manifest(source)["files"])
-    if size / world > _LONG:
+    if rank == 0 and size / world > _LONG:
         console.print(f"checking {source} ({size / 1e9:,.0f} GB)")
+    return content_damage(source, rank, world)

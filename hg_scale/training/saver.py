@@ -118,7 +118,10 @@ class Saver:
             )
         except CheckpointError as error:
             self._last_fault = error
-        except RuntimeError as error:  # of gloo: training on this rank is about to meet it, too
+        except (
+            RuntimeError,
+            OSError,
+        ) as error:  # of gloo: training on this rank is about to meet it, too
             self._last_fault = CheckpointError(f"not saved: a rank is gone: {first_line(error)}")
         if self._last_fault and step != self._last_step and dist.get_rank() == 0:
             self._warn(

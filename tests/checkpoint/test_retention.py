@@ -67,6 +67,14 @@ def test_damaged_ones_do_not_count(tmp_path: Path) -> None:
     assert steps(tmp_path) == [50, 60]
 
 
+def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
+    """A line, and no error that would end the saving thread of one rank."""
+    (told,) = prune(tmp_path / "missing", 50, Keep(1))
+    assert told.endswith(
+        "cannot be listed, and keeps what is superseded: No such file or directory"
+    )
+
+
 def test_the_one_just_saved_stays_whatever_is_newer(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         checkpoint(tmp_path, step)
