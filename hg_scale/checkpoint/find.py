@@ -66,6 +66,15 @@ def find_latest(
     return None
 
 
+def newest_of(
+    path: Path,
+    report: Callable[[str], None] = lambda _: None,
+    known: Mapping[Path, str] | None = None,
+) -> Path:
+    """The checkpoint that a path means: a run folder its newest whole one, as `find_latest`."""
+    return find_latest(path / "checkpoints", report, known) or path
+
+
 def damage(checkpoint: Path) -> str | None:
     """Why a checkpoint is not whole, or None. Looks at names and sizes, not at contents."""
     try:

@@ -29,13 +29,19 @@ T = TypeVar("T")
 Group = dist.ProcessGroup | None
 
 
-def save(folder: Path, step: int, states: Iterable[LocalState], meta: dict[str, Any]) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    states: Iterable[LocalState],
+    meta: dict[str, Any],
+    names: Collection[str] = (),
+) -> Path:
     """Write a checkpoint of `step` from all ranks; `meta` goes into the manifest as it stands.
 
     `states` are those fragments that this rank is to write. Raises CheckpointError on every rank
     where one of them failed; older checkpoints are left as they are.
     """
-    return write_checkpoint(folder, step, lambda: gather(states), meta)
+    return write_checkpoint(folder, step, lambda: gather(states), meta, names=names)
 
 
 def write_checkpoint(
@@ -48,13 +54,14 @@ def write_checkpoint(
     damaged: Collection[Path] = (),
     warn: Callable[[str], None] = lambda _: None,
     permit: Callable[[], None] = lambda: None,
+    names: Collection[str] = (),
 ) -> Path:
     """As `save`, over a process group of all ranks.
 
     `staged` gives what this rank writes, or raises what kept it; `permit` raises on rank 0 what
-    forbids to write to the folder at all. Once the checkpoint is there,
-    `latest` names it and what it supersedes is removed (`retention.prune`); rank 0 warns where
-    these fail.
+    forbids to write to the folder at all. `names` are the parameters that all ranks together have
+    to write. Once the checkpoint is there, `latest` names it and what it supersedes is removed
+    (`retention.prune`); rank 0 warns where these fail.
     """
     rank = dist.get_rank()
     final = folder / folder_name(step)
@@ -74,7 +81,7 @@ def write_checkpoint(
 
     def commit() -> None:
         if rank == 0:
-            _write_manifest(temporary, step, entries, meta)
+            _write_manifest(temporary, step, entries, meta, names)
             _put_in_place(temporary, final)
 
     try:
@@ -119,9 +126,15 @@ def _agree(work: Callable[[], T], what: str, group: Group) -> T:
 
 
 def _write_manifest(
-    folder: Path, step: int, files: list[dict[str, Any]], meta: dict[str, Any]
+    folder: Path,
+    step: int,
+    files: list[dict[str, Any]],
+    meta: dict[str, Any],
+    names: Collection[str] = (),
 ) -> None:
-    problems = cover_problems(Fragment.from_json(f) for file in files for f in file["fragments"])
+    fragments = [Fragment.from_json(f) for file in files for f in file["fragments"]]
+    missing = sorted(set(names) - {fragment.slice.name for fragment in fragments})
+    problems = [f"{name}: no rank wrote it" for name in missing] + cover_problems(fragments)
     if problems:
         raise ValueError(f"parameters are not written whole and once: {'; '.join(problems[:3])}")
     manifest = {"format_version": FORMAT_VERSION, "step": step, **meta, "files": files}

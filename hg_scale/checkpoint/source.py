@@ -163,7 +163,6 @@ def _match_names(path: Path, stored: Iterable[str], wanted: Iterable[str]) -> di
 class CheckpointSource(Source):
     """A checkpoint of ours, whatever layout wrote it."""
 
-    kinds = KINDS
     what = "checkpoint"
 
     def __init__(self, path: Path) -> None:
@@ -173,6 +172,7 @@ class CheckpointSource(Source):
         super().__init__((path,), path, model, self.reader.shapes)
         self.step, self.optimizer_step = manifest["step"], manifest["optimizer_step"]
         self.progress: dict[str, Any] = manifest["progress"]
+        self.kinds = KINDS if manifest.get("moments", True) else KINDS[:1]  # else all zeros
         self.config = manifest["config"]
         # Runs keep it with their data's state, too; before they did elsewhere, only there.
         data = self.progress.get("data") or {}

@@ -76,6 +76,7 @@ def _head(source: Source, goes_on: bool) -> dict[str, Any]:
         "step": step,
         "progress": source.progress if goes_on else begin,
         "optimizer_step": source.optimizer_step if goes_on else 0,
+        "moments": goes_on,
         "layout": _LAYOUT,
         "config": (source.config or {}) | {"model": source.model.model_dump()},
         "versions": {name: _version(name) for name in ("hg-scale", "torch", "deepspeed", "numpy")},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,8 +145,8 @@ def _write_export(options: argparse.Namespace, write: Callable[..., float]) -> i
     from hg_scale.checkpoint.open import open_source
     from hg_scale.data.progress import on_stderr
 
-    if not options.shard_gb > 0:
-        raise CheckpointError(f"--shard-gb {options.shard_gb}: expected more than 0")
+    if not 0 < options.shard_gb < inf:
+        raise CheckpointError(f"--shard-gb {options.shard_gb}: expected more than 0, and an end")
     source = open_source(options.source)
     tokenizer = _tokenizer(source, options.data)
     with on_stderr() as progress:

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hg_scale.checkpoint.find import content_damage, damage, find_latest, read_manifest
+from hg_scale.checkpoint.find import (
+    content_damage,
+    damage,
+    find_latest,
+    newest_of,
+    read_manifest,
+)
 from hg_scale.config.errors import ConfigError, Problem
 from hg_scale.config.schema import Config
 from hg_scale.errors import UserError
@@ -85,7 +91,7 @@ def find_source(
         if name is not None and name != source.name:
             lines.append(f"{latest} names {name or 'nothing'}; taking {source.name}")
     elif config.checkpoint.start_from:
-        source = Path(config.checkpoint.start_from)
+        source = newest_of(Path(config.checkpoint.start_from), lines.append, known)
         if fault := known.get(source) or damage(source):
             message = f"not a whole checkpoint, such as RUN/checkpoints/step-00001000: {fault}"
             raise ConfigError([Problem("checkpoint.start_from", message, str(source))])

@@ -22,6 +22,7 @@ from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.rank_file import HostBuffer, Staged, gather
 from hg_scale.checkpoint.retention import Keep
 from hg_scale.checkpoint.save import write_checkpoint
+from hg_scale.checkpoint.source import parameter_shapes
 from hg_scale.config.schema import Config
 from hg_scale.training.agreement import stop_all
 from hg_scale.training.loop import Progress
@@ -58,6 +59,7 @@ class Saver:
         self._engine, self._folder, self._config = engine, folder, config
         self._last_step, self._warn, self._damaged = last_step, warn, damaged
         self._permit = permit
+        self._names = parameter_shapes(config.model).keys()
         self._keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every)
         self._group = dist.new_group(backend="gloo")
         self._buffer = HostBuffer()
@@ -115,6 +117,7 @@ class Saver:
                 damaged=self._damaged,
                 warn=self._warn,
                 permit=self._permit,
+                names=self._names,
             )
         except CheckpointError as error:
             self._last_fault = error

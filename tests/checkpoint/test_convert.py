@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import read_manifest, seal
 from hg_scale.checkpoint.jobs import run_jobs
 from hg_scale.checkpoint.open import open_source
@@ -181,6 +182,41 @@ def test_diff(trained: Get, copy: Path, tmp_path: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     assert convert("diff", copy, trained("plain").path) == 2
     assert "of different models: model.hierarchy" in capsys.readouterr().err
+
+
+def test_weights_alone_claim_no_moments(
+    trained: Get, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, mean = trained("zero3").path, tmp_path / "mean"
+    assert convert("average", path, path, "--out", mean) == 0
+    capsys.readouterr()
+    assert convert("diff", mean, path) == 0
+    assert "(fp32)" in capsys.readouterr().out
+    assert convert("inspect", mean) == 0
+    assert "exp_avg" not in capsys.readouterr().out
+    assert convert("to-deepspeed", mean, tmp_path / "universal") == 0
+    assert len(list(tmp_path.glob("universal/*/zero/**/exp_avg_sq.pt"))) == len(
+        open_source(path).shapes
+    )
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "0", "-1"])
+def test_a_largest_file_of_no_size(
+    trained: Get, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str
+) -> None:
+    out = tmp_path / "out"
+    assert convert("export", trained("plain").path, out, "--shard-gb", size) == 2
+    assert "expected more than 0, and an end" in capsys.readouterr().err
+
+
+def test_an_overlap_that_makes_up_for_a_hole(copy: Path) -> None:
+    """The count of elements is right; what would be read is not."""
+    tree = read_manifest(copy)
+    second = next(f for f in tree["files"][1]["fragments"] if f["start"])
+    second["start"] -= 1
+    (copy / "manifest.json").write_text(json.dumps(seal(tree)))
+    with pytest.raises(CheckpointError, match="is covered by"):
+        open_source(copy).whole(second["name"])
 
 
 def test_average_and_its_use(trained: Get, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,6 +42,13 @@ def checkpoint(folder: Path, step: int) -> Path:
     _write_manifest(path, step, [entry], META)
     assert damage(path) is None
     return path
+
+
+def test_a_parameter_that_no_rank_wrote(tmp_path: Path) -> None:
+    entry = write_rank_file(tmp_path / "rank-00000.safetensors", gather(states(3)))
+    with pytest.raises(ValueError, match="p1: no rank wrote it"):
+        _write_manifest(tmp_path, 1, [entry], META, ["p0", "p1"])
+    assert not (tmp_path / "manifest.json").exists()
 
 
 def steps(folder: Path) -> list[int]:

@@ -91,6 +91,9 @@ def test_damaged_checkpoints(config: Path, tmp_path: Path) -> None:
         check_run(config, (), run, 1)
     with pytest.raises(ConfigError, match="checkpoint.start_from"):
         check_run(config, [f"checkpoint.start_from={newer}"], tmp_path / "other", 1)
+    save(run, 2)
+    told = check_run(config, [f"checkpoint.start_from={run}"], tmp_path / "other", 1)
+    assert "step-00000002" in " ".join(told)
 
 
 @pytest.mark.parametrize(
