@@ -7,7 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from hg_scale.checkpoint.find import seal
 from hg_scale.config.load import merge, parse_config
+from tests.manifests import META
 from tests.runs import TINY
 
 STEPS = 400
@@ -56,6 +58,6 @@ def write_checkpoint(folder: Path, step: int, layout: dict[str, int]) -> None:
     path = folder / "checkpoints" / f"step-{step:08}"
     path.mkdir(parents=True, exist_ok=True)
     (path / "rank-00000.safetensors").write_bytes(bytes(1000))
-    files = [{"name": "rank-00000.safetensors", "bytes": 1000, "fragments": []}]
-    manifest = {"format_version": 1, "step": step, "layout": layout, "files": files}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    files = [{"name": "rank-00000.safetensors", "bytes": 1000, "sha256": "", "fragments": []}]
+    manifest = {"format_version": 1, "step": step, **META, "layout": layout, "files": files}
+    (path / "manifest.json").write_text(json.dumps(seal(manifest)))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hg_scale.checkpoint.compare import require_same_model
+from hg_scale.checkpoint.jobs import Report
 from hg_scale.checkpoint.source import Source
 
 
@@ -31,6 +32,10 @@ class AverageSource(Source):
         for source in self._sources:
             total += source.read(name, kind, start, stop)
         return (total / len(self._sources)).float()
+
+    def require_unchanged(self, workers: int, report: Report) -> None:
+        for source in self._sources:
+            source.require_unchanged(workers, report)
 
     def close(self) -> None:
         for source in self._sources:

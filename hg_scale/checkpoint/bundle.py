@@ -41,6 +41,7 @@ PARTS = (
     Part("hg_scale.config.checks", ("SWIGLU_CHUNKS",)),
     Part("hg_scale.model.plan"),
     Part("hg_scale.model.context"),
+    Part("hg_scale.model.cache"),
     Part("hg_scale.model.grouping"),
     Part("hg_scale.model.layers"),
     Part("hg_scale.model.positions"),

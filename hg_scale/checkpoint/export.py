@@ -84,8 +84,11 @@ def export(
 ) -> float:
     """Write weights to the new folder `out`; the largest difference of the logits from theirs.
 
-    Raises CheckpointError where it cannot be written or, in fp32, computes something else.
+    Raises CheckpointError where the source is damaged or was trained with another tokenizer, where
+    `out` cannot be written or, in fp32, computes something else.
     """
+    _refuse_other_tokenizer(source, tokenizer)
+    source.require_unchanged(workers, report)
     with new_folder(out) as folder:
         places = _make_files(folder, source, dtype, shard_bytes, style.prefix)
         copy_pieces(source, places, workers, report, "exporting")
@@ -107,6 +110,22 @@ def export(
                 f"{difference:.2e} (at most {BOUND:.0e} may come of rounding)"
             )
     return difference
+
+
+def _refuse_other_tokenizer(source: Source, tokenizer: Tokenizer | None) -> None:
+    """Weights with a tokenizer that they were not trained with load, and give nonsense."""
+    theirs = source.tokenizer
+    ours = tokenizer.identity.model_dump() if tokenizer else None
+    if ours and theirs and ours != theirs:
+
+        def words(identity: dict[str, Any]) -> str:
+            told = (f"{key} {value}" for key, value in identity.items() if value is not None)
+            return ", ".join(told)
+
+        raise CheckpointError(
+            f"{source.path}: trained with the tokenizer {words(theirs)}; that of the data is "
+            f"{words(ours)}; name data made with the first with --data SHARDS"
+        )
 
 
 def copy_pieces(

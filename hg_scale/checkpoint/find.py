@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hg_scale.checkpoint.checksum import Checksum
 from hg_scale.checkpoint.errors import CheckpointError
+from hg_scale.checkpoint.manifest import shape_fault
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -64,6 +66,15 @@ def find_latest(
     return None
 
 
+def newest_of(
+    path: Path,
+    report: Callable[[str], None] = lambda _: None,
+    known: Mapping[Path, str] | None = None,
+) -> Path:
+    """The checkpoint that a path means: a run folder its newest whole one, as `find_latest`."""
+    return find_latest(path / "checkpoints", report, known) or path
+
+
 def damage(checkpoint: Path) -> str | None:
     """Why a checkpoint is not whole, or None. Looks at names and sizes, not at contents."""
     try:
@@ -87,8 +98,7 @@ def content_damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | Non
         if fault := _size_damage(checkpoint, file):
             return fault
         try:
-            with (checkpoint / file["name"]).open("rb") as data:
-                digest = hashlib.file_digest(data, "sha256").hexdigest()
+            digest = Checksum(checkpoint)(file["name"])
         except OSError as error:
             return f"{file['name']} cannot be read: {error.strerror}"
         if digest != file["sha256"]:
@@ -110,8 +120,8 @@ def _size_damage(checkpoint: Path, file: dict[str, Any]) -> str | None:
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest, as of the current format version.
 
-    Raises CheckpointError where it is missing, broken, changed since it was written, or of a
-    version that cannot be read.
+    Raises CheckpointError where it is missing, broken, changed since it was written (or says no
+    checksum of itself), of a version that cannot be read, or lacks what every manifest says.
     """
     path = checkpoint / MANIFEST
     try:
@@ -129,16 +139,18 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: format version {version}, expected {FORMAT_VERSION}; {remedy}"
         )
-    if manifest.get("manifest_sha256") not in (None, _digest(manifest)):
+    if manifest.get("manifest_sha256") != _digest(manifest):
         raise CheckpointError(f"{path}: changed since it was written (sha256 differs)")
     while version != FORMAT_VERSION:
         manifest = MIGRATIONS[version](manifest)
         version += 1
+    if fault := shape_fault(manifest):
+        raise CheckpointError(f"{path}: {fault}; use another checkpoint")
     return manifest
 
 
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with a checksum of itself, which `read_manifest` checks where there is one."""
+    """The manifest with a checksum of itself, which `read_manifest` checks."""
     manifest = json.loads(json.dumps(manifest))  # as it will be read: lists, keys of text
     return {**manifest, "manifest_sha256": _digest(manifest)}
 

@@ -157,7 +157,8 @@ def assemble(
     """The elements of `wanted`, flat, out of fragments that any layout wrote.
 
     `piece(fragment, a, b)` gives elements [a, b) of a written fragment. Raises ValueError naming
-    the parameter where shapes or cuts do not fit, or elements are missing or there twice.
+    the parameter where shapes or cuts do not fit, or elements are missing. That none is there
+    twice, instead of another, is for `cover_problems` to say.
     """
     result = np.empty(wanted.length, np.float32)
     found = 0

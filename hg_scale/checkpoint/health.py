@@ -8,10 +8,10 @@ from math import isfinite, prod, sqrt
 
 import torch
 
+from hg_scale.checkpoint.checksum import changed_files
 from hg_scale.checkpoint.fragments import cover_problems
 from hg_scale.checkpoint.jobs import Report, run_jobs
 from hg_scale.checkpoint.source import CheckpointSource, Source, pieces
-from hg_scale.checkpoint.write import Checksum
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,7 @@ def faults_of(source: Source, workers: int, report: Report) -> Iterator[str]:
     A checkpoint has checksums; of an export the names, the shapes and the numbers are checked.
     """
     if isinstance(source, CheckpointSource):
-        files = {file["name"]: file for file in source.manifest["files"]}
-        report.begin("checksums", sum(file["bytes"] for file in files.values()))
-        for name, digest in run_jobs(Checksum(source.path), files, workers):
-            report.advance(files[name]["bytes"])
-            if digest != files[name]["sha256"]:
-                yield f"{source.path / name}: changed since it was written (sha256 differs)"
+        yield from changed_files(source.path, source.manifest["files"], workers, report)
         written = source.reader.written
         missing = [name for name in source.shapes if name not in written]
         yield from (f"{source.path}: {name} is missing" for name in missing)

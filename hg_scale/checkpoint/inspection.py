@@ -32,7 +32,7 @@ def facts_of(source: Source, health: Sequence[Health]) -> dict[str, str]:
     if isinstance(source, CheckpointSource):
         facts |= _of_a_checkpoint(source.manifest)
     if isinstance(source, ExportSource):
-        facts["precision"] = str(source.config.get("precision"))
+        facts["precision"] = str(source.described.get("precision"))
     if health:
         faults = [h.fault for h in health if h.fault]
         facts["health"] = "all finite" if not faults else "; ".join(map(str, faults[:5]))

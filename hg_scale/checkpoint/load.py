@@ -43,6 +43,7 @@ class Reader:
             raise CheckpointError(f"{checkpoint}: {fault}")
         self._files: dict[str, _MappedFile] = {}
         self._place: dict[Fragment, tuple[str, int]] = {}
+        self._covered: set[str] = set()  # names whose fragments were looked at
         self.written: dict[str, list[Fragment]] = defaultdict(list)
         for file in self.manifest["files"]:
             for number, data in enumerate(file["fragments"]):
@@ -69,9 +70,17 @@ class Reader:
                 f"needs {wanted.slice.shape}"
             )
         try:
+            self._require_cover(wanted.slice.name, written)
             return torch.from_numpy(assemble(wanted, written, piece))
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {kind} of {error}") from None
+
+    def _require_cover(self, name: str, written: list[Fragment]) -> None:
+        """Raise ValueError where elements are missing or there twice; looked at once a name."""
+        if name not in self._covered:
+            if problems := cover_problems(written):
+                raise ValueError(problems[0])
+            self._covered.add(name)
 
     def prefetch(self, needed: Iterable[tuple[str, Fragment]]) -> int:
         """Have the system read ahead what `read` will be asked for, in long stretches of files.

@@ -42,7 +42,10 @@ def prune(folder: Path, step: int, keep: Keep, damaged: Collection[Path] = ()) -
     """
     if not keep.last:
         return []
-    there = {s: path for s, path in checkpoints_in(folder).items() if s <= step}
+    try:
+        there = {s: path for s, path in checkpoints_in(folder).items() if s <= step}
+    except OSError as error:
+        return [f"{folder} cannot be listed, and keeps what is superseded: {error.strerror}"]
     bad = [s for s, path in there.items() if path in damaged or damage(path)]
     faults = []
     for old in superseded([s for s in there if s not in bad], bad, keep):

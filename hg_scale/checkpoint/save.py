@@ -23,18 +23,25 @@ from hg_scale.checkpoint.find import FORMAT_VERSION, MANIFEST, folder_name, seal
 from hg_scale.checkpoint.fragments import Fragment, cover_problems
 from hg_scale.checkpoint.rank_file import Staged, gather, write_rank_file
 from hg_scale.checkpoint.retention import Keep, prune, remove_leftovers
+from hg_scale.errors import UserError
 
 T = TypeVar("T")
 Group = dist.ProcessGroup | None
 
 
-def save(folder: Path, step: int, states: Iterable[LocalState], meta: dict[str, Any]) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    states: Iterable[LocalState],
+    meta: dict[str, Any],
+    names: Collection[str] = (),
+) -> Path:
     """Write a checkpoint of `step` from all ranks; `meta` goes into the manifest as it stands.
 
     `states` are those fragments that this rank is to write. Raises CheckpointError on every rank
     where one of them failed; older checkpoints are left as they are.
     """
-    return write_checkpoint(folder, step, lambda: gather(states), meta)
+    return write_checkpoint(folder, step, lambda: gather(states), meta, names=names)
 
 
 def write_checkpoint(
@@ -46,12 +53,15 @@ def write_checkpoint(
     keep: Keep = Keep(),  # noqa: B008  # frozen
     damaged: Collection[Path] = (),
     warn: Callable[[str], None] = lambda _: None,
+    permit: Callable[[], None] = lambda: None,
+    names: Collection[str] = (),
 ) -> Path:
     """As `save`, over a process group of all ranks.
 
-    `staged` gives what this rank writes, or raises what kept it. Once the checkpoint is there,
-    `latest` names it and what it supersedes is removed (`retention.prune`); rank 0 warns where
-    these fail.
+    `staged` gives what this rank writes, or raises what kept it; `permit` raises on rank 0 what
+    forbids to write to the folder at all. `names` are the parameters that all ranks together have
+    to write. Once the checkpoint is there, `latest` names it and what it supersedes is removed
+    (`retention.prune`); rank 0 warns where these fail.
     """
     rank = dist.get_rank()
     final = folder / folder_name(step)
@@ -59,15 +69,19 @@ def write_checkpoint(
 
     def prepare() -> None:
         if rank == 0:
+            permit()
             remove_leftovers(folder)
+            new = not folder.exists()
             temporary.mkdir(parents=True)
+            if new:
+                _sync_parents(folder)
 
     def write() -> dict[str, Any]:
         return write_rank_file(temporary / f"rank-{rank:05}.safetensors", staged())
 
     def commit() -> None:
         if rank == 0:
-            _write_manifest(temporary, step, entries, meta)
+            _write_manifest(temporary, step, entries, meta, names)
             _put_in_place(temporary, final)
 
     try:
@@ -83,6 +97,7 @@ def write_checkpoint(
     if rank == 0:
         try:
             _replace(folder / "latest", final.name + "\n")
+            _sync_folder(folder)  # before what the older `latest` named may go
         except OSError as error:  # what it names must stay, too
             warn(f"{folder / 'latest'} does not name {final.name}: {error.strerror}")
         else:
@@ -98,6 +113,8 @@ def _agree(work: Callable[[], T], what: str, group: Group) -> T:
         result = work()
     except OSError as error:
         fault = (error.strerror or str(error)) + (f" ({error.filename})" if error.filename else "")
+    except UserError as error:
+        fault = str(error)
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"
     faults: list[Any] = [None] * dist.get_world_size()
@@ -109,9 +126,15 @@ def _agree(work: Callable[[], T], what: str, group: Group) -> T:
 
 
 def _write_manifest(
-    folder: Path, step: int, files: list[dict[str, Any]], meta: dict[str, Any]
+    folder: Path,
+    step: int,
+    files: list[dict[str, Any]],
+    meta: dict[str, Any],
+    names: Collection[str] = (),
 ) -> None:
-    problems = cover_problems(Fragment.from_json(f) for file in files for f in file["fragments"])
+    fragments = [Fragment.from_json(f) for file in files for f in file["fragments"]]
+    missing = sorted(set(names) - {fragment.slice.name for fragment in fragments})
+    problems = [f"{name}: no rank wrote it" for name in missing] + cover_problems(fragments)
     if problems:
         raise ValueError(f"parameters are not written whole and once: {'; '.join(problems[:3])}")
     manifest = {"format_version": FORMAT_VERSION, "step": step, **meta, "files": files}
@@ -132,7 +155,12 @@ def _put_in_place(temporary: Path, final: Path) -> None:
                 latest.unlink()
         shutil.rmtree(older, ignore_errors=True)
         os.rename(final, older)
-    os.rename(temporary, final)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        with suppress(OSError):  # else what is left is removed by the next save
+            os.rename(older, final)
+        raise
     _sync_folder(final.parent)
     shutil.rmtree(older, ignore_errors=True)
 
@@ -149,6 +177,13 @@ def _replace(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _sync_parents(folder: Path) -> None:
+    """Make a new folder durable, and the run folder around it, which may be as new."""
+    for parent in folder.absolute().parents[:3]:
+        with suppress(OSError):  # one that may not be read
+            _sync_folder(parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -17,8 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hg_scale.checkpoint.checksum import changed_files
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
+from hg_scale.checkpoint.jobs import Report
 from hg_scale.checkpoint.load import Reader
 from hg_scale.checkpoint.reference import read_entries, reference_config, reference_weights, under
 from hg_scale.config.errors import ConfigError
@@ -36,8 +38,9 @@ class Source:
     """Parameters of `model` by name. Cheap to open; sent to a worker, it is opened again there.
 
     `kinds`: "fp32", and Adam's moments where it holds them. `step`, `optimizer_step`, `progress`
-    (where training stands, None unknown) and `tokenizer` (its identity, as JSON has it) are what is
-    known beside the weights. Raises CheckpointError where the parameters are not those of `model`.
+    (where training stands, None unknown), `config` (of the run, as JSON has it, None unknown) and
+    `tokenizer` (its identity) are what is known beside the weights. Raises CheckpointError where
+    the parameters are not those of `model`.
     """
 
     kinds: tuple[str, ...] = ("fp32",)
@@ -55,6 +58,7 @@ class Source:
             self._check_shape(name, self.stored[name], shape)
         self.step = self.optimizer_step = 0
         self.progress: dict[str, Any] | None = None
+        self.config: dict[str, Any] | None = None
         self.tokenizer: dict[str, Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -85,6 +89,12 @@ class Source:
     def whole(self, name: str, kind: str = "fp32") -> Tensor:
         """One parameter, whole, in fp32."""
         return self.read(name, kind).view(self.shapes[name])
+
+    def require_unchanged(self, workers: int, report: Report) -> None:
+        """Raise CheckpointError where bytes are not those that were written, by their checksums.
+
+        What carries no checksums is taken as it is.
+        """
 
     def close(self) -> None:
         """Let go of open files; reading opens them again."""
@@ -153,7 +163,6 @@ def _match_names(path: Path, stored: Iterable[str], wanted: Iterable[str]) -> di
 class CheckpointSource(Source):
     """A checkpoint of ours, whatever layout wrote it."""
 
-    kinds = KINDS
     what = "checkpoint"
 
     def __init__(self, path: Path) -> None:
@@ -162,8 +171,16 @@ class CheckpointSource(Source):
         model = model_of(manifest["config"]["model"], path)
         super().__init__((path,), path, model, self.reader.shapes)
         self.step, self.optimizer_step = manifest["step"], manifest["optimizer_step"]
-        self.progress = manifest["progress"]
-        self.tokenizer = manifest.get("tokenizer")
+        self.progress: dict[str, Any] = manifest["progress"]
+        self.kinds = KINDS if manifest.get("moments", True) else KINDS[:1]  # else all zeros
+        self.config = manifest["config"]
+        # Runs keep it with their data's state, too; before they did elsewhere, only there.
+        data = self.progress.get("data") or {}
+        self.tokenizer = manifest.get("tokenizer") or data.get("tokenizer") or None
+
+    def require_unchanged(self, workers: int, report: Report) -> None:
+        for fault in changed_files(self.path, self.manifest["files"], workers, report):
+            raise CheckpointError(f"{fault}; use another checkpoint")
 
     def _read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         wanted = Fragment(Slice(name, self.shapes[name]), start, stop - start)
@@ -176,7 +193,7 @@ class ExportSource(Source):
     what = "export"
 
     def __init__(self, path: Path) -> None:
-        self.config = config = read_json(path / CONFIG)
+        self.described = config = read_json(path / CONFIG)
         if "model" not in config:
             raise CheckpointError(f"{path / CONFIG}: no export of ours: it has no model section")
         self._files = SafetensorsFiles(path)

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from hg_scale.checkpoint.deepspeed_files import LATEST, OURS, ZERO
+from hg_scale.checkpoint.fragments import KINDS
 from hg_scale.checkpoint.jobs import Report, run_jobs
 from hg_scale.checkpoint.output import new_folder
 from hg_scale.checkpoint.source import CheckpointSource
@@ -80,20 +81,21 @@ class WriteParameter:
         folder = self.folder / name
         folder.mkdir(parents=True)
         cut = {} if self.dims[name] is None else {"cat_dim": self.dims[name]}
-        for kind in self.source.kinds:
+        for kind in KINDS:  # zeros where training is to begin anew: DeepSpeed wants them there
             torch.save({"param": self.source.whole(name, kind), **cut}, folder / f"{kind}.pt")
         torch.save(torch.tensor(float(self.source.optimizer_step)), folder / "step.pt")
-        return 4 * len(self.source.kinds) * prod(self.source.shapes[name])
+        return 4 * len(KINDS) * prod(self.source.shapes[name])
 
 
 def to_deepspeed(source: CheckpointSource, out: Path, *, workers: int = 1, report: Report) -> None:
-    """Write the new folder `out`. Raises CheckpointError."""
+    """Write the new folder `out`. Raises CheckpointError; on a damaged source, too."""
+    source.require_unchanged(workers, report)
     tag = f"global_step{source.step}"
     with new_folder(out) as folder:
         zero = folder / tag / ZERO
         zero.mkdir(parents=True)
         write = WriteParameter(source, zero, cut_dimensions(source.model))
-        report.begin("writing DeepSpeed's files", 4 * len(source.kinds) * source.parameters)
+        report.begin("writing DeepSpeed's files", 4 * len(KINDS) * source.parameters)
         for _, written in run_jobs(write, list(source.shapes), workers):
             report.advance(written)
         torch.save(_optimizer_state(source), zero / "optimizer_state.pt")
@@ -131,6 +133,7 @@ def _model_states(source: CheckpointSource) -> dict[str, Any]:
         "universal_checkpoint_info": {"universal_checkpoint_version": UNIVERSAL_VERSION},
         OURS: {
             "model": source.model.model_dump(),
+            "config": source.config,
             "progress": progress,
             "tokenizer": source.tokenizer,
         },

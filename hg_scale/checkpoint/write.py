@@ -7,22 +7,20 @@ where training stood (DeepSpeed's universal format), that is kept, and training 
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from hg_scale.checkpoint.checksum import Checksum
 from hg_scale.checkpoint.export import copy_pieces, split_into_files
-from hg_scale.checkpoint.find import FORMAT_VERSION, MANIFEST
+from hg_scale.checkpoint.find import FORMAT_VERSION, MANIFEST, seal
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
 from hg_scale.checkpoint.jobs import Report, run_jobs
 from hg_scale.checkpoint.output import new_folder
 from hg_scale.checkpoint.safetensors_file import Place, create
 from hg_scale.checkpoint.source import Source
-from hg_scale.config.schema import Config
 
 FILE_BYTES = 16_000_000_000
 _LAYOUT = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 0}
@@ -31,7 +29,8 @@ _LAYOUT = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 0}
 def write_checkpoint(
     source: Source, out: Path, *, workers: int = 1, report: Report, file_bytes: int = FILE_BYTES
 ) -> None:
-    """Write the checkpoint folder `out`. Raises CheckpointError."""
+    """Write the checkpoint folder `out`. Raises CheckpointError; on a damaged source, too."""
+    source.require_unchanged(workers, report)
     goes_on = source.kinds == KINDS and source.progress is not None
     with new_folder(out) as folder:
         places: dict[tuple[str, str], Place] = {}
@@ -65,18 +64,7 @@ def write_checkpoint(
                 {"name": file, "bytes": sizes[file], "sha256": digest, "fragments": fragments}
             )
         manifest = _head(source, goes_on) | {"files": entries}
-        (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class Checksum:
-    """sha256 of a file of `folder`."""
-
-    folder: Path
-
-    def __call__(self, file: str) -> str:
-        with (self.folder / file).open("rb") as data:
-            return hashlib.file_digest(data, "sha256").hexdigest()
+        (folder / MANIFEST).write_text(json.dumps(seal(manifest)), encoding="utf-8")
 
 
 def _head(source: Source, goes_on: bool) -> dict[str, Any]:
@@ -88,8 +76,9 @@ def _head(source: Source, goes_on: bool) -> dict[str, Any]:
         "step": step,
         "progress": source.progress if goes_on else begin,
         "optimizer_step": source.optimizer_step if goes_on else 0,
+        "moments": goes_on,
         "layout": _LAYOUT,
-        "config": Config(model=source.model).model_dump(),  # type: ignore[call-arg]
+        "config": (source.config or {}) | {"model": source.model.model_dump()},
         "versions": {name: _version(name) for name in ("hg-scale", "torch", "deepspeed", "numpy")},
         "tokenizer": source.tokenizer,
         "source": {"kind": source.what, "name": source.path.resolve().name, "step": source.step},

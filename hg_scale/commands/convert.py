@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,8 +145,8 @@ def _write_export(options: argparse.Namespace, write: Callable[..., float]) -> i
     from hg_scale.checkpoint.open import open_source
     from hg_scale.data.progress import on_stderr
 
-    if not options.shard_gb > 0:
-        raise CheckpointError(f"--shard-gb {options.shard_gb}: expected more than 0")
+    if not 0 < options.shard_gb < inf:
+        raise CheckpointError(f"--shard-gb {options.shard_gb}: expected more than 0, and an end")
     source = open_source(options.source)
     tokenizer = _tokenizer(source, options.data)
     with on_stderr() as progress:
@@ -172,14 +173,15 @@ def _tokenizer(source: Source, data: str | None) -> Tokenizer | None:
         return read_index(data).open_tokenizer()
     if not isinstance(source, CheckpointSource):
         return None
-    sources = source.manifest["config"]["data"].get("sources") or [{}]
-    path = source.manifest["config"]["data"].get("path") or sources[0].get("path")
+    section = source.manifest["config"].get("data", {})
+    sources = section.get("sources") or [{}]
+    path = section.get("path") or sources[0].get("path")
     try:
         if path and is_local(path):
             return read_index(path).open_tokenizer()
     except DataError:
         pass
-    if source.tokenizer is None:
+    if source.tokenizer is None or source.tokenizer["sha256"]:  # it has a model file
         print(
             f"the data of {source.path} is not at hand, so the tokenizer is left out; give it with "
             "--data SHARDS",

@@ -344,8 +344,9 @@ class CheckpointConfig(Section):
     )
     start_from: str | None = Field(
         None,
-        description="A checkpoint folder to begin from where the run folder has none yet: weights, "
-        "optimizer, step and data position carry over. With `schedule.kind = wsd` and a new "
+        description="A checkpoint folder, or a run folder (its newest whole checkpoint), to begin "
+        "from where the run folder has none yet: weights, optimizer, step and data position carry "
+        "over. With `schedule.kind = wsd` and a new "
         "`training.steps` this branches a decay off any checkpoint.",
     )
 

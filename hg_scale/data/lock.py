@@ -21,15 +21,23 @@ from hg_scale.data.errors import DataError
 
 BEAT = 1.0  # seconds between two signs of life
 _WATCH = 15.0  # seconds that a foreign owner gets to show one
+_ADVICE = (
+    "is writing there; wait for it or end it. Were several processes started to work together? "
+    "Then they do not know of each other: start them with mpirun (and mpi4py of the same MPI) or "
+    "srun"
+)
 
 
 class FolderLock:
     """The right to write to a folder; `beat` has to be called about once a `BEAT`."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder` exists. Nothing is taken yet."""
+    def __init__(self, folder: Path, what: str = "", advice: str = _ADVICE) -> None:
+        """`folder` exists. Nothing is taken yet.
+
+        `what` is to be written, and `advice` for whom another process has it.
+        """
         self._lock, self._owner = folder / "lock", folder / "owner.json"
-        self._what = folder.parent
+        self._what, self._advice = what or f"--output {folder.parent}", advice
         self._record: dict[str, Any] = {
             "host": socket.gethostname(), "kernel": _kernel(), "pid": os.getpid(),
             "nonce": secrets.token_hex(8), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "beat": 0,
@@ -97,11 +105,7 @@ class FolderLock:
             if owner
             else "another process"
         )
-        return DataError(
-            f"--output {self._what}: {who}, is writing there; wait for it or end it. Were several "
-            "processes started to work together? Then they do not know of each other: start them "
-            "with mpirun (and mpi4py of the same MPI) or srun"
-        )
+        return DataError(f"{self._what}: {who}, {self._advice}")
 
 
 def _kernel() -> str:

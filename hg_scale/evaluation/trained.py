@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hg_scale.checkpoint.export import load_export
-from hg_scale.checkpoint.find import MANIFEST, find_latest, read_manifest
+from hg_scale.checkpoint.find import MANIFEST, content_damage, find_latest, read_manifest
 from hg_scale.checkpoint.load import read_parameters
 from hg_scale.checkpoint.open import is_export
 from hg_scale.checkpoint.source import ExportSource
@@ -78,8 +78,10 @@ def _checkpoint(folder: Path, data: str | None) -> Trained:
             )
         checkpoint = folder
     manifest = read_manifest(checkpoint)
+    if fault := content_damage(checkpoint):
+        raise UserError(f"{checkpoint}: {fault}; use another checkpoint")
     config = parse_config({"model": manifest["config"]["model"]}, source=str(checkpoint))
-    index = read_index(data) if data else _index_of(manifest["config"]["data"], checkpoint)
+    index = read_index(data) if data else _index_of(manifest["config"].get("data", {}), checkpoint)
     model = load_model(config.model, checkpoint)
     return Trained(model, checkpoint, manifest["step"], index, index.open_tokenizer)
 

@@ -21,17 +21,22 @@ class Stopped(UserError):
 
 
 def together(action: Callable[[], T], device: torch.device) -> T:
-    """What `action` returns here. Where it raises UserError on any rank, all ranks raise."""
-    fault, result = None, None
+    """What `action` returns here. Where it raises on any rank, whatever it is, all ranks raise."""
+    fault: Exception | None = None
+    result = None
     try:
         result = action()
-    except UserError as error:
+    except (OSError, MemoryError) as error:
+        told = str(error) or "no memory left on its host"
+        fault = UserError(f"rank {dist.get_rank()}: {told}")
+        fault.__cause__ = error
+    except Exception as error:
         fault = error
     agree(fault, device)
     return result  # type: ignore[return-value]
 
 
-def agree(fault: UserError | None, device: torch.device) -> None:
+def agree(fault: Exception | None, device: torch.device) -> None:
     """Raise on all ranks where one has a fault: one of these tells its own, the others `Stopped`.
 
     A collective operation of all ranks.
@@ -42,18 +47,18 @@ def agree(fault: UserError | None, device: torch.device) -> None:
     raise_flag(int(flag), fault)
 
 
-def flag_of(fault: UserError | None) -> int:
+def flag_of(fault: Exception | None) -> int:
     """A number for this rank's fault; their maximum says which rank is to tell."""
     return dist.get_world_size() - dist.get_rank() if fault else 0
 
 
-def raise_flag(flag: int, fault: UserError | None) -> None:
+def raise_flag(flag: int, fault: Exception | None) -> None:
     """Raise if the maximum of all ranks' flags says that one has a fault."""
     if flag:
         stop_all(fault, dist.get_world_size() - flag)
 
 
-def stop_all(fault: UserError | None, teller: int) -> NoReturn:
+def stop_all(fault: Exception | None, teller: int) -> NoReturn:
     """Raise `fault` on the rank that is to tell it, and `Stopped` on the others."""
     if fault and dist.get_rank() == teller:
         raise fault

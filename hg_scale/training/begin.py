@@ -9,7 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hg_scale.checkpoint.find import content_damage, damage, find_latest, read_manifest
+from hg_scale.checkpoint.find import (
+    content_damage,
+    damage,
+    find_latest,
+    newest_of,
+    read_manifest,
+)
 from hg_scale.config.errors import ConfigError, Problem
 from hg_scale.config.schema import Config
 from hg_scale.errors import UserError
@@ -59,9 +65,8 @@ def agreed_source(
         if source:
             together(lambda: _look(source, rank), device)  # noqa: B023
             faults: list[Any] = [None] * world
-            if rank == 0:
-                _announce(source, world, console)
-            dist.all_gather_object(faults, content_damage(source, rank, world))
+            fault = together(lambda: _damage_here(source, rank, world, console), device)  # noqa: B023
+            dist.all_gather_object(faults, fault)
             if fault := next(filter(None, faults), None):
                 known[source] = fault
                 continue
@@ -86,19 +91,26 @@ def find_source(
         if name is not None and name != source.name:
             lines.append(f"{latest} names {name or 'nothing'}; taking {source.name}")
     elif config.checkpoint.start_from:
-        source = Path(config.checkpoint.start_from)
+        source = newest_of(Path(config.checkpoint.start_from), lines.append, known)
         if fault := known.get(source) or damage(source):
             message = f"not a whole checkpoint, such as RUN/checkpoints/step-00001000: {fault}"
             raise ConfigError([Problem("checkpoint.start_from", message, str(source))])
     if source:
         refuse_other_model(config, source)
-        seed = read_manifest(source)["config"]["training"].get("seed")
-        if seed != config.training.seed:
+        seed = _seed_of(read_manifest(source))
+        if seed not in (None, config.training.seed):
             lines.append(
                 f"training.seed is {config.training.seed}, that of {source.name} was {seed}: the "
                 "data goes on in another order, and some of it may come again"
             )
     return source
+
+
+def _seed_of(manifest: dict[str, Any]) -> int | None:
+    """That of the data's order; None where it is not known, or no data was read in that order."""
+    if not manifest["progress"]["position"]:
+        return None
+    return manifest["config"].get("training", {}).get("seed")
 
 
 def _from_first_rank(found: Path | None, device: torch.device) -> Path | None:
@@ -115,8 +127,9 @@ def _look(source: Path, rank: int) -> None:
         )
 
 
-def _announce(source: Path, world: int, console: Console) -> None:
-    """Say what takes some seconds."""
+def _damage_here(source: Path, rank: int, world: int, console: Console) -> str | None:
+    """This rank's part of the checking; the first one says what takes some seconds."""
     size = sum(file["bytes"] for file in read_manifest(source)["files"])
-    if size / world > _LONG:
+    if rank == 0 and size / world > _LONG:
         console.print(f"checking {source} ({size / 1e9:,.0f} GB)")
+    return content_damage(source, rank, world)

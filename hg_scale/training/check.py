@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from hg_scale.checkpoint.find import damage, find_latest, read_manifest
+from hg_scale.checkpoint.find import damage, find_latest, newest_of, read_manifest
 from hg_scale.config import ConfigError, load_config
 from hg_scale.config.errors import Problem
 from hg_scale.config.layouts import fitting_layouts, largest_fitting
@@ -111,7 +111,7 @@ def check_checkpoint(config: Config, folder: Path, report: Callable[[str], None]
     """What the run would begin from. Raises CheckpointError or ConfigError where it is damaged."""
     checkpoint = find_latest(folder / "checkpoints", report=report)
     if checkpoint is None and config.checkpoint.start_from:
-        checkpoint = Path(config.checkpoint.start_from)
+        checkpoint = newest_of(Path(config.checkpoint.start_from), report)
         if fault := damage(checkpoint):
             raise ConfigError([Problem("checkpoint.start_from", fault, str(checkpoint))])
     return checkpoint

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from hg_scale.config.errors import ConfigError
@@ -28,6 +29,7 @@ from hg_scale.training.held_out import HeldOut
 from hg_scale.training.loop import Parts, Progress, Record, training_loop
 from hg_scale.training.metrics import MetricsLog
 from hg_scale.training.profiling import StepProfiler
+from hg_scale.training.run_lock import RunLock
 from hg_scale.training.saver import Saver
 from hg_scale.training.schedule import Schedule
 from hg_scale.training.state import layout_of, load_state
@@ -86,12 +88,28 @@ def _train(
     stop_at: int | None,
     profile: int | None,
 ) -> None:
-    checkpoints = folder / "checkpoints"
     if config.parallel.tensor > 1:
         # One hardware queue, so that Megatron's asynchronous all-reduce starts before the matrix
         # product that it is to overlap with. CUDA reads it when the device is first used.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = start_processes(launch)
+    lock = together(lambda: RunLock(folder) if launch.rank == 0 else None, device)
+    with lock or nullcontext():
+        _train_alone(config, folder, launch, console, stop_at, profile, device, lock)
+
+
+def _train_alone(
+    config: Config,
+    folder: Path,
+    launch: Launch,
+    console: Console,
+    stop_at: int | None,
+    profile: int | None,
+    device: torch.device,
+    lock: RunLock | None,
+) -> None:
+    """Once no other run has the folder, whose `lock` the first rank holds."""
+    checkpoints = folder / "checkpoints"
     beginning = agreed_source(config, checkpoints, console, device)
     sources = together(lambda: open_sources(config), device)
     mesh, layers = make_mesh(config.parallel)
@@ -135,7 +153,13 @@ def _train(
             lambda: RunLog(config, folder, console, progress.step, launch.rank), device
         ) as log,
         Saver(
-            engine, checkpoints, config, last_step=last, warn=console.warn, damaged=damaged
+            engine,
+            checkpoints,
+            config,
+            last_step=last,
+            warn=console.warn,
+            damaged=damaged,
+            permit=lock.require if lock else lambda: None,
         ) as saver,
     ):
         parts = Parts(

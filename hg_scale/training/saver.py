@@ -22,6 +22,7 @@ from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.rank_file import HostBuffer, Staged, gather
 from hg_scale.checkpoint.retention import Keep
 from hg_scale.checkpoint.save import write_checkpoint
+from hg_scale.checkpoint.source import parameter_shapes
 from hg_scale.config.schema import Config
 from hg_scale.training.agreement import stop_all
 from hg_scale.training.loop import Progress
@@ -49,10 +50,16 @@ class Saver:
         last_step: int,
         warn: Callable[[str], None],
         damaged: Collection[Path] = (),
+        permit: Callable[[], None] = lambda: None,
     ) -> None:
-        """`damaged` are checkpoints known to be so, that are not to count among those kept."""
+        """`damaged` are checkpoints known to be so, that are not to count among those kept.
+
+        `permit` is asked on rank 0 before each save, and raises what forbids it.
+        """
         self._engine, self._folder, self._config = engine, folder, config
         self._last_step, self._warn, self._damaged = last_step, warn, damaged
+        self._permit = permit
+        self._names = parameter_shapes(config.model).keys()
         self._keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every)
         self._group = dist.new_group(backend="gloo")
         self._buffer = HostBuffer()
@@ -109,10 +116,15 @@ class Saver:
                 keep=self._keep,
                 damaged=self._damaged,
                 warn=self._warn,
+                permit=self._permit,
+                names=self._names,
             )
         except CheckpointError as error:
             self._last_fault = error
-        except RuntimeError as error:  # of gloo: training on this rank is about to meet it, too
+        except (
+            RuntimeError,
+            OSError,
+        ) as error:  # of gloo: training on this rank is about to meet it, too
             self._last_fault = CheckpointError(f"not saved: a rank is gone: {first_line(error)}")
         if self._last_fault and step != self._last_step and dist.get_rank() == 0:
             self._warn(

@@ -19,6 +19,7 @@ from hg_scale.checkpoint.find import read_manifest
 from hg_scale.checkpoint.load import Reader
 from hg_scale.checkpoint.rank_file import share
 from hg_scale.checkpoint.save import save
+from hg_scale.checkpoint.source import parameter_shapes
 from hg_scale.config.errors import ConfigError, Problem
 from hg_scale.config.schema import FREE_MODEL_KEYS, Config, ModelConfig
 from hg_scale.training.loop import Progress
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 def save_state(engine: Engine, folder: Path, progress: Progress, config: Config) -> Path:
     """Write a checkpoint of all ranks; the data position is part of `progress`."""
     meta = describe_state(engine, progress, config)
-    return save(folder, progress.step, written_here(engine), meta)
+    names = parameter_shapes(config.model).keys()
+    return save(folder, progress.step, written_here(engine), meta, names)
 
 
 def describe_state(engine: Engine, progress: Progress, config: Config) -> dict[str, Any]:
@@ -46,6 +48,7 @@ def describe_state(engine: Engine, progress: Progress, config: Config) -> dict[s
         "optimizer_step": optimizer_step(engine.deepspeed),
         "layout": layout_of(engine),
         "config": config.model_dump(),
+        "tokenizer": progress.data.get("tokenizer"),
         "versions": {name: version(name) for name in ("hg-scale", "torch", "deepspeed", "numpy")},
     }
 

@@ -11,9 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hg_scale.checkpoint.errors import CheckpointError
+from hg_scale.checkpoint.find import read_manifest, seal
 from hg_scale.checkpoint.jobs import run_jobs
 from hg_scale.checkpoint.open import open_source
 from hg_scale.commands.main import main
+from hg_scale.config.load import parse_config
+from hg_scale.config.schema import Config
+from hg_scale.errors import UserError
+from hg_scale.evaluation.trained import load_trained
+from hg_scale.training.begin import find_source
 from tests.checkpoint.trained import Trained
 
 Get = Callable[[str], Trained]
@@ -38,12 +45,11 @@ def change_tensor(path: Path, key: str, change: Callable[[torch.Tensor], object]
     change(tensors[key])
     save_file(tensors, file)
     tree = json.loads(manifest.read_text())
-    tree.pop("manifest_sha256", None)
     tree["files"][0] |= {
         "bytes": file.stat().st_size,
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
     }
-    manifest.write_text(json.dumps(tree))
+    manifest.write_text(json.dumps(seal(tree)))
 
 
 def test_inspect(trained: Get, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,12 +74,80 @@ def test_inspect_shows_what_is_not_finite(copy: Path, capsys: pytest.CaptureFixt
 def test_verify(trained: Get, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert("verify", trained("zero3").path) == 0
     assert "a whole checkpoint of step 2" in capsys.readouterr().out
-    file = copy / "rank-00001.safetensors"
+    flip(copy / "rank-00001.safetensors")
+    assert convert("verify", copy, "--workers", 2) == 1
+    assert "rank-00001.safetensors: changed since it was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["export", "import", "to-hf", "to-deepspeed", "average"])
+def test_damage_goes_nowhere(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    """No conversion gives flipped bits a new, valid checksum."""
+    flip(copy / "rank-00001.safetensors")
+    out = tmp_path / "out"
+    options = ["--out", out] if verb == "average" else [out]
+    assert convert(verb, copy, *options) == 2
+    told = capsys.readouterr().err
+    assert "rank-00001.safetensors: changed since it was written" in told.splitlines()[-1]
+    assert not out.exists()
+
+
+def test_damage_is_not_evaluated(copy: Path) -> None:
+    flip(copy / "rank-00001.safetensors")
+    with pytest.raises(UserError, match="rank-00001.safetensors: changed since it was written"):
+        load_trained(copy)
+
+
+def flip(file: Path) -> None:
+    """Turn a bit of the last tensor."""
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
-    assert convert("verify", copy, "--workers", 2) == 1
-    assert "rank-00001.safetensors: changed since it was written" in capsys.readouterr().err
+
+
+def test_the_seed_goes_along(copy: Path, tmp_path: Path) -> None:
+    """The whole configuration does, through DeepSpeed's format, too: data goes on in its order."""
+    tree = read_manifest(copy)
+    tree["config"]["training"]["seed"] = 7
+    (copy / "manifest.json").write_text(json.dumps(seal(tree)))
+    assert convert("import", copy, tmp_path / "back") == 0
+    assert convert("to-deepspeed", copy, tmp_path / "universal") == 0
+    assert convert("from-deepspeed", tmp_path / "universal", tmp_path / "there") == 0
+    for name in ("back", "there"):
+        assert read_manifest(tmp_path / name)["config"] == tree["config"]
+        lines: list[str] = []
+        config = parse_config(tree["config"])
+        start_from(config, tmp_path / name, lines)
+        assert lines == []
+        start_from(with_seed(config, 1), tmp_path / name, lines)
+        assert lines[0].startswith(f"training.seed is 1, that of {name} was 7")
+
+
+def test_a_seed_that_is_not_known_is_not_told(copy: Path, tmp_path: Path) -> None:
+    """An export says none, and from the first window on there is none to keep to."""
+    config = with_seed(parse_config(read_manifest(copy)["config"]), 3)
+    assert convert("export", copy, tmp_path / "out") == 0
+    assert convert("import", tmp_path / "out", tmp_path / "back") == 0
+    assert convert("average", copy, copy, "--out", tmp_path / "mean") == 0
+    for name in ("back", "mean"):
+        assert "training" not in read_manifest(tmp_path / name)["config"]
+        lines: list[str] = []
+        start_from(config, tmp_path / name, lines)
+        assert lines == []
+
+
+def with_seed(config: Config, seed: int) -> Config:
+    return config.model_copy(update={"training": config.training.model_copy(update={"seed": seed})})
+
+
+def start_from(config: Config, path: Path, lines: list[str]) -> None:
+    """What a new run that begins there finds to tell."""
+    begun = config.checkpoint.model_copy(update={"start_from": str(path)})
+    found = find_source(
+        config.model_copy(update={"checkpoint": begun}), path.parent / "no run", {}, lines
+    )
+    assert found == path
 
 
 def test_verify_tells_every_fault(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,9 +163,8 @@ def test_verify_tells_every_fault(copy: Path, capsys: pytest.CaptureFixture[str]
 def test_verify_finds_a_hole(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = copy / "manifest.json"
     tree = json.loads(manifest.read_text())
-    tree.pop("manifest_sha256", None)
     tree["files"][0]["fragments"][0]["length"] -= 1
-    manifest.write_text(json.dumps(tree))
+    manifest.write_text(json.dumps(seal(tree)))
     assert convert("verify", copy) == 1
     assert "is covered by" in capsys.readouterr().err
 
@@ -109,6 +182,41 @@ def test_diff(trained: Get, copy: Path, tmp_path: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     assert convert("diff", copy, trained("plain").path) == 2
     assert "of different models: model.hierarchy" in capsys.readouterr().err
+
+
+def test_weights_alone_claim_no_moments(
+    trained: Get, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, mean = trained("zero3").path, tmp_path / "mean"
+    assert convert("average", path, path, "--out", mean) == 0
+    capsys.readouterr()
+    assert convert("diff", mean, path) == 0
+    assert "(fp32)" in capsys.readouterr().out
+    assert convert("inspect", mean) == 0
+    assert "exp_avg" not in capsys.readouterr().out
+    assert convert("to-deepspeed", mean, tmp_path / "universal") == 0
+    assert len(list(tmp_path.glob("universal/*/zero/**/exp_avg_sq.pt"))) == len(
+        open_source(path).shapes
+    )
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "0", "-1"])
+def test_a_largest_file_of_no_size(
+    trained: Get, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str
+) -> None:
+    out = tmp_path / "out"
+    assert convert("export", trained("plain").path, out, "--shard-gb", size) == 2
+    assert "expected more than 0, and an end" in capsys.readouterr().err
+
+
+def test_an_overlap_that_makes_up_for_a_hole(copy: Path) -> None:
+    """The count of elements is right; what would be read is not."""
+    tree = read_manifest(copy)
+    second = next(f for f in tree["files"][1]["fragments"] if f["start"])
+    second["start"] -= 1
+    (copy / "manifest.json").write_text(json.dumps(seal(tree)))
+    with pytest.raises(CheckpointError, match="is covered by"):
+        open_source(copy).whole(second["name"])
 
 
 def test_average_and_its_use(trained: Get, tmp_path: Path) -> None:

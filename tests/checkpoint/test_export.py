@@ -18,6 +18,7 @@ import torch
 from hg_scale.checkpoint import safetensors_file
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.export import export, load_export
+from hg_scale.checkpoint.find import read_manifest, seal
 from hg_scale.checkpoint.fragments import KINDS
 from hg_scale.checkpoint.load import Reader, verify
 from hg_scale.checkpoint.open import open_source
@@ -277,6 +278,40 @@ def test_an_export_is_not_scored_on_text_of_another_tokenizer(
     (out / "config.json").write_text(json.dumps(config))
     assert main(["evaluate", str(out), "--data", str(corpus)]) == 2
     assert "made with another tokenizer (bytes, vocabulary 257)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["export", "to-hf"])
+def test_another_tokenizer_is_not_exported(
+    worlds: Worlds,
+    config: Path,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    verb: str,
+) -> None:
+    """The data's folder was prepared anew since; whichever place of the manifest says so."""
+    shards, run, out = tmp_path / "shards", tmp_path / "run", tmp_path / "out"
+    shutil.copytree(corpus, shards)
+    sets = ["--set", f"data.path={shards}", "--set", "training.validate_every=0"]
+    arguments = ["--config", str(config), "--run", str(run), "--stop-at", "1", *sets]
+    assert train_in(worlds, 1, tmp_path, *arguments).code == 0
+    path = run / "checkpoints" / "step-00000001"
+    assert read_manifest(path)["tokenizer"]["name"] == "bytes"
+    index = shards / "index.json"
+    other = json.loads(index.read_text())
+    other["tokenizer"] |= {"vocab_size": 256, "eod": None}
+    index.write_text(json.dumps(other))
+    for remove in ((), ("tokenizer",)):
+        tree = {key: value for key, value in read_manifest(path).items() if key not in remove}
+        (path / "manifest.json").write_text(json.dumps(seal(tree)))
+        told = open_source(path).tokenizer
+        assert told and told["vocab_size"] == 257
+        capsys.readouterr()
+        assert main(["convert", verb, str(run), str(out)]) == 2
+        line = capsys.readouterr().err
+        assert "trained with the tokenizer name bytes, vocab_size 257" in line, line
+        assert line.count("\n") == 1
+        assert not out.exists()
 
 
 def test_a_tokenizer_goes_along(trained: Get, tmp_path: Path) -> None:

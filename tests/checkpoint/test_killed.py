@@ -19,6 +19,7 @@ from hg_scale.checkpoint.rank_file import gather
 from hg_scale.checkpoint.retention import Keep
 from hg_scale.checkpoint.save import write_checkpoint
 from tests.forks import KILLED, Forks, die_at
+from tests.manifests import META
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def write(folder: Path, step: int, victim: int = -1, moment: int = 0) -> None:
     if rank == victim:
         die_at(moment, str(folder))
     try:
-        write_checkpoint(folder, step, lambda: gather([state]), {}, keep=Keep(last=2))
+        write_checkpoint(folder, step, lambda: gather([state]), META, keep=Keep(last=2))
     except (CheckpointError, RuntimeError):
         raise SystemExit(3) from None  # the other rank is gone
 

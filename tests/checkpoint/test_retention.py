@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from hg_scale.checkpoint.rank_file import gather, write_rank_file
 from hg_scale.checkpoint.retention import Keep, prune, remove_leftovers, superseded
 from hg_scale.checkpoint.save import _write_manifest
 from tests.checkpoint.test_rank_file import states
+from tests.manifests import META
 
 STEPS = st.sets(st.integers(1, 60))
 
@@ -37,9 +39,16 @@ def checkpoint(folder: Path, step: int) -> Path:
     path = folder / folder_name(step)
     path.mkdir(parents=True)
     entry = write_rank_file(path / "rank-00000.safetensors", gather(states(3)))
-    _write_manifest(path, step, [entry], {})
+    _write_manifest(path, step, [entry], META)
     assert damage(path) is None
     return path
+
+
+def test_a_parameter_that_no_rank_wrote(tmp_path: Path) -> None:
+    entry = write_rank_file(tmp_path / "rank-00000.safetensors", gather(states(3)))
+    with pytest.raises(ValueError, match="p1: no rank wrote it"):
+        _write_manifest(tmp_path, 1, [entry], META, ["p0", "p1"])
+    assert not (tmp_path / "manifest.json").exists()
 
 
 def steps(folder: Path) -> list[int]:
@@ -64,6 +73,14 @@ def test_damaged_ones_do_not_count(tmp_path: Path) -> None:
     checkpoint(tmp_path, 60)
     assert prune(tmp_path, 60, Keep(2), damaged={paths[40]}) == []
     assert steps(tmp_path) == [50, 60]
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
+    """A line, and no error that would end the saving thread of one rank."""
+    (told,) = prune(tmp_path / "missing", 50, Keep(1))
+    assert told.endswith(
+        "cannot be listed, and keeps what is superseded: No such file or directory"
+    )
 
 
 def test_the_one_just_saved_stays_whatever_is_newer(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 
+from hg_scale.checkpoint import save as module
 from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import (
@@ -29,10 +30,11 @@ from hg_scale.checkpoint.find import (
 )
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
 from hg_scale.checkpoint.load import Reader, read_parameters, verify
-from hg_scale.checkpoint.save import save
+from hg_scale.checkpoint.save import _put_in_place, save
+from tests.checkpoint.test_rank_file import states
+from tests.manifests import META
 from tests.world import Worlds
 
-META = {"optimizer_step": 7, "layout": {"tensor": 2}}
 WHOLE = torch.arange(24.0).reshape(4, 6)
 
 
@@ -142,6 +144,51 @@ def test_a_step_saved_again_replaces_the_first(worlds: Worlds, folder: Path) -> 
     assert not list(folder.glob(".*"))
 
 
+def test_latest_is_durable_before_anything_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a loss of power it must not name what was removed."""
+    order: list[str] = []
+    replace, sync = module._replace, module._sync_folder
+
+    def noted_replace(path: Path, text: str) -> None:
+        order.append(f"write {path.name}")
+        replace(path, text)
+
+    def noted_sync(folder: Path) -> None:
+        order.append(f"sync {folder.name}")
+        sync(folder)
+
+    def noted_prune(*_: object) -> list[str]:
+        order.append("prune")
+        return []
+
+    monkeypatch.setattr(module, "_replace", noted_replace)
+    monkeypatch.setattr(module, "_sync_folder", noted_sync)
+    monkeypatch.setattr(module, "prune", noted_prune)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        save(tmp_path / "runs" / "run" / "checkpoints", 1, states(3), META)
+    finally:
+        dist.destroy_process_group()
+    assert order == [
+        *("sync run", "sync runs", f"sync {tmp_path.name}"),
+        *("write manifest.json", "sync .step-00000001.tmp", "sync checkpoints"),
+        *("write latest", "sync checkpoints", "prune"),
+    ]
+
+
+def test_a_damaged_one_comes_back_where_it_cannot_be_replaced(tmp_path: Path) -> None:
+    """It may be all that is left of that step."""
+    final = tmp_path / "step-00000001"
+    final.mkdir()
+    (final / "kept").touch()
+    with pytest.raises(FileNotFoundError):
+        _put_in_place(tmp_path / "no such folder", final)
+    assert [p.name for p in tmp_path.iterdir()] == [final.name]
+    assert (final / "kept").exists()
+
+
 def damage_missing(path: Path) -> None:
     (path / "rank-00001.safetensors").unlink()
 
@@ -227,7 +274,46 @@ def test_a_manifest_without_a_checksum_of_itself(folder: Path) -> None:
     manifest = json.loads(path.read_text())
     del manifest["manifest_sha256"]
     path.write_text(json.dumps(manifest))
-    assert read_manifest(path.parent)["step"] == 1
+    with pytest.raises(CheckpointError, match="changed since it was written"):
+        read_manifest(path.parent)
+
+
+def lacks(*keys: Any) -> Callable[[dict[str, Any]], None]:
+    def change(manifest: Any) -> None:
+        for key in keys[:-1]:
+            manifest = manifest[key]
+        del manifest[keys[-1]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lacks("progress"), "progress: field required"),
+        (lacks("progress", "position"), r"progress.position: field required"),
+        (lacks("config", "model"), "config.model: field required"),
+        (lacks("files", 1, "bytes"), r"files.1.bytes: field required"),
+        (lacks("files", 0, "fragments", 1, "count"), r"files.0.fragments.1.count: field required"),
+        (lambda m: m.update(step="1"), "step: input should be a valid integer"),
+        (
+            lambda m: m["files"][0].update(name="../other/file"),
+            r"files.0.name: string should match",
+        ),
+    ],
+)
+def test_a_manifest_that_lacks_something(
+    folder: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    """Sealed, so it was written so: by another tool, or by hand. One line names the key."""
+    path = folder / "step-00000002" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(seal(manifest)))
+    with pytest.raises(CheckpointError, match=rf"manifest.json: {message}.*; use another") as told:
+        read_manifest(path.parent)
+    assert "\n" not in str(told.value)
+    assert find_latest(folder) == folder / "step-00000001"
 
 
 def test_faults_that_are_known_otherwise(folder: Path) -> None:

@@ -10,9 +10,11 @@ from typing import NamedTuple
 import pytest
 
 from hg_scale.checkpoint.errors import CheckpointError
+from hg_scale.checkpoint.find import seal
 from hg_scale.config import ConfigError, load_config
 from hg_scale.data.errors import DataError
 from hg_scale.training.check import DiskError, check_disk, check_run, checkpoints_to_come
+from tests.manifests import META
 from tests.runs import train
 from tests.shared import ROOT
 
@@ -30,9 +32,9 @@ def save(folder: Path, step: int, size: int = 100) -> Path:
     checkpoint = folder / "checkpoints" / f"step-{step:08}"
     checkpoint.mkdir(parents=True)
     (checkpoint / "rank-00000.safetensors").write_bytes(b"x" * size)
-    files = [{"name": "rank-00000.safetensors", "bytes": size}]
-    manifest = {"format_version": 1, "step": step, "files": files}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    files = [{"name": "rank-00000.safetensors", "bytes": size, "sha256": "", "fragments": []}]
+    manifest = {"format_version": 1, "step": step, **META, "files": files}
+    (checkpoint / "manifest.json").write_text(json.dumps(seal(manifest)))
     return checkpoint
 
 
@@ -89,6 +91,9 @@ def test_damaged_checkpoints(config: Path, tmp_path: Path) -> None:
         check_run(config, (), run, 1)
     with pytest.raises(ConfigError, match="checkpoint.start_from"):
         check_run(config, [f"checkpoint.start_from={newer}"], tmp_path / "other", 1)
+    save(run, 2)
+    told = check_run(config, [f"checkpoint.start_from={run}"], tmp_path / "other", 1)
+    assert "step-00000002" in " ".join(told)
 
 
 @pytest.mark.parametrize(

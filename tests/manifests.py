@@ -1,0 +1,13 @@
+"""What every manifest says beside its step and files, for checkpoints made by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+META: dict[str, Any] = {
+    "progress": {"step": 1, "position": 0, "skipped": 0, "data": {}},
+    "optimizer_step": 7,
+    "layout": {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 1},
+    "config": {"model": {}},
+    "versions": {},
+}
