@@ -46,7 +46,10 @@ class Reader:
         self.written: dict[str, list[Fragment]] = defaultdict(list)
         for file in self.manifest["files"]:
             for number, data in enumerate(file["fragments"]):
-                fragment = Fragment.from_json(data)
+                try:
+                    fragment = Fragment.from_json(data)
+                except ValueError as error:
+                    raise CheckpointError(f"{checkpoint}: {file['name']}: {error}") from None
                 self._place[fragment] = (file["name"], number)
                 self.written[fragment.slice.name].append(fragment)
 

@@ -147,6 +147,16 @@ def test_a_step_saved_again_replaces_the_first(worlds: Worlds, folder: Path) -> 
     assert not list(folder.glob(".*"))
 
 
+@pytest.mark.parametrize("change", [{"dim": 5}, {"index": 2}, {"count": 7}])
+def test_a_manifest_of_slices_that_cannot_be(folder: Path, change: dict[str, int]) -> None:
+    path = folder / "step-00000002" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"][1]["fragments"][0] |= change
+    path.write_text(json.dumps(seal(manifest)))
+    with pytest.raises(CheckpointError, match="rank-00001.safetensors: head.weight: no slice"):
+        Reader(path.parent)
+
+
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
     """A world of this process only."""
