@@ -92,7 +92,8 @@ class UniversalSource(Source):
             self.optimizer_step = _whole_number(load_pickle(first / "step.pt"), first / "step.pt")
         unknown = {"step": self.step, "position": 0, "skipped": 0, "data": {}}
         self.progress, self.tokenizer = ours.get("progress", unknown), ours.get("tokenizer")
-        self.config = ours.get("config")
+        config = ours.get("config")
+        self.config = config if isinstance(config, dict) else None
 
     def _read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         return self._tensor(self.stored_names[name], kind).reshape(-1)[start:stop].float()

@@ -49,7 +49,8 @@ class Slice:
         if self.dim is None:
             legal = (self.index, self.count) == (0, 1)
         else:
-            legal = 0 <= self.index < self.count and self.shape[self.dim] % self.count == 0
+            there = 0 <= self.dim < len(self.shape) and 0 <= self.index < self.count
+            legal = there and self.shape[self.dim] % self.count == 0
         if not legal:
             raise ValueError(
                 f"{self.name}: no slice {self.index} of {self.count} along dimension {self.dim} "

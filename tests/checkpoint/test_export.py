@@ -20,7 +20,7 @@ from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.export import export, load_export
 from hg_scale.checkpoint.find import read_manifest, seal
 from hg_scale.checkpoint.fragments import KINDS
-from hg_scale.checkpoint.load import Reader, verify
+from hg_scale.checkpoint.load import Reader
 from hg_scale.checkpoint.open import open_source
 from hg_scale.checkpoint.write import write_checkpoint
 from hg_scale.commands.main import main
@@ -28,6 +28,7 @@ from hg_scale.config.load import parse_config
 from hg_scale.data.progress import Progress
 from hg_scale.model.hourglass import Hourglass
 from tests.checkpoint.trained import LAYOUTS, Trained
+from tests.checkpoint.verified import verify
 from tests.runs import train_in
 from tests.training.models import random_batch
 from tests.world import Worlds

@@ -18,13 +18,13 @@ import torch
 from hg_scale.checkpoint.average import AverageSource
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.export import export, load_export
-from hg_scale.checkpoint.load import verify
 from hg_scale.checkpoint.open import open_source
 from hg_scale.checkpoint.write import write_checkpoint
 from hg_scale.commands.main import main
 from hg_scale.data.progress import Progress
 from tests.checkpoint.test_export import whole
 from tests.checkpoint.trained import Trained
+from tests.checkpoint.verified import verify
 from tests.golden import BOUND, read_golden
 from tests.reference_model import make_file
 from tests.shared import SHARED

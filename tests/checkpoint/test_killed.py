@@ -14,10 +14,10 @@ from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import find_latest, read_manifest
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
-from hg_scale.checkpoint.load import verify
 from hg_scale.checkpoint.rank_file import gather
 from hg_scale.checkpoint.retention import Keep
 from hg_scale.checkpoint.save import write_checkpoint
+from tests.checkpoint.verified import verify
 from tests.forks import KILLED, Forks, die_at
 from tests.manifests import META
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hg_scale.checkpoint.fragments import KINDS
-from hg_scale.checkpoint.load import Reader, verify
+from hg_scale.checkpoint.load import Reader
+from tests.checkpoint.verified import verify
 from tests.training.resumable import Layout, Run, parse
 from tests.world import Worlds
 

@@ -29,9 +29,12 @@ from hg_scale.checkpoint.find import (
     seal,
 )
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
-from hg_scale.checkpoint.load import Reader, read_parameters, verify
+from hg_scale.checkpoint.load import Reader, read_parameters
+from hg_scale.checkpoint.rank_file import gather
 from hg_scale.checkpoint.save import _put_in_place, save
+from hg_scale.errors import UserError
 from tests.checkpoint.test_rank_file import states
+from tests.checkpoint.verified import verify
 from tests.manifests import META
 from tests.world import Worlds
 
@@ -144,8 +147,40 @@ def test_a_step_saved_again_replaces_the_first(worlds: Worlds, folder: Path) -> 
     assert not list(folder.glob(".*"))
 
 
+@pytest.mark.parametrize("change", [{"dim": 5}, {"index": 2}, {"count": 7}])
+def test_a_manifest_of_slices_that_cannot_be(folder: Path, change: dict[str, int]) -> None:
+    path = folder / "step-00000002" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"][1]["fragments"][0] |= change
+    path.write_text(json.dumps(seal(manifest)))
+    with pytest.raises(CheckpointError, match="rank-00001.safetensors: head.weight: no slice"):
+        Reader(path.parent)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A world of this process only."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_save_that_is_forbidden_touches_nothing(alone: None, tmp_path: Path) -> None:
+    """Another run may have the folder by now."""
+
+    def forbid() -> None:
+        raise UserError("process 1 on n7 is training there")
+
+    half = tmp_path / "checkpoints" / ".step-00000002.tmp"
+    half.mkdir(parents=True)
+    told = "not saved: rank 0 could not prepare the folder: process 1 on n7 is training there"
+    with pytest.raises(CheckpointError, match=f"^{told}$"):
+        module.write_checkpoint(half.parent, 1, lambda: gather(states(3)), META, permit=forbid)
+    assert [p.name for p in half.parent.iterdir()] == [half.name]
+
+
 def test_latest_is_durable_before_anything_goes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a loss of power it must not name what was removed."""
     order: list[str] = []
@@ -166,11 +201,7 @@ def test_latest_is_durable_before_anything_goes(
     monkeypatch.setattr(module, "_replace", noted_replace)
     monkeypatch.setattr(module, "_sync_folder", noted_sync)
     monkeypatch.setattr(module, "prune", noted_prune)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        save(tmp_path / "runs" / "run" / "checkpoints", 1, states(3), META)
-    finally:
-        dist.destroy_process_group()
+    save(tmp_path / "runs" / "run" / "checkpoints", 1, states(3), META)
     assert order == [
         *("sync run", "sync runs", f"sync {tmp_path.name}"),
         *("write manifest.json", "sync .step-00000001.tmp", "sync checkpoints"),

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from hg_scale.checkpoint.deepspeed_files import ConsolidatedSource, UniversalSource
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.fragments import KINDS
-from hg_scale.checkpoint.load import Reader, verify
+from hg_scale.checkpoint.load import Reader
 from hg_scale.checkpoint.open import open_checkpoint, open_source
 from hg_scale.checkpoint.universal import cut_dimensions, to_deepspeed
 from hg_scale.checkpoint.write import write_checkpoint
@@ -22,6 +22,7 @@ from hg_scale.config.load import merge, parse_config
 from hg_scale.data.progress import Progress
 from tests.checkpoint.test_export import assert_bit_equal, whole
 from tests.checkpoint.trained import AFTER, LAYOUTS, RATE, STEPS, Trained, engine_of, train
+from tests.checkpoint.verified import verify
 from tests.training.models import BY_LEVEL, PAPER, layout, random_batch
 from tests.world import Worlds
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hg_scale.checkpoint.find import find_latest
 from tests.forks import KILLED, Forks, die_at, finish
 from tests.runs import TINY, curve, train_here
 from tests.shared import ROOT
@@ -78,6 +79,8 @@ class Victim:
         Raises AssertionError where the start lost more than it may.
         """
         reached = last_step(self.run)
+        whole = find_latest(self.run / "checkpoints")
+        newest = int(whole.name.removeprefix("step-")) if whole else 0
         victim = draw.randrange(self.size)
         # The first rank does all that concerns the folder, the others write one file a save.
         moment = draw.randint(1, 24 if victim == 0 else 2) if during_save else 0
@@ -95,6 +98,8 @@ class Victim:
         assert codes[victim] == KILLED, (codes, output)
         begun = began_at(output)
         if begun is not None:
+            assert begun == newest, (begun, newest, output)
+            # The newest is that of the last interval, or the one before where that was in flight.
             assert begun >= reached // EVERY * EVERY - EVERY, (begun, reached, output)
         how = f"at operation {moment} of its saves" if moment else f"after step {wanted}"
         return f"rank {victim} killed {how}: began at {begun}, logged to {last_step(self.run)}"

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from hg_scale.checkpoint.find import damage, find_latest, read_manifest
-from hg_scale.checkpoint.load import Reader, verify
+from hg_scale.checkpoint.load import Reader
+from tests.checkpoint.verified import verify
 from tests.disks import Mount, make_read_only, mount
 from tests.runs import Finished, curve, train, train_here, train_in
 from tests.training.resumable import Run, parse
