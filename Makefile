@@ -36,8 +36,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two workers, a file of tests each: many tests leave a core idle.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-cluster: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "cluster and not slow"
