@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from typing import Any
 
@@ -16,6 +16,7 @@ from hg_scale.data.errors import DataError
 from hg_scale.data.evaluation import IGNORED, evaluation_windows, split_bytes
 from hg_scale.data.index import Index
 from hg_scale.data.schedule import Source
+from hg_scale.data.shards import SplitReader
 from hg_scale.parallel.mesh import Mesh
 from hg_scale.training.agreement import agree
 from hg_scale.training.corpora import patience
@@ -23,11 +24,15 @@ from hg_scale.training.corpora import patience
 
 @dataclass(frozen=True)
 class Part:
-    """What is scored of one source, and the text it stands for."""
+    """What is scored of one source, and the text it stands for.
+
+    `counted`: `bytes` is exact; of a part of a split it is its share at first.
+    """
 
     source: Source
     tokens: int
     bytes: float
+    counted: bool = True
 
     @property
     def index(self) -> Index:
@@ -53,9 +58,8 @@ class HeldOut:
                 continue
             whole = source.index.split(split).tokens
             tokens = min(whole, limit * length) if limit else whole
-            # Bytes of a part of the split, by its share of the tokens.
-            part = Part(source, tokens, split_bytes(source.index, split) * tokens / whole)
-            self.parts.append(part)
+            share = split_bytes(source.index, split) * tokens / whole
+            self.parts.append(Part(source, tokens, share, tokens == whole))
 
     @property
     def tokens(self) -> int:
@@ -95,7 +99,21 @@ class HeldOut:
 
     def settle(self) -> None:
         """Raise on all ranks where one could not read. A collective operation of all ranks."""
+        if self.mesh.rank == 0 and self._fault is None:  # the rank that writes the record
+            try:
+                self.parts = [part if part.counted else self._count(part) for part in self.parts]
+            except DataError as error:
+                self._fault = error
         agree(self._fault, self.device)
+
+    def _count(self, part: Part) -> Part:
+        """The part with the bytes that its tokens stand for, read once."""
+        reader = SplitReader(part.index, self.split, patience(self.config))
+        tokenizer, length, size = part.index.open_tokenizer(), 1 << 20, 0
+        for start in range(0, part.tokens, length):
+            stop = min(start + length, part.tokens)
+            size += tokenizer.count_bytes(reader.read(start, stop))
+        return replace(part, bytes=size, counted=True)
 
     def record(self, nats: list[float]) -> dict[str, Any]:
         """What a validation says: the sum of the losses of each part, in nats, in their order."""
