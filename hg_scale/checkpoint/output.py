@@ -37,7 +37,7 @@ def new_folder(out: Path) -> Iterator[Path]:
             yield temporary
             _sync(temporary)
             os.rename(temporary, out)
-            _sync_path(out.parent)
+            sync_path(out.parent)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(
@@ -61,11 +61,12 @@ def _clear(folder: Path) -> None:
 def _sync(folder: Path) -> None:
     """Put all below a folder on the disk."""
     for path in sorted(folder.rglob("*"), reverse=True):
-        _sync_path(path)
-    _sync_path(folder)
+        sync_path(path)
+    sync_path(folder)
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Put a file, or the renames in a folder, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -21,6 +21,7 @@ from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import FORMAT_VERSION, MANIFEST, folder_name, seal
 from hg_scale.checkpoint.fragments import Fragment, cover_problems
+from hg_scale.checkpoint.output import sync_path
 from hg_scale.checkpoint.rank_file import Staged, gather, write_rank_file
 from hg_scale.checkpoint.retention import Keep, prune, remove_leftovers
 from hg_scale.errors import UserError
@@ -97,7 +98,7 @@ def write_checkpoint(
     if rank == 0:
         try:
             _replace(folder / "latest", final.name + "\n")
-            _sync_folder(folder)  # before what the older `latest` named may go
+            sync_path(folder)  # before what the older `latest` named may go
         except OSError as error:  # what it names must stay, too
             warn(f"{folder / 'latest'} does not name {final.name}: {error.strerror}")
         else:
@@ -139,7 +140,7 @@ def _write_manifest(
         raise ValueError(f"parameters are not written whole and once: {'; '.join(problems[:3])}")
     manifest = {"format_version": FORMAT_VERSION, "step": step, **meta, "files": files}
     _replace(folder / MANIFEST, json.dumps(seal(manifest)))
-    _sync_folder(folder)
+    sync_path(folder)
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
@@ -161,7 +162,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
         with suppress(OSError):  # else what is left is removed by the next save
             os.rename(older, final)
         raise
-    _sync_folder(final.parent)
+    sync_path(final.parent)
     shutil.rmtree(older, ignore_errors=True)
 
 
@@ -183,13 +184,4 @@ def _sync_parents(folder: Path) -> None:
     """Make a new folder durable, and the run folder around it, which may be as new."""
     for parent in folder.absolute().parents[:3]:
         with suppress(OSError):  # one that may not be read
-            _sync_folder(parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync_path(parent)

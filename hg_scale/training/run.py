@@ -16,6 +16,7 @@ from hg_scale.config.errors import ConfigError
 from hg_scale.config.schema import Config
 from hg_scale.data.schedule import Source
 from hg_scale.errors import UserError
+from hg_scale.exit_codes import CONFIG_ERROR, DONE, FAILED
 from hg_scale.model.costs import parameter_count
 from hg_scale.parallel.launch import Launch
 from hg_scale.parallel.mesh import Mesh, make_mesh, start_processes
@@ -34,8 +35,6 @@ from hg_scale.training.saver import Saver
 from hg_scale.training.schedule import Schedule
 from hg_scale.training.state import layout_of, load_state
 from hg_scale.training.wandb_log import WandbLog
-
-FAILED, USAGE_ERROR = 1, 2
 
 
 def train(
@@ -71,13 +70,13 @@ def train(
             if dist.is_initialized() and fault is None:
                 dist.destroy_process_group()
     if fault is None:
-        return 0
+        return DONE
     met: object = fault
     if isinstance(fault, Stopped):
         met = fault.__cause__
     else:
         print(fault, file=sys.stderr)
-    return USAGE_ERROR if isinstance(met, ConfigError) else FAILED
+    return CONFIG_ERROR if isinstance(met, ConfigError) else FAILED
 
 
 def _train(

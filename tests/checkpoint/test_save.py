@@ -184,7 +184,7 @@ def test_latest_is_durable_before_anything_goes(
 ) -> None:
     """After a loss of power it must not name what was removed."""
     order: list[str] = []
-    replace, sync = module._replace, module._sync_folder
+    replace, sync = module._replace, module.sync_path
 
     def noted_replace(path: Path, text: str) -> None:
         order.append(f"write {path.name}")
@@ -199,7 +199,7 @@ def test_latest_is_durable_before_anything_goes(
         return []
 
     monkeypatch.setattr(module, "_replace", noted_replace)
-    monkeypatch.setattr(module, "_sync_folder", noted_sync)
+    monkeypatch.setattr(module, "sync_path", noted_sync)
     monkeypatch.setattr(module, "prune", noted_prune)
     save(tmp_path / "runs" / "run" / "checkpoints", 1, states(3), META)
     assert order == [
