@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from hg_scale.commands.main import main
-from hg_scale.data.evaluation import split_text
-from hg_scale.data.index import read_index
+from hg_scale.data.prepare import Preparation, prepare_bytes
 from hg_scale.evaluation import task as task_of
 from hg_scale.evaluation.task import Task
 from tests.runs import records, train_in
@@ -78,16 +77,26 @@ def test_sliding_by_the_window_is_no_context(run: Path, tmp_path: Path) -> None:
     assert slides == chunks
 
 
-def test_a_file_is_scored_like_the_split_with_its_text(
-    run: Path, corpus: Path, tmp_path: Path
-) -> None:
-    """Without document ends they differ by what stands for these; here is one document only."""
-    text = split_text(read_index(corpus), "validation")
-    file = tmp_path / "text"
-    file.write_bytes(text)
-    figures = evaluate(tmp_path, str(run), "--data", str(file))
-    assert figures["bytes"] == figures["tokens"] == len(text)
-    assert 4 < figures["bits_per_byte"] < 9
+def test_a_file_is_scored_like_shards_of_its_text(run: Path, tmp_path: Path) -> None:
+    """One text without documents: as a plain file, and prepared as a test split."""
+    text = b"pack my box with five dozen liquor jugs. " * 20
+    (tmp_path / "whole").write_bytes(b"0" * 400 + text)
+    job = Preparation(tmp_path / "whole", tmp_path / "shards", split=(200, 200, len(text)))
+    prepare_bytes(job)
+    (tmp_path / "text").write_bytes(text)
+
+    def after_the_first_window(data: str) -> float:
+        """Nats: the first begins after the end of a document in one, after nothing in the other."""
+        whole = evaluate(tmp_path, str(run), "--data", str(tmp_path / data))
+        first = evaluate(tmp_path, str(run), "--data", str(tmp_path / data), "--windows", "1")
+        assert (whole["bytes"], whole["tokens"]) == (len(text), len(text))
+        return float(
+            whole["nats_per_token"] * whole["tokens"] - first["nats_per_token"] * first["tokens"]
+        )
+
+    assert after_the_first_window("text") == pytest.approx(
+        after_the_first_window("shards"), rel=1e-6
+    )
 
 
 def test_an_export_scores_a_file_without_its_data(run: Path, tmp_path: Path) -> None:
