@@ -262,7 +262,8 @@ class Team:
                 if record["failed"]:
                     self._problem = self._problem or Stopped(record["failed"])
         if self._members or self.size == 1:
-            self._open = min(barriers)
+            # What was open stays open: a second process of a rank may overwrite the first's file.
+            self._open = max(self._open, min(barriers))
         if self.size > 1:
             problem = str(self._problem) if self._problem else None
             self._write("pulse.json", {
@@ -312,7 +313,7 @@ class Team:
 
     def _write(self, name: str, record: Record) -> None:
         for _ in range(3):  # rank 0 may be moving an earlier run's folder away
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, FileExistsError):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 partial = self._folder / f"{name}.{self._nonce}"
                 partial.write_text(json.dumps(record))
