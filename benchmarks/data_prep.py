@@ -1,6 +1,6 @@
 """Preparing text: MB/s of a process against sentencepiece alone, and two processes against one.
 
-    python benchmarks/data_prep.py [--text enwik8.xz] [--megabytes 64] [--rounds 3]
+    python benchmarks/data_prep.py [--text enwik8.xz] [--megabytes 64] [--copies 1] [--rounds 3]
 
 Cuts a text (default: the sources of Python's standard library) into documents of about 4 kB, writes
 them as JSON lines (.zst) and parquet, trains a sentencepiece model of 32,000 pieces on them, and
@@ -188,14 +188,15 @@ def main() -> None:
     add = parser.add_argument
     add("--text", type=Path, help="a file, also packed (default: Python's standard library)")
     add("--megabytes", type=float, default=64.0, help="of it, at most")
+    add("--copies", type=int, default=1, help="of the text to prepare, so that starting counts less")
     add("--pieces", type=int, default=32_000, help="of the sentencepiece model")
     add("--rounds", type=int, default=3, help="of everything, in turn; the best counts")
     options = parser.parse_args()
     documents = read_documents(options.text, int(options.megabytes * 1e6))
-    size = sum(len(text.encode()) for text in documents)
+    size = sum(len(text.encode()) for text in documents) * options.copies
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_corpora(documents, folder)
+        write_corpora(documents * options.copies, folder)
         model = folder / "tok.model"
         command = [sys.executable, str(SCRIPTS / "train_tokenizer.py"), "--input",
                    str(folder / "parquet"), "--vocab-size", str(options.pieces), "--sample-bytes",
