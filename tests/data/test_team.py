@@ -149,7 +149,7 @@ def test_two_of_one_rank_are_refused(tmp_path):
 def test_sizes_that_differ_are_refused(tmp_path):
     def member(place):
         try:
-            with Team(place, tmp_path, patience=20.0, progress=Progress()):
+            with Team(place, tmp_path, patience=4.0, progress=Progress()):
                 pass
         except DataError as error:
             return str(error)
