@@ -30,7 +30,7 @@ import webdataset
 
 from hg_scale.data.blocks import make_readers
 from hg_scale.data.index import Index, read_index
-from hg_scale.data.prepare import Preparation, prepare_bytes
+from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
 from hg_scale.data.schedule import Schedule, Source
 from hg_scale.data.shards import Patience
 from hg_scale.data.stream import TrainingStream

@@ -34,7 +34,7 @@ import pyarrow
 import sentencepiece
 from pyarrow import parquet
 
-from hg_scale.data.sources import find_files, read_blocks
+from hg_scale.data.preparation.sources import find_files, read_blocks
 from hg_scale.data.tokenizer import SentencePieceTokenizer
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "data_prep"
@@ -188,7 +188,9 @@ def main() -> None:
     add = parser.add_argument
     add("--text", type=Path, help="a file, also packed (default: Python's standard library)")
     add("--megabytes", type=float, default=64.0, help="of it, at most")
-    add("--copies", type=int, default=1, help="of the text to prepare, so that starting counts less")
+    add(
+        "--copies", type=int, default=1, help="of that text, so that starting counts less"
+    )
     add("--pieces", type=int, default=32_000, help="of the sentencepiece model")
     add("--rounds", type=int, default=3, help="of everything, in turn; the best counts")
     options = parser.parse_args()

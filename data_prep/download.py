@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
 
-from hg_scale.data import command_line
-from hg_scale.data.download import CORPORA, fetch
+from hg_scale.data.preparation import command_line
+from hg_scale.data.preparation.download import CORPORA, fetch
 from hg_scale.data.progress import Progress
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
 
-from hg_scale.data import command_line
-from hg_scale.data.place import find_place
-from hg_scale.data.prepare import Preparation, prepare_bytes
+from hg_scale.data.preparation import command_line
+from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
+from hg_scale.data.preparation.place import find_place
 from hg_scale.data.progress import Progress
 
 

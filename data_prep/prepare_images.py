@@ -22,12 +22,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
 
-from hg_scale.data import command_line
 from hg_scale.data.errors import DataError
-from hg_scale.data.images import ImageCorpus
-from hg_scale.data.place import find_place
+from hg_scale.data.preparation import command_line
+from hg_scale.data.preparation.images import ImageCorpus
+from hg_scale.data.preparation.place import find_place
+from hg_scale.data.preparation.shuffled import CHUNK_TOKENS, Job, prepare
 from hg_scale.data.progress import Progress
-from hg_scale.data.shuffle import CHUNK_TOKENS, Job, prepare
 
 
 def main() -> int:

@@ -28,12 +28,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
 
-from hg_scale.data import command_line
-from hg_scale.data.documents import TextFormat
-from hg_scale.data.place import Place, find_place
+from hg_scale.data.preparation import command_line
+from hg_scale.data.preparation.documents import TextFormat
+from hg_scale.data.preparation.place import Place, find_place
+from hg_scale.data.preparation.shuffled import CHUNK_TOKENS, Job, prepare
+from hg_scale.data.preparation.text_corpus import TextCorpus
 from hg_scale.data.progress import Progress
-from hg_scale.data.shuffle import CHUNK_TOKENS, Job, prepare
-from hg_scale.data.text_corpus import TextCorpus
 from hg_scale.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
 
-from hg_scale.data import command_line
-from hg_scale.data.documents import TextFormat
+from hg_scale.data.preparation import command_line
+from hg_scale.data.preparation.documents import TextFormat
+from hg_scale.data.preparation.tokenizer_training import TokenizerTraining, train_tokenizer
 from hg_scale.data.progress import Progress
-from hg_scale.data.tokenizer_training import TokenizerTraining, train_tokenizer
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hg_scale.data.images import ARRAYS, PICTURES, read_array, read_picture
+from hg_scale.data.preparation.images import ARRAYS, PICTURES, read_array, read_picture
 from hg_scale.errors import UserError
 
 Image = NDArray[np.uint8]  # (height, width, channels)

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from hg_scale.data.blocks import make_readers
 from hg_scale.data.index import Index
-from hg_scale.data.prepare import Preparation, prepare_bytes
+from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
+from hg_scale.data.preparation.tokenizer_training import TokenizerTraining, train_tokenizer
 from hg_scale.data.progress import Progress
 from hg_scale.data.schedule import DataState, Schedule, Source
 from hg_scale.data.shards import Patience
 from hg_scale.data.stream import TrainingStream
-from hg_scale.data.tokenizer_training import TokenizerTraining, train_tokenizer
 
 TEXT = np.random.default_rng(0).integers(0, 256, 100_003, np.uint8).tobytes()
 

@@ -15,8 +15,8 @@ from hg_scale.data.inspection import (
 )
 from hg_scale.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from tests.data.conftest import TEXT, make_folder, prepare
-from tests.data.test_shuffle import make_corpus
-from tests.data.test_shuffle import run as prepare_documents
+from tests.data.preparation.test_shuffled import make_corpus
+from tests.data.preparation.test_shuffled import run as prepare_documents
 from tests.shared import shared
 
 

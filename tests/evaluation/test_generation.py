@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hg_scale.config.schema import ModelConfig
-from hg_scale.data.images import ImageCorpus
 from hg_scale.data.index import Index
 from hg_scale.data.inspection import printable
-from hg_scale.data.prepare import Preparation, prepare_bytes
+from hg_scale.data.preparation.images import ImageCorpus
+from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
+from hg_scale.data.preparation.shuffled import Job, prepare
+from hg_scale.data.preparation.tokenizer_training import TokenizerTraining, train_tokenizer
 from hg_scale.data.progress import Progress
-from hg_scale.data.shuffle import Job, prepare
 from hg_scale.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
-from hg_scale.data.tokenizer_training import TokenizerTraining, train_tokenizer
 from hg_scale.errors import UserError
 from hg_scale.evaluation.generation import (
     Characters,

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from hg_scale.commands.main import main
 from hg_scale.config import load_config
 from hg_scale.data.evaluation import split_text
-from hg_scale.data.images import ImageCorpus
 from hg_scale.data.index import read_index
+from hg_scale.data.preparation.images import ImageCorpus
+from hg_scale.data.preparation.shuffled import Job, prepare
 from hg_scale.data.progress import Progress
-from hg_scale.data.shuffle import Job, prepare
 from hg_scale.evaluation.report.axes import short, size, tick_labels, ticks
 from hg_scale.evaluation.report.baselines import find_baselines
 from hg_scale.evaluation.report.charts import make_charts, path

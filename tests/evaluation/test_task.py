@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hg_scale.commands.main import main
-from hg_scale.data.prepare import Preparation, prepare_bytes
+from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
 from hg_scale.evaluation import task as task_of
 from hg_scale.evaluation.task import Task
 from tests.runs import records, train_in

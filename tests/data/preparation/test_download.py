@@ -16,11 +16,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from hg_scale.data import download
-from hg_scale.data.download import CORPORA, Corpus, fetch
 from hg_scale.data.errors import DataError
+from hg_scale.data.preparation import download
+from hg_scale.data.preparation.download import CORPORA, Corpus, fetch
 from hg_scale.data.progress import Progress
-from tests.data.test_prepare import contents
+from tests.data.preparation.test_in_order import contents
 from tests.shared import ROOT
 
 TEXT = np.random.default_rng(5).bytes(900_000)  # does not shrink

@@ -10,7 +10,7 @@ import pytest
 from hg_scale.data.index import read_index
 from tests.data.conftest import TEXT, make_folder
 
-SCRIPT = Path(__file__).resolve().parents[2] / "data_prep" / "prepare_bytes.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "data_prep" / "prepare_bytes.py"
 
 
 def run(*arguments, cwd):

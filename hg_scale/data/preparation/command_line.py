@@ -12,9 +12,9 @@ from pathlib import Path
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import SPLITS, Index
-from hg_scale.data.place import Place
+from hg_scale.data.preparation.place import Place
+from hg_scale.data.preparation.team import Stopped
 from hg_scale.data.progress import Progress
-from hg_scale.data.team import Stopped
 
 _GRACE = 3.0  # seconds that the others get to end by themselves before MPI ends them
 

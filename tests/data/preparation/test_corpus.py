@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hg_scale.data.corpus import KEY_BITS, File, Keys, list_files, listing, make_tasks
 from hg_scale.data.errors import DataError
+from hg_scale.data.preparation.corpus import KEY_BITS, File, Keys, list_files, listing, make_tasks
 
 
 @given(

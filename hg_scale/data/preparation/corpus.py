@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import SPLITS
-from hg_scale.data.sources import find_files, refuse_other_packing
+from hg_scale.data.preparation.sources import find_files, refuse_other_packing
 from hg_scale.data.tokenizer import Tokenizer
 
 KEY_BITS = 62  # of a key: the order in the split; the split's number stands above them

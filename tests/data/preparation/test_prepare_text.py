@@ -17,7 +17,7 @@ import pytest
 
 from hg_scale.data.index import read_index
 from tests.data.conftest import prose
-from tests.data.test_prepare import contents
+from tests.data.preparation.test_in_order import contents
 from tests.shared import ROOT
 
 SCRIPT = ROOT / "data_prep" / "prepare_text.py"

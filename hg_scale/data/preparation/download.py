@@ -18,8 +18,8 @@ from typing import Literal
 
 from hg_scale import __version__
 from hg_scale.data.errors import DataError
+from hg_scale.data.preparation.shard_writer import PARTIAL, commit, partial_path
 from hg_scale.data.progress import Progress
-from hg_scale.data.shard_writer import PARTIAL, commit, partial_path
 
 _BLOCK = 1 << 18
 _TRIES = 5  # in a row without a byte more

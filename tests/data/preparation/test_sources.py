@@ -5,7 +5,13 @@ import pyarrow
 import pytest
 
 from hg_scale.data.errors import DataError
-from hg_scale.data.sources import file_digest, find_files, is_packed, read_blocks, text_length
+from hg_scale.data.preparation.sources import (
+    file_digest,
+    find_files,
+    is_packed,
+    read_blocks,
+    text_length,
+)
 
 
 def zstd(data):

@@ -13,9 +13,9 @@ import pytest
 from hg_scale.data import lock as lock_module
 from hg_scale.data.errors import DataError
 from hg_scale.data.lock import FolderLock
-from hg_scale.data.place import Place, find_place
+from hg_scale.data.preparation.place import Place, find_place
+from hg_scale.data.preparation.team import Stopped, Team
 from hg_scale.data.progress import Progress
-from hg_scale.data.team import Stopped, Team
 
 
 class Recorder(Progress):
@@ -263,7 +263,7 @@ def test_places(monkeypatch, variables, rank, size):
 
 def test_mpi_is_not_loaded_without_a_launcher():
     code = (
-        "import sys; from hg_scale.data.place import find_place; find_place();"
+        "import sys; from hg_scale.data.preparation.place import find_place; find_place();"
         "sys.exit('mpi4py' in sys.modules)"
     )
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_", "PMI"))}

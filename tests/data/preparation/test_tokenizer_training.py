@@ -5,11 +5,11 @@ import sys
 import numpy as np
 import pytest
 
-from hg_scale.data.documents import TextFormat
 from hg_scale.data.errors import DataError
+from hg_scale.data.preparation.documents import TextFormat
+from hg_scale.data.preparation.tokenizer_training import TokenizerTraining, train_tokenizer
 from hg_scale.data.progress import Progress
 from hg_scale.data.tokenizer import SentencePieceTokenizer
-from hg_scale.data.tokenizer_training import TokenizerTraining, train_tokenizer
 from tests.data.conftest import prose
 from tests.shared import ROOT
 

@@ -13,21 +13,21 @@ from typing import Any
 import numpy as np
 
 from hg_scale import __version__
-from hg_scale.data import output
-from hg_scale.data.corpus import split_of
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import INDEX_FILE, SPLITS, Index
-from hg_scale.data.place import Place
-from hg_scale.data.progress import Progress
-from hg_scale.data.shard_writer import SplitWriter, default_shard_tokens
-from hg_scale.data.sources import (
+from hg_scale.data.preparation import output
+from hg_scale.data.preparation.corpus import split_of
+from hg_scale.data.preparation.place import Place
+from hg_scale.data.preparation.shard_writer import SplitWriter, default_shard_tokens
+from hg_scale.data.preparation.sources import (
     file_digest,
     find_files,
     read_blocks,
     refuse_other_packing,
     text_length,
 )
-from hg_scale.data.team import Team
+from hg_scale.data.preparation.team import Team
+from hg_scale.data.progress import Progress
 from hg_scale.data.tokenizer import ByteTokenizer
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import INDEX_FILE, SPLITS, Index, read_index
-from hg_scale.data.shard_writer import PARTIAL, write_durably
+from hg_scale.data.preparation.shard_writer import PARTIAL, write_durably
 from hg_scale.data.tokenizer import MODEL_FILE, SentencePieceTokenizer, Tokenizer
 
 WORK = "preparing"

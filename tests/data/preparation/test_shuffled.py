@@ -6,19 +6,19 @@ import json
 import numpy as np
 import pytest
 
-from hg_scale.data import shuffle as module
-from hg_scale.data import spill
-from hg_scale.data.documents import TextFormat
 from hg_scale.data.errors import DataError
 from hg_scale.data.evaluation import split_text
 from hg_scale.data.index import read_index
+from hg_scale.data.preparation import shuffled as module
+from hg_scale.data.preparation import spill
+from hg_scale.data.preparation.documents import TextFormat
+from hg_scale.data.preparation.shuffled import Job, prepare
+from hg_scale.data.preparation.text_corpus import TextCorpus
 from hg_scale.data.progress import Progress
 from hg_scale.data.shards import SplitReader
-from hg_scale.data.shuffle import Job, prepare
-from hg_scale.data.text_corpus import TextCorpus
 from hg_scale.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from tests.data.conftest import prose
-from tests.data.test_prepare import contents
+from tests.data.preparation.test_in_order import contents
 from tests.shared import shared
 
 FRACTIONS = (0.8, 0.1, 0.1)
@@ -180,7 +180,7 @@ def test_ended_anywhere_and_started_again(tmp_path, monkeypatch, undisturbed, mo
     """At every file that is given its name: the same bytes, and nothing done twice."""
     source, expected = undisturbed
     tokenizer = ByteTokenizer(documents=True)
-    from hg_scale.data import shard_writer
+    from hg_scale.data.preparation import shard_writer
 
     original, named = shard_writer.commit, []
 
@@ -261,7 +261,7 @@ def test_what_others_left_unfinished_is_no_hindrance(tmp_path):
 
 
 def test_a_later_mistake_says_how_to_start_over(tmp_path, monkeypatch):
-    from hg_scale.data import corpus
+    from hg_scale.data.preparation import corpus
 
     monkeypatch.setattr(corpus, "_LEAST_TASK", 1)
     (tmp_path / "in").mkdir()

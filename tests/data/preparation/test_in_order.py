@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hg_scale.data.corpus import KEY_BITS, File, Keys, split_of
 from hg_scale.data.errors import DataError
 from hg_scale.data.evaluation import split_text
-from hg_scale.data.prepare import Preparation, prepare_bytes
-from hg_scale.data.shard_writer import default_shard_tokens
+from hg_scale.data.preparation.corpus import KEY_BITS, File, Keys, split_of
+from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
+from hg_scale.data.preparation.shard_writer import default_shard_tokens
 from hg_scale.data.shards import SplitReader
 from tests.data.conftest import TEXT, make_folder, prepare
 
@@ -127,7 +127,7 @@ def test_foreign_files_are_never_touched(text_file, tmp_path, name):
 @pytest.mark.parametrize("shards", [0, 1, 17])
 def test_interrupted_and_started_again(text_file, tmp_path, monkeypatch, shards):
     prepare(text_file, tmp_path / "whole")
-    from hg_scale.data import shard_writer as module
+    from hg_scale.data.preparation import shard_writer as module
 
     original, seen = module.commit, []
 

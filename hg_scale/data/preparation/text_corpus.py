@@ -8,7 +8,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from hg_scale.data.corpus import (
+from hg_scale.data.errors import DataError
+from hg_scale.data.preparation.corpus import (
     KEY_BITS,
     File,
     Keys,
@@ -19,14 +20,13 @@ from hg_scale.data.corpus import (
     make_tasks,
     refuse_empty,
 )
-from hg_scale.data.documents import (
+from hg_scale.data.preparation.documents import (
     PIECE,
     TextFormat,
     kind_of,
     read_pieces,
 )
-from hg_scale.data.errors import DataError
-from hg_scale.data.sources import is_packed, text_length
+from hg_scale.data.preparation.sources import is_packed, text_length
 from hg_scale.data.tokenizer import Tokenizer
 
 

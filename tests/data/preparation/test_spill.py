@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from hg_scale.data import spill as module
 from hg_scale.data.errors import DataError
-from hg_scale.data.spill import Spill, SpillWriter, table_path, text_path
+from hg_scale.data.preparation import spill as module
+from hg_scale.data.preparation.spill import Spill, SpillWriter, table_path, text_path
 
 
 @pytest.mark.parametrize("run_bytes", [1, 1000, 1 << 20])

@@ -17,7 +17,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from hg_scale.data.corpus import (
+from hg_scale.data.errors import DataError
+from hg_scale.data.preparation.corpus import (
     File,
     Keys,
     Segment,
@@ -27,7 +28,6 @@ from hg_scale.data.corpus import (
     make_tasks,
     refuse_empty,
 )
-from hg_scale.data.errors import DataError
 from hg_scale.data.tokenizer import ByteTokenizer
 
 PICTURES = (".png", ".jpg", ".jpeg")

@@ -19,12 +19,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Literal
 
-from hg_scale.data.corpus import File, Segment, list_files, make_tasks
-from hg_scale.data.documents import PIECE, TextFormat, kind_of, read_pieces
 from hg_scale.data.errors import DataError
+from hg_scale.data.preparation.corpus import File, Segment, list_files, make_tasks
+from hg_scale.data.preparation.documents import PIECE, TextFormat, kind_of, read_pieces
+from hg_scale.data.preparation.shard_writer import write_durably
+from hg_scale.data.preparation.sources import is_packed
 from hg_scale.data.progress import Progress
-from hg_scale.data.shard_writer import write_durably
-from hg_scale.data.sources import is_packed
 from hg_scale.data.tokenizer import SentencePieceTokenizer
 
 END_PIECE = "<|end_of_document|>"

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from hg_scale.data import documents as module
-from hg_scale.data import sources
-from hg_scale.data.documents import TextFormat, kind_of, read_pieces
 from hg_scale.data.errors import DataError
+from hg_scale.data.preparation import documents as module
+from hg_scale.data.preparation import sources
+from hg_scale.data.preparation.documents import TextFormat, kind_of, read_pieces
 
 PACKERS = {
     "": lambda data: data,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hg_scale.data.errors import DataError
-from hg_scale.data.sources import is_packed, read_blocks
+from hg_scale.data.preparation.sources import is_packed, read_blocks
 
 Advance = Callable[[int], None]
 Kind = Literal["text", "lines", "parquet"]

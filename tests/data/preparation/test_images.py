@@ -9,11 +9,11 @@ from sklearn.datasets import load_digits
 
 from hg_scale.config import load_config
 from hg_scale.data.errors import DataError
-from hg_scale.data.images import ImageCorpus
+from hg_scale.data.preparation.images import ImageCorpus
+from hg_scale.data.preparation.shuffled import Job, prepare
 from hg_scale.data.progress import Progress
 from hg_scale.data.shards import SplitReader
-from hg_scale.data.shuffle import Job, prepare
-from tests.data.test_prepare import contents
+from tests.data.preparation.test_in_order import contents
 from tests.shared import ROOT
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (40, 6, 5, 3), np.uint8)

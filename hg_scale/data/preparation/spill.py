@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hg_scale.data.errors import DataError
-from hg_scale.data.shard_writer import commit, partial_path
+from hg_scale.data.preparation.shard_writer import commit, partial_path
 
 RUN_BYTES = 1 << 28  # of text that is sorted in memory
 

@@ -19,13 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hg_scale import __version__
-from hg_scale.data import output
-from hg_scale.data.corpus import KEY_BITS, Corpus, Task
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import INDEX_FILE, SPLITS, Index, Shard
-from hg_scale.data.place import Place
-from hg_scale.data.progress import Progress
-from hg_scale.data.shard_writer import (
+from hg_scale.data.preparation import output
+from hg_scale.data.preparation.corpus import KEY_BITS, Corpus, Task
+from hg_scale.data.preparation.place import Place
+from hg_scale.data.preparation.shard_writer import (
     PARTIAL,
     ShardWriter,
     default_shard_tokens,
@@ -33,8 +32,9 @@ from hg_scale.data.shard_writer import (
     shard_name,
     write_durably,
 )
-from hg_scale.data.spill import Spill, SpillWriter, table_path
-from hg_scale.data.team import Team
+from hg_scale.data.preparation.spill import Spill, SpillWriter, table_path
+from hg_scale.data.preparation.team import Team
+from hg_scale.data.progress import Progress
 
 CHUNK_TOKENS = 65536
 _BIN_BITS = 20  # of a key: where the shards may be cut

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.lock import BEAT, FolderLock
-from hg_scale.data.place import Place
+from hg_scale.data.preparation.place import Place
 from hg_scale.data.progress import Progress
 
 Item = TypeVar("Item")

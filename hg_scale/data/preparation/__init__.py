@@ -1,0 +1,6 @@
+"""From raw corpora to shards.
+
+sources -> in_order -> shard_writer                    (prepare_bytes.py)
+corpus: documents, images -> shuffled -> shard_writer  (prepare_text.py, prepare_images.py)
+place -> team                                          (the processes that prepare together)
+"""
