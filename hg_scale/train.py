@@ -8,16 +8,21 @@ checkpoint. Its exit code says what to do next: see `exit_codes.py`.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 # Run as a file, this folder itself comes first on the path and would shadow other libraries.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent.resolve()]
 
 from hg_scale.config import ConfigError, load_config  # noqa: E402
+from hg_scale.config.layouts import elastic_line, load_elastic  # noqa: E402
 from hg_scale.errors import UserError  # noqa: E402
 from hg_scale.exit_codes import CONFIG_ERROR, DONE, FAILED  # noqa: E402
 from hg_scale.parallel.launch import Launch, affinity_problem  # noqa: E402
+from hg_scale.training.stop_signals import StopSignals  # noqa: E402
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -57,16 +62,26 @@ def run(options: argparse.Namespace) -> int:
             return dry_run(options, launch)
         if options.check:
             return check(options, folder, launch)
-        config = load_config(options.config, options.overrides, world_size=launch.world_size)
+        config, layout = load_elastic(options.config, options.overrides, launch.world_size)
     except ConfigError as error:
         if launch.rank == 0:
             print(error, file=sys.stderr)
         return CONFIG_ERROR
+    if layout and launch.rank == 0:
+        print(elastic_line(config, layout, launch.world_size))
     if launch.local_rank == 0 and (problem := affinity_problem()):
         print(f"warning (rank {launch.rank}): {problem}", file=sys.stderr)
-    from hg_scale.training.run import train
+    with StopSignals(config.training.stop_signals) as signals:
+        from hg_scale.training.run import train
 
-    return train(config, folder, launch, stop_at=options.stop_at, profile=options.profile)
+        return train(
+            config,
+            folder,
+            launch,
+            signals=signals,
+            stop_at=options.stop_at,
+            profile=options.profile,
+        )
 
 
 def dry_run(options: argparse.Namespace, launch: Launch) -> int:
@@ -102,7 +117,27 @@ def check(options: argparse.Namespace, folder: Path, launch: Launch) -> int:
     return DONE
 
 
+def leave(code: int) -> NoReturn:
+    """End this process, at once where it still is in a process group.
+
+    Its end there would wait for ranks that are gone, or abort.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0])
     add_options(parser)
-    sys.exit(run(parser.parse_args()))
+    try:
+        exit_code = run(parser.parse_args())
+    except KeyboardInterrupt:
+        exit_code = FAILED
+    except Exception:
+        traceback.print_exc()
+        exit_code = FAILED
+    leave(exit_code)

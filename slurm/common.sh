@@ -54,7 +54,8 @@ export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$hg_cache/inductor}
 
 # Where the ranks meet: the first node, by the address that Slurm itself uses for it, and a port of
 # this job's own, below those that the system gives to outgoing connections.
-hg_first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hg_nodes() { scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n "$1"; } # the first so many
+hg_first=$(hg_nodes 1)
 MASTER_ADDR=$(scontrol show node "$hg_first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 export MASTER_ADDR=${MASTER_ADDR:-$hg_first}
 export MASTER_PORT=$((10000 + (SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 20000))
@@ -90,7 +91,15 @@ hg_step() {
   else
     # Ranks that agree end together. Those left behind by one that is gone get two minutes, and are
     # not killed at once, which would hide the code that the others mean to give.
-    options+=(--ntasks="$tasks" --distribution=block --wait="${HG_WAIT:-120}")
+    options+=(--ntasks="$tasks" --wait="${HG_WAIT:-120}")
+    if ((tasks == hg_tasks)); then
+      options+=(--distribution=block)
+    else # on the first nodes, and those full
+      local each=$((hg_tasks / SLURM_JOB_NUM_NODES)) nodes
+      nodes=$(((tasks + each - 1) / each))
+      options+=(--nodes="$nodes" --nodelist="$(hg_nodes "$nodes" | paste -sd,)")
+      options+=(--ntasks-per-node="$each" --distribution=plane="$each")
+    fi
   fi
   hg_words=(srun "${options[@]}" "${HG_SRUN[@]}" "${HG_CONTAINER[@]}" "$HG_PYTHON" "$@")
 }
@@ -99,7 +108,7 @@ hg_step() {
 
 # hg_train CONFIG RUN ARGUMENTS...: check, train, and end as the exit code says.
 hg_train() {
-  local config run code
+  local config run code told tasks own
   config=$(hg_file "$1")
   run=$(realpath -m -- "${2:-runs/$(basename "$1" .json)}")
   shift 2
@@ -119,15 +128,22 @@ hg_train() {
   [[ ${SLURM_RESTART_COUNT:-0} != 0 ]] || rm -f "$run/restarts"
 
   local train=("$HG_CODE/hg_scale/train.py" --config "$config" --run "$run" "$@")
-  hg_srun 1 "${train[@]}" --check --world-size "$hg_tasks"
+  told=$(hg_srun 1 "${train[@]}" --check --world-size "$hg_tasks")
   code=$?
+  [[ -z $told ]] || echo "$told"
   if ((code == 0)); then
+    # Fewer than there are, where parallel.elastic found that only these fit.
+    tasks=$(sed -n '$s/^\([0-9]*\) processes = .*/\1/p' <<<"$told")
+    rm -f "$run"/ranks/*.end
     # Signals are for the ranks, to which Slurm sends them too; this script outlives them, to requeue.
     trap : TERM USR1 USR2
-    hg_step "$hg_tasks" "${train[@]}"
+    hg_step "${tasks:-$hg_tasks}" "${train[@]}"
     "${hg_words[@]}" &
     hg_wait $!
     code=$?
+    # A fault of a rank's own counts for more than the loss that it was to the others.
+    own=$(cat "$run"/ranks/*.end 2>/dev/null | sed -n 's/.*"code": \([0-9]*\).*/\1/p' | head -n 1)
+    ((code == 0)) || code=${own:-$code}
   fi
   hg_end "$run" "$code"
 }
@@ -212,16 +228,16 @@ hg_requeue() {
     sort | tail -n 1)
   step=$(basename "$(dirname "${step:-none/none}")")
   [[ ! -e $run/restarts ]] || read -r last count <"$run/restarts"
-  if [[ $step == "$last" ]]; then count=$((count + 1)); else count=1; fi
-  if ((count > ${HG_MAX_RESTARTS:-3})); then
-    hg_finish "$run" 77 "$why; started $count times without getting past checkpoint $step: gave up"
-  fi
-  echo "$step $count" >"$run/restarts"
   # Slurm requeues by itself what it preempts or loses a node of; what was cancelled stays so.
   state=$(hg_field JobState)
   if [[ $state != RUNNING ]]; then
     hg_finish "$run" "$code" "$why; the job is $state, which Slurm sees to"
   fi
+  if [[ $step == "$last" ]]; then count=$((count + 1)); else count=1; fi
+  if ((count > ${HG_MAX_RESTARTS:-3})); then
+    hg_finish "$run" 77 "$why; started $count times without getting past checkpoint $step: gave up"
+  fi
+  echo "$step $count" >"$run/restarts"
   hg_journal "$run" end "\"code\": $code, \"requeued\": true"
   hg_say "exit code $code: $why; requeued, goes on from checkpoint $step"
   scontrol requeue "$hg_job" ||

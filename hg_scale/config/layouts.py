@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hg_scale.config.checks import cross_checks
+from hg_scale.config.errors import ConfigError
+from hg_scale.config.load import load_config
 from hg_scale.config.schema import Config
 
 
@@ -41,6 +44,41 @@ class Layout:
                 "training": config.training.model_copy(update=batch),
             }
         )
+
+
+def load_elastic(
+    path: Path, overrides: Sequence[str], world_size: int, *, fewer: bool = False
+) -> tuple[Config, Layout | None]:
+    """As `load_config`, and with `parallel.elastic` in another layout where its own does not fit.
+
+    That is the nearest one of all processes; `fewer`: or the configured one on as many as can be,
+    where the nearest has less model parallelism, for which the memory may not be enough. The layout
+    comes along where it is another one. Raises ConfigError where there is none.
+    """
+    try:
+        return load_config(path, overrides, world_size=world_size), None
+    except ConfigError as error:
+        try:
+            config = load_config(path, overrides)
+        except ConfigError:
+            raise error from None
+        if not config.parallel.elastic:
+            raise
+        layout = next(iter(fitting_layouts(config, world_size)), None)
+        own = config.parallel.tensor * config.parallel.pipeline
+        if fewer and (layout is None or layout.tensor * layout.pipeline < own):
+            layout = largest_fitting(config, world_size) or layout
+        if layout is None:
+            raise
+        return layout.apply(config), layout
+
+
+def elastic_line(config: Config, layout: Layout, world_size: int) -> str:
+    """The line that says which layout it is."""
+    return (
+        f"parallel.elastic: going on with {layout.world_size} of {world_size} processes: "
+        f"{layout.options()}, global batch {config.training.global_batch_size} as before"
+    )
 
 
 def fitting_layouts(config: Config, world_size: int) -> list[Layout]:

@@ -296,6 +296,16 @@ class ParallelConfig(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
         1, description="DeepSpeed ZeRO stage. Pipelines allow 0 and 1, bf16 allows 1 to 3."
     )
+    timeout: PositiveFloat = Field(
+        600.0,
+        description="Seconds that ranks wait for each other within a step before the run ends as "
+        "lost; half an hour at the start, and around saves and validations.",
+    )
+    elastic: bool = Field(
+        False,
+        description="Where the number of processes does not fit, go on in the nearest layout that "
+        "keeps `training.global_batch_size`; under `slurm/*.sh` also on fewer of them.",
+    )
 
 
 class TrainingConfig(Section):
@@ -320,6 +330,15 @@ class TrainingConfig(Section):
     )
     validation_windows: Positive | None = Field(
         None, description="Windows of the validation split to score; null: all."
+    )
+    stop_signals: list[Literal["TERM", "USR1", "USR2", "HUP", "XCPU"]] = Field(
+        ["TERM", "USR1", "USR2"],
+        description="Signals on which a run finishes its step, saves and ends with exit code 75.",
+    )
+    stop_margin: Annotated[float, Field(ge=0)] = Field(
+        60.0,
+        description="Where the end of the job is known (`slurm/*.sh`): seconds to spare when the "
+        "run ends by itself, beside those of a step, a save and a validation that is due.",
     )
 
 

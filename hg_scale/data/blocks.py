@@ -106,7 +106,9 @@ def make_readers(workers: int, patience: Patience) -> Sequence[Reader]:
 
 def _serve(connection: Connection, patience: Patience) -> None:
     """The life of a worker: answer requests until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent acts
+    # Ctrl-C reaches the whole group, and Slurm signals every process of a job; the parent acts.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # webdataset does without it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     reader = BlockReader(patience)

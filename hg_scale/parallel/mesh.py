@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from hg_scale.config.schema import ParallelConfig
 from hg_scale.errors import UserError
 from hg_scale.model.layers import PlainLayers
 from hg_scale.parallel.launch import Launch, in_slurm_step
+from hg_scale.parallel.timeouts import LONG
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Mesh:
         return next(group for group in self.groups(axis) if self.rank in group)
 
 
-def start_processes(launch: Launch, timeout_minutes: float = 30) -> torch.device:
+def start_processes(launch: Launch) -> torch.device:
     """Join the world (gloo on a CPU, NCCL on GPUs) and return this rank's device.
 
     DeepSpeed adopts the process group made here; it must be told of the CPU before its import.
@@ -94,7 +94,7 @@ def start_processes(launch: Launch, timeout_minutes: float = 30) -> torch.device
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // launch.processes_here))
     if not dist.is_initialized():
-        options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
+        options: dict[str, Any] = {"timeout": LONG}
         if launch.world_size > 1:
             launch.find_first()
         elif "MASTER_ADDR" not in os.environ:

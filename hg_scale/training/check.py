@@ -13,7 +13,12 @@ from pathlib import Path
 from hg_scale.checkpoint.find import damage, find_latest, newest_of, read_manifest
 from hg_scale.config import ConfigError, load_config
 from hg_scale.config.errors import Problem
-from hg_scale.config.layouts import fitting_layouts, largest_fitting
+from hg_scale.config.layouts import (
+    elastic_line,
+    fitting_layouts,
+    largest_fitting,
+    load_elastic,
+)
 from hg_scale.config.schema import Config
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import Index, is_local
@@ -39,14 +44,18 @@ def check_run(
     """Lines about a run of `world_size` processes in `folder` that can start.
 
     Raises ConfigError, DataError, CheckpointError or DiskError, told in lines, where it cannot.
+    The last line begins with the number of processes to start: `slurm/common.sh` reads it.
     """
+    notes: list[str] = []
     try:
-        config = load_config(path, overrides, world_size=world_size)
+        config, layout = load_elastic(path, overrides, world_size, fewer=True)
     except ConfigError as error:
         raise _with_advice(error, path, overrides, world_size) from None
     sources = open_sources(config)
     shards = sum(check_shards(source) for source in sources)
-    notes: list[str] = []
+    if layout:
+        notes.append(elastic_line(config, layout, world_size))
+        world_size = layout.world_size
     checkpoint = check_checkpoint(config, folder, notes.append)
     check_disk(config, folder, checkpoint, stop_at)
     parallel = config.parallel

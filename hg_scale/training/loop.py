@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from hg_scale.config.schema import Config
 from hg_scale.model.costs import training_flops_per_token
+from hg_scale.parallel.timeouts import Timeouts
 from hg_scale.training.batches import Batches
 from hg_scale.training.device import Peak
 from hg_scale.training.held_out import HeldOut
+from hg_scale.training.interruption import Interruption
 from hg_scale.training.metrics import StepTimer, memory_usage
 from hg_scale.training.profiling import StepProfiler
 
 if TYPE_CHECKING:
     from hg_scale.training.engine import Engine, StepResult
+    from hg_scale.training.saver import Saver
 
 LN2 = log(2)
 Record = dict[str, Any]
@@ -43,20 +46,27 @@ class Parts:
     learning_rate: Callable[[int], float]
     log: Callable[[Record], None]
     advance: Callable[[int], None]
-    save: Callable[[Progress], object]
+    saver: Saver
+    interruption: Interruption
+    timeouts: Timeouts
     profiler: StepProfiler
     bytes_per_token: float
     peak: Peak
 
 
-def training_loop(config: Config, parts: Parts, progress: Progress, last_step: int) -> None:
-    """Train from `progress.step` to `last_step`, validating, logging and saving on the way."""
-    timer = StepTimer()
+def training_loop(config: Config, parts: Parts, progress: Progress, last_step: int) -> str | None:
+    """Train from `progress.step` to `last_step`, validating, logging and saving on the way.
+
+    Returns what ended it before, on all ranks alike and saved; None at `last_step`.
+    """
+    timer, device, validation_seconds = StepTimer(), parts.engine.device, 0.0
     parts.advance(progress.step)
+    if interrupted := parts.interruption.agreed(progress.step, device):
+        return interrupted
     meter = Meter(config, parts, timer)
     for step in range(progress.step + 1, last_step + 1):
         last = step == last_step
-        rate = parts.learning_rate(step)
+        rate, start = parts.learning_rate(step), perf_counter()
         with parts.profiler.step(step):
             with timer.measure("data"):
                 batch = parts.batches.next()
@@ -66,16 +76,32 @@ def training_loop(config: Config, parts: Parts, progress: Progress, last_step: i
         progress.skipped += result.skipped
         timer.count_step(meter.tokens)
         parts.advance(step)
+        validates = parts.held_out and due(step, config.training.validate_every, last)
+        saves = 1 + due(step, config.checkpoint.every, last)
+        ahead = parts.saver.seconds * saves + validation_seconds * bool(validates)
+        interrupted = None
+        if not last:
+            seconds = perf_counter() - start
+            interrupted = parts.interruption.agreed(step, device, seconds, ahead)
+        last = last or interrupted is not None
+        parts.timeouts.shorten()
 
         if step == 1 or due(step, config.logging.every, last):
             parts.log(meter.record(progress, result, rate))
         with timer.measure("paused"):
             if due(step, config.checkpoint.every, last):  # first: a validation may meet bad data
+                parts.timeouts.lengthen()
                 progress.data = parts.batches.state()
-                parts.save(progress)
+                parts.saver.save(progress, last)
+            if interrupted:
+                return interrupted
             finished = step == config.training.steps
             if parts.held_out and due(step, config.training.validate_every, finished):
-                parts.log({"step": step} | validate(parts.engine, parts.held_out))
+                parts.timeouts.lengthen()
+                record = validate(parts.engine, parts.held_out)
+                validation_seconds = record["validation_seconds"]
+                parts.log({"step": step} | record)
+    return None
 
 
 def due(step: int, every: int, last: bool) -> bool:

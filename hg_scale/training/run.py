@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -16,17 +17,26 @@ from hg_scale.config.errors import ConfigError
 from hg_scale.config.schema import Config
 from hg_scale.data.schedule import Source
 from hg_scale.errors import UserError
-from hg_scale.exit_codes import CONFIG_ERROR, DONE, FAILED
+from hg_scale.exit_codes import CONFIG_ERROR, DONE, FAILED, LOST, REQUEUE
 from hg_scale.model.costs import parameter_count
 from hg_scale.parallel.launch import Launch
 from hg_scale.parallel.mesh import Mesh, make_mesh, start_processes
+from hg_scale.parallel.timeouts import Timeouts
 from hg_scale.training.agreement import Stopped, together
 from hg_scale.training.batches import Batches
 from hg_scale.training.begin import agreed_source
 from hg_scale.training.console import Console, quiet_libraries
 from hg_scale.training.corpora import bytes_per_token, open_sources
 from hg_scale.training.device import peak_flops
+from hg_scale.training.endings import (
+    Lost,
+    clear_end,
+    fault_of_another,
+    lost_connection,
+    write_end,
+)
 from hg_scale.training.held_out import HeldOut
+from hg_scale.training.interruption import Interruption, end_of_job
 from hg_scale.training.loop import Parts, Progress, Record, training_loop
 from hg_scale.training.metrics import MetricsLog
 from hg_scale.training.profiling import StepProfiler
@@ -34,6 +44,7 @@ from hg_scale.training.run_lock import RunLock
 from hg_scale.training.saver import Saver
 from hg_scale.training.schedule import Schedule
 from hg_scale.training.state import layout_of, load_state
+from hg_scale.training.stop_signals import StopSignals
 from hg_scale.training.wandb_log import WandbLog
 
 
@@ -42,17 +53,22 @@ def train(
     folder: Path,
     launch: Launch,
     *,
+    signals: StopSignals | None = None,
     stop_at: int | None = None,
     profile: int | None = None,
 ) -> int:
     """Train, or go on where the run folder stands. Returns the exit code.
 
     A fault that a person can mend ends in one line: the first rank that met it tells it, and the
-    others end with it.
+    others end with it. The process group is left where the ranks did not agree to end: then the
+    process is not to end as usual (`leave` of `train.py`).
     """
-    fault: Exception | None = None
+    interruption = Interruption(signals or StopSignals(), config.training.stop_margin, end_of_job())
+    fault: UserError | None = None
+    interrupted, agreed = False, True
     with ExitStack() as stack:
         try:
+            clear_end(folder, launch.rank)
             log = folder / "logs" / f"rank-{launch.rank}.log"
             terminal = stack.enter_context(quiet_libraries(log))
         except OSError as error:
@@ -61,22 +77,67 @@ def train(
         console = Console(config.training.steps, rank=launch.rank, stream=terminal)
         try:
             with console:
-                _train(config, folder, launch, console, stop_at, profile)
-        except UserError as error:
-            fault = error
+                interrupted = _train(
+                    config, folder, launch, console, interruption, stop_at, profile
+                )
         except KeyboardInterrupt:
             fault = UserError("interrupted; started again, the run goes on from its checkpoint")
-        finally:
-            if dist.is_initialized() and fault is None:
-                dist.destroy_process_group()
+            agreed = False
+        except Exception as error:
+            fault = in_a_line(error, launch, interruption)
+            agreed = not isinstance(fault, Lost)
+            if fault is None:  # one of ours
+                write_end(folder, launch.rank, FAILED, f"{type(error).__name__}: {error}")
+                raise
+            if fault is not error:
+                traceback.print_exc()  # into the rank's log
+        if dist.is_initialized() and agreed:
+            dist.destroy_process_group()
     if fault is None:
-        return DONE
-    met: object = fault
+        return REQUEUE if interrupted else DONE
+    return tell(fault, folder, launch)
+
+
+def in_a_line(error: Exception, launch: Launch, interruption: Interruption) -> UserError | None:
+    """An error as a person is told it; None where that needs a traceback."""
+    if why := lost_connection(error):
+        step = interruption.step
+        where = "at the start" if step is None else f"at step {step + 1}"
+        return Lost(
+            f"rank {launch.rank} lost its connection to the others {where}: {why}; the job is to "
+            "be started again"
+        )
+    if isinstance(error, UserError):
+        return error
+    if interruption.signals.received and interruption.step is None:
+        # Slurm signals all that belongs to a job, compilers too.
+        return Lost(
+            f"rank {launch.rank} was interrupted by {interruption.signals} at the start "
+            f"({type(error).__name__}); the job is to be started again"
+        )
+    return None
+
+
+def tell(fault: UserError, folder: Path, launch: Launch) -> int:
+    """Say what ended the run, where that is this rank's to say; the exit code."""
     if isinstance(fault, Stopped):
-        met = fault.__cause__
-    else:
+        return code_of(fault.__cause__)
+    if not isinstance(fault, Lost):
         print(fault, file=sys.stderr)
-    return CONFIG_ERROR if isinstance(met, ConfigError) else FAILED
+        write_end(folder, launch.rank, code_of(fault), str(fault))
+        return code_of(fault)
+    met = fault_of_another(folder, launch.rank, launch.world_size)
+    if met is None:
+        print(fault, file=sys.stderr)
+        return LOST
+    if launch.rank == (1 if met.rank == 0 else 0):  # one is enough
+        print(f"rank {met.rank} ended by itself, and all with it: {met.line}", file=sys.stderr)
+    return met.code
+
+
+def code_of(fault: BaseException | None) -> int:
+    """The exit code of a fault that a person has to look at."""
+    return CONFIG_ERROR if isinstance(fault, ConfigError) else FAILED
 
 
 def _train(
@@ -84,9 +145,11 @@ def _train(
     folder: Path,
     launch: Launch,
     console: Console,
+    interruption: Interruption,
     stop_at: int | None,
     profile: int | None,
-) -> None:
+) -> bool:
+    """Whether it was interrupted, and is to be started again."""
     if config.parallel.tensor > 1:
         # One hardware queue, so that Megatron's asynchronous all-reduce starts before the matrix
         # product that it is to overlap with. CUDA reads it when the device is first used.
@@ -94,7 +157,9 @@ def _train(
     device = start_processes(launch)
     lock = together(lambda: RunLock(folder) if launch.rank == 0 else None, device)
     with lock or nullcontext():
-        _train_alone(config, folder, launch, console, stop_at, profile, device, lock)
+        return _train_alone(
+            config, folder, launch, console, interruption, stop_at, profile, device, lock
+        )
 
 
 def _train_alone(
@@ -102,11 +167,12 @@ def _train_alone(
     folder: Path,
     launch: Launch,
     console: Console,
+    interruption: Interruption,
     stop_at: int | None,
     profile: int | None,
     device: torch.device,
     lock: RunLock | None,
-) -> None:
+) -> bool:
     """Once no other run has the folder, whose `lock` the first rank holds."""
     checkpoints = folder / "checkpoints"
     beginning = agreed_source(config, checkpoints, console, device)
@@ -129,7 +195,7 @@ def _train_alone(
     last = steps if stop_at is None else min(steps, stop_at)
     if progress.step >= last:
         console.print(f"nothing to do: step {progress.step} of {last} is reached")
-        return
+        return False
     if profile is not None and not progress.step < profile <= last:
         console.print(f"no profile: step {profile} is not among {progress.step + 1} to {last}")
     batches = together(
@@ -168,13 +234,20 @@ def _train_alone(
             learning_rate=make_schedule(config),
             log=log.write,
             advance=console.advance,
-            save=saver.save,
+            saver=saver,
+            interruption=interruption,
+            timeouts=Timeouts(config.parallel.timeout, [saver.group]),
             profiler=StepProfiler(folder, profile, launch.rank, console.warn),
             bytes_per_token=bytes_per_token(sources),
             peak=peak,
         )
-        training_loop(config, parts, progress, last)
+        interrupted = training_loop(config, parts, progress, last)
+    if interrupted:
+        where = f"saved at step {progress.step}" if progress.step else "before the first step"
+        console.print(f"{interrupted}: {where}, to be started again")
+        return True
     console.print(f"step {progress.step} of {config.training.steps} saved in {checkpoints}")
+    return False
 
 
 def make_schedule(config: Config) -> Schedule:

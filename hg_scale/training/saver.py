@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +25,16 @@ from hg_scale.checkpoint.retention import Keep
 from hg_scale.checkpoint.save import write_checkpoint
 from hg_scale.checkpoint.source import parameter_shapes
 from hg_scale.config.schema import Config
+from hg_scale.parallel.timeouts import LONG
 from hg_scale.training.agreement import stop_all
+from hg_scale.training.endings import lost_connection
 from hg_scale.training.loop import Progress
 from hg_scale.training.state import describe_state, written_here
 
 if TYPE_CHECKING:
     from hg_scale.training.engine import Engine
 
+_PATIENCE = 30.0  # seconds for a save under way when a rank is gone
 _NICE = 19  # of the writing thread: it takes what processor time training leaves
 
 
@@ -60,8 +64,9 @@ class Saver:
         self._last_step, self._warn, self._damaged = last_step, warn, damaged
         self._permit = permit
         self._names = parameter_shapes(config.model).keys()
+        self._written_in = 0.0  # seconds of the save before
         self._keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every)
-        self._group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo", timeout=LONG)  # it waits for disks
         self._buffer = HostBuffer()
         self._thread: ThreadPoolExecutor | None = None
         if config.checkpoint.async_:
@@ -69,16 +74,24 @@ class Saver:
         self._pending: Future[None] | None = None
         self._last_fault: CheckpointError | None = None
 
-    def save(self, progress: Progress) -> None:
-        """Save where training stands; first waits for the save before."""
+    @property
+    def seconds(self) -> float:
+        """What a save would take now, by the one before; 0 where there was none."""
+        return self._written_in * (2 if self.busy else 1)
+
+    def save(self, progress: Progress, last: bool = False) -> None:
+        """Save where training stands; first waits for the save before. `last`: none follows."""
+        start = time.monotonic()
         self.wait()
+        if last:
+            self._last_step = progress.step
         meta = describe_state(self._engine, progress, self._config)
         staged = gather(written_here(self._engine))
         if self._thread is None:
-            self._write(progress.step, lambda: staged, meta)
+            self._write(progress.step, lambda: staged, meta, start)
             return
         copied = self._copy(staged)
-        self._pending = self._thread.submit(self._write, progress.step, copied, meta)
+        self._pending = self._thread.submit(self._write, progress.step, copied, meta, start)
 
     @property
     def busy(self) -> bool:
@@ -104,7 +117,9 @@ class Saver:
             return fail
         return lambda: copy
 
-    def _write(self, step: int, staged: Callable[[], Staged], meta: dict[str, Any]) -> None:
+    def _write(
+        self, step: int, staged: Callable[[], Staged], meta: dict[str, Any], start: float
+    ) -> None:
         self._last_fault = None
         try:
             write_checkpoint(
@@ -112,7 +127,7 @@ class Saver:
                 step,
                 staged,
                 meta,
-                group=self._group,
+                group=self.group,
                 keep=self._keep,
                 damaged=self._damaged,
                 warn=self._warn,
@@ -126,23 +141,30 @@ class Saver:
             OSError,
         ) as error:  # of gloo: training on this rank is about to meet it, too
             self._last_fault = CheckpointError(f"not saved: a rank is gone: {first_line(error)}")
+            self._last_fault.__cause__ = error
+        self._written_in = time.monotonic() - start
         if self._last_fault and step != self._last_step and dist.get_rank() == 0:
             self._warn(
                 f"step {step} {self._last_fault}; older checkpoints are kept, the run goes on"
             )
 
-    def close(self) -> None:
-        """Wait, and end the thread."""
-        self.wait()
+    def close(self, patience: float | None = None) -> None:
+        """Wait, `patience` seconds at most, and end the thread."""
+        done = self._pending is None or bool(wait([self._pending], patience).done)
+        if done:
+            self.wait()
         if self._thread:
-            self._thread.shutdown()
+            self._thread.shutdown(wait=done)
 
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        # What a lost rank interrupts may still become whole, and may as well wait for it in vain.
+        self.close(_PATIENCE if error and lost_connection(error) else None)
         if kind is None and self._last_fault:
+            if isinstance(cause := self._last_fault.__cause__, RuntimeError):
+                raise cause
             fault = f"step {self._last_step} {self._last_fault}; mend that and start again: the run"
             stop_all(CheckpointError(f"{fault} goes on from the checkpoint before"), teller=0)
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hg_scale.config import load_config
+from hg_scale.config import ConfigError, load_config
 from hg_scale.config.checks import cross_checks
-from hg_scale.config.layouts import divisors, fitting_layouts, largest_fitting
+from hg_scale.config.layouts import (
+    divisors,
+    elastic_line,
+    fitting_layouts,
+    largest_fitting,
+    load_elastic,
+)
 from tests.shared import ROOT
 
 
@@ -39,6 +48,44 @@ def test_every_layout_named_passes_the_checks(world: int, tensor: int, pipeline:
         assert again == changed
     smaller = largest_fitting(config, world)
     assert (smaller is None) == (world < tensor * pipeline)
+
+
+ELASTIC = ["parallel.elastic=true", "parallel.tensor=2", "parallel.pipeline=2"]
+QUICKSTART = ROOT / "configs" / "quickstart.json"
+
+
+@pytest.mark.parametrize(
+    ("world", "of_all", "of_fewer"),
+    [(8, None, None), (12, None, None), (6, (2, 3, 1), (2, 3, 1)), (7, "none", (2, 2, 1)),
+     (10, (1, 5, 2), (1, 5, 2)), (22, (2, 1, 11), (2, 2, 4)), (1, (1, 1, 1), (1, 1, 1))],
+)  # fmt: skip
+def test_an_elastic_configuration_takes_the_nearest_layout(
+    world: int, of_all: object, of_fewer: object
+) -> None:
+    sets = [*ELASTIC, "training.global_batch_size=12", "training.micro_batch_size=1"]
+    sets += ["training.global_batch_size=44"] if world == 22 else []
+    for fewer, expected in ((False, of_all), (True, of_fewer)):
+        if expected == "none":
+            with pytest.raises(ConfigError):
+                load_elastic(QUICKSTART, sets, world, fewer=fewer)
+            continue
+        config, layout = load_elastic(QUICKSTART, sets, world, fewer=fewer)
+        found = layout and (layout.tensor, layout.pipeline, layout.data)
+        assert found == expected
+        if layout:
+            started = layout.world_size
+            again, _ = load_elastic(QUICKSTART, sets, started)  # what each rank does
+            assert again == config
+            assert elastic_line(config, layout, world).startswith(
+                f"parallel.elastic: going on with {started} of {world} processes: --set parallel."
+            )
+
+
+def test_other_faults_are_refused_with_all_of_them(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="model.heads"):
+        load_elastic(QUICKSTART, [*ELASTIC, "model.heads=3"], 7, fewer=True)
+    with pytest.raises(ConfigError, match="parallel.tensor|processes"):
+        load_elastic(QUICKSTART, ELASTIC[1:], 6, fewer=True)
 
 
 @given(st.integers(1, 500))

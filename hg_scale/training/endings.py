@@ -1,0 +1,102 @@
+"""How a rank ends that cannot go on: by its own fault, or since others are gone.
+
+All ranks end then, and the launcher takes the highest exit code, so a rank that lost the others
+has to find out why: a fault of another's own is not mended by starting again. A rank with such a
+fault leaves `RUN/ranks/rank-00003.end` behind, before it closes its connections.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from hg_scale.errors import UserError
+from hg_scale.exit_codes import starts_again
+
+_PATIENCE = 5.0  # seconds in which a peer's fault may become visible on a shared disk
+
+# What gloo says, in a plain RuntimeError, of a rank that is gone or does not answer.
+_GLOO = ("/gloo/", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+class Lost(UserError):
+    """This rank cannot reach the others any more."""
+
+
+class End(NamedTuple):
+    """How a rank ended: the exit code, and why in a line."""
+
+    rank: int
+    code: int
+    line: str
+
+
+def lost_connection(error: BaseException) -> str | None:
+    """What an error says of ranks that are gone, in brief; None where it is another fault."""
+    for link in _chain(error):
+        text = str(link) or type(link).__name__
+        if isinstance(link, dist.DistError) or (
+            type(link) is RuntimeError and any(words in text for words in _GLOO)
+        ):
+            first = text.splitlines()[0].partition(". This is typically caused")[0]
+            return re.sub(r"^\[\S*:\d+\] ", "", first).rstrip(".")  # the line of gloo's source
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it came of."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def clear_end(folder: Path, rank: int) -> None:
+    """Forget how this rank ended last time. Raises OSError."""
+    _path(folder, rank).unlink(missing_ok=True)
+
+
+def write_end(folder: Path, rank: int, code: int, line: str) -> None:
+    """Say that this rank ends by a fault of its own; on a disk that cannot be written, nothing."""
+    path = _path(folder, rank)
+    temporary = path.with_suffix(".end.tmp")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"code": code, "line": line}) + "\n")
+        os.replace(temporary, path)
+
+
+def fault_of_another(
+    folder: Path, rank: int, world_size: int, patience: float = _PATIENCE
+) -> End | None:
+    """The fault of another rank for which the job is not to be started again.
+
+    Waits up to `patience` seconds for one.
+    """
+    end = time.monotonic() + patience
+    while True:
+        for other in range(world_size):
+            if other != rank and (found := _read(folder, other)):
+                return found
+        if time.monotonic() >= end:
+            return None
+        time.sleep(0.1)
+
+
+def _read(folder: Path, rank: int) -> End | None:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        told = json.loads(_path(folder, rank).read_text())
+        if not starts_again(int(told["code"])):
+            return End(rank, int(told["code"]), str(told["line"]))
+    return None
+
+
+def _path(folder: Path, rank: int) -> Path:
+    return folder / "ranks" / f"rank-{rank:05}.end"
