@@ -15,6 +15,7 @@ from hg_scale.training.device import Peak
 from hg_scale.training.held_out import HeldOut
 from hg_scale.training.metrics import StepTimer, memory_usage
 from hg_scale.training.profiling import StepProfiler
+from hg_scale.training.watch import Watch
 
 if TYPE_CHECKING:
     from hg_scale.training.engine import Engine, StepResult
@@ -45,6 +46,7 @@ class Parts:
     advance: Callable[[int], None]
     save: Callable[[Progress], object]
     profiler: StepProfiler
+    watch: Watch
     bytes_per_token: float
     peak: Peak
 
@@ -55,6 +57,7 @@ def training_loop(config: Config, parts: Parts, progress: Progress, last_step: i
     parts.advance(progress.step)
     meter = Meter(config, parts, timer)
     for step in range(progress.step + 1, last_step + 1):
+        parts.watch.enter("step", step)
         last = step == last_step
         rate = parts.learning_rate(step)
         with parts.profiler.step(step):
@@ -71,11 +74,14 @@ def training_loop(config: Config, parts: Parts, progress: Progress, last_step: i
             parts.log(meter.record(progress, result, rate))
         with timer.measure("paused"):
             if due(step, config.checkpoint.every, last):  # first: a validation may meet bad data
+                parts.watch.enter("save", step)
                 progress.data = parts.batches.state()
                 parts.save(progress)
             finished = step == config.training.steps
             if parts.held_out and due(step, config.training.validate_every, finished):
+                parts.watch.enter("validation", step)
                 parts.log({"step": step} | validate(parts.engine, parts.held_out))
+    parts.watch.enter("end", last_step)
 
 
 def due(step: int, every: int, last: bool) -> bool:
@@ -117,6 +123,7 @@ class Meter:
             "epochs": batches.epochs,
             **times,
             **batches.waits(),
+            **self.parts.watch.record(),
             "flops_per_second": flops_per_second,
             "mfu": flops_per_second / self.peak,
             "skipped_steps": progress.skipped,

@@ -35,6 +35,7 @@ from hg_scale.training.saver import Saver
 from hg_scale.training.schedule import Schedule
 from hg_scale.training.state import layout_of, load_state
 from hg_scale.training.wandb_log import WandbLog
+from hg_scale.training.watch import Watch, watching
 
 
 def train(
@@ -93,8 +94,8 @@ def _train(
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = start_processes(launch)
     lock = together(lambda: RunLock(folder) if launch.rank == 0 else None, device)
-    with lock or nullcontext():
-        _train_alone(config, folder, launch, console, stop_at, profile, device, lock)
+    with lock or nullcontext(), watching(config, folder, launch, console, device) as watch:
+        _train_alone(config, folder, launch, console, stop_at, profile, device, lock, watch)
 
 
 def _train_alone(
@@ -106,6 +107,7 @@ def _train_alone(
     profile: int | None,
     device: torch.device,
     lock: RunLock | None,
+    watch: Watch,
 ) -> None:
     """Once no other run has the folder, whose `lock` the first rank holds."""
     checkpoints = folder / "checkpoints"
@@ -116,6 +118,7 @@ def _train_alone(
     from hg_scale.training.engine import make_engine  # imports DeepSpeed
 
     engine = make_engine(config, mesh, layers, device, draw=beginning.checkpoint is None)
+    watch.attach(engine)
     progress = Progress()
     if checkpoint := beginning.checkpoint:
         progress = together(lambda: load_state(engine, checkpoint), device)
@@ -142,6 +145,7 @@ def _train_alone(
             position=progress.position,
             state=progress.data,
             warn=console.warn,
+            reading=watch.reading,
         ),
         device,
     )
@@ -170,6 +174,7 @@ def _train_alone(
             advance=console.advance,
             save=saver.save,
             profiler=StepProfiler(folder, profile, launch.rank, console.warn),
+            watch=watch,
             bytes_per_token=bytes_per_token(sources),
             peak=peak,
         )

@@ -90,9 +90,10 @@ def fail() -> None:
 
 
 def keep_interpreter() -> None:
-    """Hang in C without giving other threads a turn."""
+    """Hang in C without giving other threads a turn, once these have seen the step begin."""
     import ctypes
 
+    time.sleep(2.5)
     ctypes.PyDLL(None).sleep(int(LONG))
 
 
