@@ -370,6 +370,33 @@ class CheckpointConfig(Section):
     )
 
 
+class WatchdogConfig(Section):
+    """A run that hangs is ended, so that it is started again; slow ranks are named."""
+
+    factor: Annotated[float, Field(ge=0)] = Field(
+        10.0,
+        description="A step that takes so many times the median of the recent ones hangs: the "
+        "ranks write their stacks to `RUN/stacks`, name who had not arrived, and end with 76. "
+        "0: nothing is ended.",
+    )
+    at_least: PositiveFloat = Field(
+        300.0,
+        description="Seconds below which no step hangs, however short the others are. More than "
+        "reading data may take with all its retries (`data.timeout`, `data.retries`).",
+    )
+    first: PositiveFloat = Field(
+        1800.0, description="Seconds that each of a start's first three steps may take."
+    )
+    pause: PositiveFloat = Field(
+        3600.0, description="Seconds that the start, a validation, a save or the end may take."
+    )
+    slow_rank: Annotated[float, Field(ge=0)] = Field(
+        1.3,
+        description="A rank that needs so many times the median by itself, in five logged steps "
+        "in a row, says so. 0: never.",
+    )
+
+
 class LoggingConfig(Section):
     """What is recorded; `metrics.jsonl` in the run folder always is."""
 
@@ -394,6 +421,7 @@ class Config(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)  # type: ignore[arg-type]
     training: TrainingConfig = Field(default_factory=TrainingConfig)  # type: ignore[arg-type]
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)  # type: ignore[arg-type]
+    watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)  # type: ignore[arg-type]
     logging: LoggingConfig = Field(default_factory=LoggingConfig)  # type: ignore[arg-type]
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -49,12 +50,15 @@ class Batches:
         position: int = 0,
         state: dict[str, Any] | None = None,
         warn: Callable[[str], None] = print,
+        reading: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """`steps` is how many batches there will be, `state` what a checkpoint carries.
 
+        `reading` is entered while this rank reads, before it meets the others.
+
         Raises DataError or ConfigError where the sources cannot give them, alike on all ranks.
         """
-        self.mesh, self.device, self._warn = mesh, device, warn
+        self.mesh, self.device, self._warn, self._reading = mesh, device, warn, reading
         self._rows, self._length = config.training.global_batch_size, config.model.sequence_length
         self._mine = self._rows // mesh.data
         self._skips, self._most = config.data.on_fault == "skip", config.data.max_skipped
@@ -110,7 +114,8 @@ class Batches:
         The rows of a window left out are all NO_TOKEN. Raises UserError on all ranks where one
         cannot go on.
         """
-        read, fault = self._read()
+        with self._reading():
+            read, fault = self._read()
         left_out = self._agree(read, fault)
         first, self._windows = self._windows, self._windows + self._rows
         self.scored = 1 - len(left_out) / self._rows

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
@@ -102,6 +102,16 @@ class Console:
     def warn(self, message: str) -> None:
         """A warning of the run's own, from any rank, which it names."""
         self._write(f"warning (rank {self.rank}): {message}")
+
+    def last_words(self, line: str) -> None:
+        """A line from any rank that is about to end at once, whatever another thread is doing.
+
+        It takes no lock and no buffer; a live line is wiped, and the cursor shown again.
+        """
+        text = f"\r\x1b[2K\x1b[?25h{line}\n" if self._live else f"{line}\n"
+        for find in (self._stream.fileno, lambda: 2):  # 2: the rank's own log
+            with suppress(OSError, ValueError):
+                os.write(find(), text.encode())
 
     def _write(self, line: str) -> None:
         if self._live:

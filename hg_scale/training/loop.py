@@ -17,6 +17,7 @@ from hg_scale.training.held_out import HeldOut
 from hg_scale.training.interruption import Interruption
 from hg_scale.training.metrics import StepTimer, memory_usage
 from hg_scale.training.profiling import StepProfiler
+from hg_scale.training.watch import Watch
 
 if TYPE_CHECKING:
     from hg_scale.training.engine import Engine, StepResult
@@ -50,6 +51,7 @@ class Parts:
     interruption: Interruption
     timeouts: Timeouts
     profiler: StepProfiler
+    watch: Watch
     bytes_per_token: float
     peak: Peak
 
@@ -65,6 +67,7 @@ def training_loop(config: Config, parts: Parts, progress: Progress, last_step: i
         return interrupted
     meter = Meter(config, parts, timer)
     for step in range(progress.step + 1, last_step + 1):
+        parts.watch.enter("step", step)
         last = step == last_step
         rate, start = parts.learning_rate(step), perf_counter()
         with parts.profiler.step(step):
@@ -90,6 +93,7 @@ def training_loop(config: Config, parts: Parts, progress: Progress, last_step: i
             parts.log(meter.record(progress, result, rate))
         with timer.measure("paused"):
             if due(step, config.checkpoint.every, last):  # first: a validation may meet bad data
+                parts.watch.enter("save", step)
                 parts.timeouts.lengthen()
                 progress.data = parts.batches.state()
                 parts.saver.save(progress, last)
@@ -97,10 +101,12 @@ def training_loop(config: Config, parts: Parts, progress: Progress, last_step: i
                 return interrupted
             finished = step == config.training.steps
             if parts.held_out and due(step, config.training.validate_every, finished):
+                parts.watch.enter("validation", step)
                 parts.timeouts.lengthen()
                 record = validate(parts.engine, parts.held_out)
                 validation_seconds = record["validation_seconds"]
                 parts.log({"step": step} | record)
+    parts.watch.enter("end", last_step)
     return None
 
 
@@ -143,6 +149,7 @@ class Meter:
             "epochs": batches.epochs,
             **times,
             **batches.waits(),
+            **self.parts.watch.record(),
             "flops_per_second": flops_per_second,
             "mfu": flops_per_second / self.peak,
             "skipped_steps": progress.skipped,

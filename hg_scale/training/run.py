@@ -46,6 +46,7 @@ from hg_scale.training.schedule import Schedule
 from hg_scale.training.state import layout_of, load_state
 from hg_scale.training.stop_signals import StopSignals
 from hg_scale.training.wandb_log import WandbLog
+from hg_scale.training.watch import Watch, watching
 
 
 def train(
@@ -156,9 +157,9 @@ def _train(
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = start_processes(launch)
     lock = together(lambda: RunLock(folder) if launch.rank == 0 else None, device)
-    with lock or nullcontext():
+    with lock or nullcontext(), watching(config, folder, launch, console, device) as watch:
         return _train_alone(
-            config, folder, launch, console, interruption, stop_at, profile, device, lock
+            config, folder, launch, console, interruption, stop_at, profile, device, lock, watch
         )
 
 
@@ -172,6 +173,7 @@ def _train_alone(
     profile: int | None,
     device: torch.device,
     lock: RunLock | None,
+    watch: Watch,
 ) -> bool:
     """Once no other run has the folder, whose `lock` the first rank holds."""
     checkpoints = folder / "checkpoints"
@@ -182,6 +184,7 @@ def _train_alone(
     from hg_scale.training.engine import make_engine  # imports DeepSpeed
 
     engine = make_engine(config, mesh, layers, device, draw=beginning.checkpoint is None)
+    watch.attach(engine)
     progress = Progress()
     if checkpoint := beginning.checkpoint:
         progress = together(lambda: load_state(engine, checkpoint), device)
@@ -208,6 +211,7 @@ def _train_alone(
             position=progress.position,
             state=progress.data,
             warn=console.warn,
+            reading=watch.reading,
         ),
         device,
     )
@@ -238,6 +242,7 @@ def _train_alone(
             interruption=interruption,
             timeouts=Timeouts(config.parallel.timeout, [saver.group]),
             profiler=StepProfiler(folder, profile, launch.rank, console.warn),
+            watch=watch,
             bytes_per_token=bytes_per_token(sources),
             peak=peak,
         )

@@ -7,11 +7,13 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hg_scale.checkpoint.errors import CheckpointError
@@ -19,8 +21,11 @@ from hg_scale.checkpoint.find import find_latest
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import meaning
 from hg_scale.training.console import duration, short_number
+from hg_scale.training.heartbeat import STALE, Beat, read_beats
+from hg_scale.training.late import describe_late
 
 QUIET_LINES, QUIET_SECONDS = 10, 600  # a run that logs nothing for both is taken for dead
+_SLOW_SHOWN = 4  # slow ranks named
 _TAIL_BYTES = 64 * 1024
 _BAD_WORDS = ("error", "Traceback", "warning", "exit code", "Killed", "CANCELLED", "not saved")
 
@@ -43,7 +48,8 @@ def status_of(run: Path, now: float | None = None, last_errors: int = 5) -> Stat
     jobs = list(_lines_of(run / "jobs.jsonl"))
     steps = [record for record in records if "loss" in record]
     total = _total_steps(run)
-    alive, why = liveness(steps, jobs, now, total)
+    beats = read_beats(run)
+    alive, why = liveness(steps, jobs, now, total, beats)
     lines = {"state": f"{'alive' if alive else 'not running' if alive is False else '?'}: {why}"}
     if steps:
         lines |= _progress(steps, total)
@@ -53,18 +59,26 @@ def status_of(run: Path, now: float | None = None, last_errors: int = 5) -> Stat
         lines["validation"] = (
             f"{last['validation_bits_per_byte']:.4f} bits a byte at step {last['step']:,}"
         )
+    if alive and beats:
+        lines["ranks"] = describe_ranks(beats, now, _stages(run))
+    if slow := slow_ranks(run, beats):
+        lines["slow ranks"] = slow
     lines["checkpoint"] = _checkpoint(run, now)
     if jobs:
         lines["restarts"] = _restarts(jobs)
         if alive and (ends := jobs[-1].get("ends")):
             lines["job ends"] = f"in {duration(max(0, ends - now))}"
-    return Status(alive, lines, _errors(run, jobs)[-last_errors:])
+    return Status(alive, lines, [*_errors(run, jobs), *_hangs(run, now)][-last_errors:])
 
 
 def liveness(
-    steps: list[dict[str, Any]], jobs: list[dict[str, Any]], now: float, total: int | None
+    steps: list[dict[str, Any]],
+    jobs: list[dict[str, Any]],
+    now: float,
+    total: int | None,
+    beats: Mapping[int, Beat] = MappingProxyType({}),
 ) -> tuple[bool | None, str]:
-    """Whether the run is at work, and how one knows."""
+    """Whether the run is at work, and how one knows: Slurm's word, heartbeats, or the last line."""
     if steps and total and steps[-1]["step"] >= total:
         return False, "trained to the last step"
     last_job = jobs[-1] if jobs else None
@@ -73,6 +87,11 @@ def liveness(
         return False, f"job {last_job['job']} ended: {meaning(last_job['code'])}{again}"
     if last_job and (state := queue_state(last_job["job"])):
         return state == "RUNNING", f"job {last_job['job']} is {state}"
+    if pulse := max((beat.time for beat in beats.values() if not beat.ended), default=None):
+        ago = f"last heartbeat {duration(max(0, now - pulse))} ago"
+        return now - pulse < STALE, ago if now - pulse < STALE else f"{ago}, which is too long"
+    if beats:
+        return False, f"all ranks ended, {duration(now - max(b.time for b in beats.values()))} ago"
     last = max((r["time"] for r in (*steps[-1:], *jobs[-1:]) if "time" in r), default=None)
     if last is None:
         return None, "nothing logged yet"
@@ -82,6 +101,42 @@ def liveness(
         limit = max(limit, QUIET_LINES * statistics.median(pace))
     said = f"last line {duration(silent)} ago"
     return silent < limit, said if silent < limit else f"{said}, which is too long"
+
+
+def describe_ranks(beats: Mapping[int, Beat], now: float, stages: int = 1) -> str:
+    """What the ranks are doing, and which the others wait for, or which are gone."""
+    world = max(beat.world_size for beat in beats.values())
+    doing = Counter(beat.doing for beat in beats.values() if not beat.ended)
+    said = ", ".join(f"{count} of {world} {what}" for what, count in doing.most_common(3))
+    since = duration(max(0, now - min(beat.since for beat in beats.values())))
+    late = describe_late(beats, max(1, world // stages), now, silent=STALE)
+    # In a step that takes no longer than usual it says nothing.
+    usual = max((beat.step_seconds or 0 for beat in beats.values()), default=0)
+    slow = now - min(beat.since for beat in beats.values()) > max(STALE, 2 * usual)
+    gone = len(beats) < world or any(b.ended or now - b.time > STALE for b in beats.values())
+    return f"{said}, for {since}" + (f"; {late}" if late and (slow or gone) else "")
+
+
+def slow_ranks(run: Path, beats: Mapping[int, Beat]) -> str | None:
+    """Those of the last table that are slower than the median of their stage; None: no table."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        table = json.loads((run / "ranks" / "stragglers.json").read_text())
+        rows = sorted(table["ranks"], key=lambda row: -row["ratio"])
+        slow = [row for row in rows if row["ratio"] >= table["threshold"] > 0]
+        said = [
+            f"{_name(row['rank'], beats)} {row['ratio']:.2f} x the median (data "
+            f"{row['data_seconds']:.3g} s, forward {row['forward_seconds']:.3g} s a step)"
+            for row in slow[:_SLOW_SHOWN]
+        ]
+        more = f" and {len(slow) - _SLOW_SHOWN} more" if len(slow) > _SLOW_SHOWN else ""
+        first = rows[0]
+        none = f"none; {_name(first['rank'], beats)} takes {first['ratio']:.2f} x the median"
+        return (", ".join(said) + more or none) + f", at step {table['step']:,}"
+    return None
+
+
+def _name(rank: int, beats: Mapping[int, Beat]) -> str:
+    return f"rank {rank} ({beats[rank].host})" if rank in beats else f"rank {rank}"
 
 
 def queue_state(job: int) -> str | None:
@@ -141,6 +196,18 @@ def _errors(run: Path, jobs: list[dict[str, Any]]) -> list[str]:
         file.seek(max(0, logs[-1].stat().st_size - _TAIL_BYTES))
         lines = file.read().decode("utf-8", "replace").splitlines()
     return [line for line in lines if any(w.lower() in line.lower() for w in _BAD_WORDS)]
+
+
+def _hangs(run: Path, now: float) -> list[str]:
+    """What the watchdog said last."""
+    said = list(_lines_of(run / "watchdog.jsonl"))[-1:]
+    return [f"watchdog, {duration(max(0, now - s['time']))} ago: {s['line']}" for s in said]
+
+
+def _stages(run: Path) -> int:
+    with suppress(OSError, ValueError, KeyError):
+        return json.loads((run / "config.json").read_text())["parallel"]["pipeline"]
+    return 1
 
 
 def _total_steps(run: Path) -> int | None:

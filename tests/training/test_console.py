@@ -143,6 +143,27 @@ def test_the_live_line_takes_the_width_of_the_terminal(tmp_path, columns):
     assert ("mfu 41.2%" in plain) == (columns == 160)
 
 
+def test_last_words_come_through_a_live_line_and_libraries_whatever_holds_a_lock(tmp_path):
+    log = tmp_path / "log"
+    line = "step 120 takes 312 s: rank 5 (n3) is still reading data"
+    shown = in_terminal(
+        "import os, threading; from pathlib import Path\n"
+        "from hg_scale.training.console import Console, quiet_libraries\n"
+        f"with quiet_libraries(Path({str(log)!r})) as stream:\n"
+        f"    with Console(1000, stream=stream) as console:\n"
+        f"        console.step({RECORD})\n"
+        "        def end(): console.last_words(%r); os._exit(0)\n"
+        % line
+        + "        with console._live._lock:\n"
+        "            threading.Thread(target=end).start(); threading.Event().wait()\n",
+        columns=100,
+    )
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    assert line in [text.split("\r")[-1] for text in plain.replace("\r\n", "\n").split("\n")]
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is back
+    assert line in log.read_text()
+
+
 QUIET = """
 import logging, os, sys, warnings
 from pathlib import Path

@@ -11,10 +11,10 @@ import pytest
 from hg_scale.commands.main import main
 from hg_scale.errors import UserError
 from hg_scale.training import status
+from hg_scale.training.heartbeat import replace_json
 from hg_scale.training.status import status_of
+from tests.training.beats import NOW, make_beats, write_beats
 from tests.training.test_check import save
-
-NOW = 1_000_000.0
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +97,51 @@ def test_slurm_s_word_counts_more_than_silence(run: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(status, "queue_state", lambda job, state=state: state)
         found = status_of(run, NOW + 10_000)
         assert (found.alive, found.lines["state"].split(": ")[1]) == (alive, f"job 7 is {state}")
+
+
+def test_heartbeats_say_more_than_silence(run: Path) -> None:
+    write_beats(run, make_beats({"step": 11}, {"step": 11}))
+    found = status_of(run, NOW)
+    assert found.lines["state"] == "alive: last heartbeat 0:00:02 ago"
+    assert found.lines["ranks"] == "2 of 2 in step 11, for 0:00:10"
+    found = status_of(run, NOW + 5000)
+    assert found.alive is False and "ranks" not in found.lines
+    assert found.lines["state"].endswith("last heartbeat 1:23:22 ago, which is too long")
+
+    stuck = {"since": NOW - 300, "step_seconds": 30.0}
+    data = {**stuck, "work": "data", "turns": 1}
+    write_beats(run, make_beats(stuck, data, stuck))
+    assert status_of(run, NOW).lines["ranks"] == (
+        "2 of 3 in step 120, 1 of 3 reading data for step 120, for 0:05:00; "
+        "rank 1 (n1) is still reading data"
+    )
+    write_beats(run, make_beats({}, {}, {"time": NOW - 100}))
+    assert (
+        status_of(run, NOW)
+        .lines["ranks"]
+        .endswith("rank 2 (n2) has given no sign of life for 100 s")
+    )
+    write_beats(run, make_beats(*[{"ended": True}] * 3))
+    assert status_of(run, NOW).lines["state"] == "not running: all ranks ended, 0:00:02 ago"
+
+
+def test_slow_ranks_and_what_the_watchdog_said(run: Path) -> None:
+    write_beats(run, make_beats({}, {}))
+    assert "slow ranks" not in status_of(run, NOW).lines
+    row = {"rank": 0, "data_seconds": 0.0, "forward_seconds": 0.25, "ratio": 1.0}
+    slow = {"rank": 1, "data_seconds": 0.125, "forward_seconds": 0.25, "ratio": 1.5}
+    table = {"step": 120, "threshold": 1.3, "ranks": [row, slow]}
+    replace_json(run / "ranks" / "stragglers.json", table)
+    assert status_of(run, NOW).lines["slow ranks"] == (
+        "rank 1 (n1) 1.50 x the median (data 0.125 s, forward 0.25 s a step), at step 120"
+    )
+    replace_json(run / "ranks" / "stragglers.json", {**table, "threshold": 2.0})
+    assert status_of(run, NOW).lines["slow ranks"] == (
+        "none; rank 1 (n1) takes 1.50 x the median, at step 120"
+    )
+    said = [{"time": NOW - n, "step": 7, "line": f"step 7 takes {n} s"} for n in (900, 60)]
+    write(run, "watchdog.jsonl", said)
+    assert status_of(run, NOW).errors == ["watchdog, 0:01:00 ago: step 7 takes 60 s"]
 
 
 def test_a_finished_run_and_a_damaged_one(run: Path) -> None:

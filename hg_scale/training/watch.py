@@ -1,0 +1,68 @@
+"""Heartbeat, watchdog and stragglers of a rank, as the loop sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hg_scale.config.schema import Config
+from hg_scale.parallel.launch import Launch
+from hg_scale.training.agreement import together
+from hg_scale.training.heartbeat import Heartbeat, Phase, clear_ranks
+from hg_scale.training.stragglers import OwnTime, Stragglers
+from hg_scale.training.watchdog import Watchdog, clear_alarm, period_of
+
+if TYPE_CHECKING:
+    from hg_scale.training.console import Console
+    from hg_scale.training.engine import Engine
+
+
+class Watch:
+    """What training tells those who watch it; a few microseconds a step."""
+
+    def __init__(self, heart: Heartbeat, own: OwnTime, stragglers: Stragglers) -> None:
+        self._heart, self._own, self._stragglers = heart, own, stragglers
+
+    def enter(self, phase: Phase, step: int) -> None:
+        """A step begins, or a pause after one."""
+        self._heart.enter(phase, step)
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Around what this rank reads of a step's data."""
+        return self._own.reading()
+
+    def attach(self, engine: Engine) -> None:
+        """Clock the engine's forward."""
+        self._own.attach(engine.model)
+
+    def record(self) -> dict[str, Any]:
+        """Figures for a logged step. A collective operation of all ranks."""
+        return self._stragglers.record()
+
+
+@contextmanager
+def watching(
+    config: Config, run: Path, launch: Launch, console: Console, device: torch.device
+) -> Iterator[Watch]:
+    """While this lasts, the rank's heart beats and its watchdog watches.
+
+    A collective operation of all ranks, at the beginning.
+    """
+
+    def clear() -> None:
+        if launch.rank == 0:
+            clear_ranks(run)
+            clear_alarm(run)
+
+    together(clear, device)
+    per_stage = launch.world_size // config.parallel.pipeline
+    warn: Callable[[str], None] = console.warn
+    heart = Heartbeat(run, launch.rank, launch.world_size, warn, period_of(config.watchdog))
+    own = OwnTime(heart, device)
+    stragglers = Stragglers(heart, own, device, per_stage, config.watchdog.slow_rank, warn)
+    with heart, Watchdog(heart, config.watchdog, run, per_stage, console.last_words):
+        yield Watch(heart, own, stragglers)

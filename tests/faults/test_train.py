@@ -1,0 +1,46 @@
+"""The harness itself: off unless it is asked for, and refused outside tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.faults.train import FAULTS, Fault
+from tests.faults.worlds import run_with_fault
+from tests.forks import Forks
+from tests.shared import ROOT
+
+
+def test_refused_outside_tests() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    done = subprocess.run(
+        [sys.executable, "tests/faults/train.py", "--config", "configs/quickstart.json"],
+        env={**environment, "HG_FAULT": "die step=1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "faults are planted under pytest only\n"
+
+
+def test_product_code_holds_no_injection() -> None:
+    for path in (ROOT / "hg_scale").rglob("*.py"):
+        assert "HG_FAULT" not in path.read_text()
+
+
+def test_parses() -> None:
+    assert Fault.parse("sleep rank=1 step=3") == Fault("sleep", 1, 3)
+    assert Fault.parse("stall") == Fault("stall", None, 1)
+    with pytest.raises(SystemExit, match="no fault 'slep'; there are " + ", ".join(FAULTS)):
+        Fault.parse("slep")
+
+
+def test_an_error_of_ours_ends_in_a_traceback(forks: Forks, config: Path, tmp_path: Path) -> None:
+    found = run_with_fault(forks, "raise step=2", config, tmp_path, size=1)
+    assert found.codes == [1] and "RuntimeError: a planted fault" in found.all_told

@@ -1,0 +1,135 @@
+"""`hg_scale/train.py` with a fault planted in it, for tests alone; it starts under pytest only.
+
+    HG_FAULT="sleep rank=1 step=3" python tests/faults/train.py --config FILE --run DIR
+
+The fault happens on that rank (of all, where none is named), at that step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LONG = 600.0  # seconds; longer than any test
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One of FAULTS, on a rank (None: on all) at a step (from 1)."""
+
+    name: str
+    rank: int | None
+    step: int
+
+    @classmethod
+    def parse(cls, text: str) -> Fault:
+        """As in `sleep rank=1 step=3`."""
+        name, *rest = text.split()
+        values = dict(word.split("=") for word in rest)
+        rank = int(values["rank"]) if "rank" in values else None
+        if name not in FAULTS:
+            raise SystemExit(f"HG_FAULT: no fault {name!r}; there are {', '.join(FAULTS)}")
+        return cls(name, rank, int(values.get("step", 1)))
+
+    def plant(self, rank: int) -> None:
+        """Patch this process, if it is the one."""
+        if "PYTEST_CURRENT_TEST" not in os.environ:
+            raise SystemExit("faults are planted under pytest only")
+        if self.rank in (None, rank):
+            FAULTS[self.name](self.step)
+
+
+def before_step(action: Callable[[], object]) -> Callable[[int], None]:
+    """Do that before the engine's part of the step, once its data is there."""
+
+    def plant(step: int) -> None:
+        from hg_scale.training.engine import Engine
+
+        true = Engine.train_step
+
+        def train_step(self: Any, batch: Any, number: int, rate: float) -> Any:
+            if number == step:
+                action()
+            return true(self, batch, number, rate)
+
+        Engine.train_step = train_step  # type: ignore[method-assign]
+
+    return plant
+
+
+def before_batch(action: Callable[[], object]) -> Callable[[int], None]:
+    """Do that while the step's batch is read (the step counts from the start of the process)."""
+
+    def plant(step: int) -> None:
+        from hg_scale.data.stream import TrainingStream
+
+        true, calls = TrainingStream.next_batch, 0
+
+        def next_batch(self: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == step:
+                action()
+            return true(self)
+
+        TrainingStream.next_batch = next_batch  # type: ignore[method-assign]
+
+    return plant
+
+
+def fail() -> None:
+    """An error of the code's own."""
+    raise RuntimeError("a planted fault")
+
+
+def keep_interpreter() -> None:
+    """Hang in C without giving other threads a turn, once these have seen the step begin."""
+    import ctypes
+
+    time.sleep(2.5)
+    ctypes.PyDLL(None).sleep(int(LONG))
+
+
+FAULTS: dict[str, Callable[[int], None]] = {
+    "sleep": before_step(lambda: time.sleep(LONG)),
+    "stall": before_batch(lambda: time.sleep(LONG)),
+    "freeze": before_step(lambda: os.kill(os.getpid(), signal.SIGSTOP)),
+    "hold": before_step(keep_interpreter),
+    "die": before_step(lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    "raise": before_step(fail),
+}
+
+
+def train_with(fault: str, arguments: list[str], output: Path) -> None:
+    """A rank of `tests.forks`: `train.py` with the fault, its terminal in `output-RANK`."""
+    from tests.runs import train_here
+
+    rank = int(os.environ["RANK"])
+    Fault.parse(fault).plant(rank)
+    try:
+        code = train_here(arguments, output)
+    except Exception:  # as Python would end a program
+        with open(f"{output}-{rank}", "a") as terminal:
+            traceback.print_exc(file=terminal)
+        code = 1
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    import argparse
+
+    sys.path[0] = str(Path(__file__).parents[2])
+    from hg_scale.parallel.launch import Launch
+    from hg_scale.train import add_options, run
+
+    Fault.parse(os.environ["HG_FAULT"]).plant(Launch.from_environment().rank)
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    sys.exit(run(parser.parse_args()))
