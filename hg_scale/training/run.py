@@ -16,7 +16,7 @@ from hg_scale.config.errors import ConfigError
 from hg_scale.config.schema import Config
 from hg_scale.data.schedule import Source
 from hg_scale.errors import UserError
-from hg_scale.exit_codes import CONFIG_ERROR, DONE, FAILED
+from hg_scale.exit_codes import CONFIG_ERROR, DONE, FAILED, GAVE_UP
 from hg_scale.model.costs import parameter_count
 from hg_scale.parallel.launch import Launch
 from hg_scale.parallel.mesh import Mesh, make_mesh, start_processes
@@ -26,6 +26,7 @@ from hg_scale.training.begin import agreed_source
 from hg_scale.training.console import Console, quiet_libraries
 from hg_scale.training.corpora import bytes_per_token, open_sources
 from hg_scale.training.device import peak_flops
+from hg_scale.training.guard import GaveUp
 from hg_scale.training.held_out import HeldOut
 from hg_scale.training.loop import Parts, Progress, Record, training_loop
 from hg_scale.training.metrics import MetricsLog
@@ -76,6 +77,8 @@ def train(
         met = fault.__cause__
     else:
         print(fault, file=sys.stderr)
+    if isinstance(met, GaveUp):
+        return GAVE_UP
     return CONFIG_ERROR if isinstance(met, ConfigError) else FAILED
 
 
@@ -169,6 +172,7 @@ def _train_alone(
             log=log.write,
             advance=console.advance,
             save=saver.save,
+            checkpoints=checkpoints,
             profiler=StepProfiler(folder, profile, launch.rank, console.warn),
             bytes_per_token=bytes_per_token(sources),
             peak=peak,
@@ -242,10 +246,12 @@ class RunLog:
                 )
 
     def write(self, record: Record) -> None:
-        """A logged step or a validation."""
-        show: Callable[[Record], None] = (
-            self.console.validation if "validation_loss" in record else self.console.step
-        )
+        """A logged step, a validation, or a step that was skipped."""
+        show: Callable[[Record], None] = self.console.step
+        if "validation_loss" in record:
+            show = self.console.validation
+        elif "skipped" in record:
+            show = self.console.skipped
         show(record)
         if self._metrics:
             self._metrics.write(record)
