@@ -342,6 +342,27 @@ class TrainingConfig(Section):
     )
 
 
+class GuardConfig(Section):
+    """Bad steps, which are skipped: their update is not made."""
+
+    spike_sigma: PositiveFloat | None = Field(
+        None,
+        description="A step whose loss lies more than so many standard deviations above the mean "
+        "of the last losses is skipped, as one with a loss or gradients that are not finite "
+        "always is. null: no loss is too high.",
+    )
+    window: Annotated[int, Field(ge=4)] = Field(
+        128,
+        description="Steps to look back on: the losses that `guard.spike_sigma` judges by, from "
+        "the time there are half as many, and the steps in which `guard.max_skipped` counts.",
+    )
+    max_skipped: NonNegative = Field(
+        10,
+        description="Steps that may be skipped among the last `guard.window`; one more, and the "
+        "run gives up.",
+    )
+
+
 class CheckpointConfig(Section):
     """Saving and resuming."""
 
@@ -420,6 +441,7 @@ class Config(Section):
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)  # type: ignore[arg-type]
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)  # type: ignore[arg-type]
     training: TrainingConfig = Field(default_factory=TrainingConfig)  # type: ignore[arg-type]
+    guard: GuardConfig = Field(default_factory=GuardConfig)  # type: ignore[arg-type]
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)  # type: ignore[arg-type]
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)  # type: ignore[arg-type]
     logging: LoggingConfig = Field(default_factory=LoggingConfig)  # type: ignore[arg-type]

@@ -94,6 +94,11 @@ class Console:
         """Show a validation; on a terminal it stays above the live line."""
         self.print(validation_line(record))
 
+    def skipped(self, record: Mapping[str, Any]) -> None:
+        """Show a step that was skipped."""
+        if self.rank == 0:
+            self.warn(f"step {record['step']} skipped: {record['skipped']}")
+
     def print(self, message: str) -> None:
         """A line of the run's own, from rank 0."""
         if self.rank == 0:

@@ -8,8 +8,9 @@ driven by forward, backward and step; with more it is a `PipelineModule` under `
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from math import isfinite, nan
+from math import isfinite, nan, sqrt
 from typing import Any
 
 import deepspeed
@@ -28,6 +29,9 @@ from hg_scale.parallel.mesh import Mesh
 from hg_scale.parallel.sharding import shard_of
 from hg_scale.parallel.stages import Cut, cut_pipeline
 from hg_scale.training.agreement import together
+from hg_scale.training.culprits import name_culprits
+from hg_scale.training.gradients import gradients_held, held_still
+from hg_scale.training.guard import Guard
 from hg_scale.training.optimizer import make_optimizer, set_learning_rate
 
 
@@ -35,12 +39,16 @@ from hg_scale.training.optimizer import make_optimizer, set_learning_rate
 class StepResult:
     """Mean loss in nats a token and gradient norm before clipping, alike on all ranks.
 
-    `skipped`: the optimizer did not step, since the gradients were not finite.
+    `why`: the optimizer did not step, for this reason.
     """
 
     loss: float
     grad_norm: float
-    skipped: bool
+    why: str | None = None
+
+    @property
+    def skipped(self) -> bool:
+        return self.why is not None
 
 
 def make_engine(
@@ -98,7 +106,11 @@ def inputs_and_labels(batch: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Engine:
-    """What the loop drives. `deepspeed` is the engine inside, `model` the module."""
+    """What the loop drives. `deepspeed` is the engine inside, `model` the module.
+
+    Both of DeepSpeed's engines end a step in `_take_model_step`, when all gradients are there. Here
+    `guard` is asked first, and a bad step leaves weights and moments alone on every rank.
+    """
 
     def __init__(
         self,
@@ -115,7 +127,12 @@ class Engine:
         self.slices = slices
         self.micro_batch_size = config.training.micro_batch_size
         self.rows = config.training.global_batch_size // mesh.data  # of this rank, a step
-        self._norm = nan
+        self.guard = Guard(config.guard)
+        self._step = 0
+        self._loss = self._norm = nan
+        self._why: str | None = None
+        self._take_step = engine._take_model_step
+        engine._take_model_step = self._take_good_step
         if config.parallel.zero_stage == 0:
             # DeepSpeed's own clipping in fp32 leaves norms and biases of later stages out.
             engine.clip_fp32_gradients = self._clip_gradients
@@ -131,12 +148,11 @@ class Engine:
         batch: (rows of this rank, L + 1) int64 ids; None on ranks that need no tokens.
         """
         set_learning_rate(self.optimizer, learning_rate)
-        skipped_before = self.deepspeed.skipped_steps
-        loss = self._train_step(batch, self._context(step))
-        norm = self._norm
+        self._step = step
+        self._train_step(batch, self._context(step))
         if self.config.parallel.zero_stage > 0:
-            norm = float(self.deepspeed.get_global_grad_norm())
-        return StepResult(loss, norm, self.deepspeed.skipped_steps > skipped_before)
+            self._norm = float(self.deepspeed.get_global_grad_norm())
+        return StepResult(self._loss, self._norm, self._why)
 
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor] | None], length: int) -> float:
         """Sum of the losses in nats over all data-parallel ranks' batches.
@@ -146,8 +162,12 @@ class Engine:
         """
         raise TypeError(f"{type(self).__name__} defines no evaluate")
 
-    def _train_step(self, batch: Tensor | None, context: Context) -> float:
+    def _train_step(self, batch: Tensor | None, context: Context) -> None:
         raise TypeError(f"{type(self).__name__} defines no _train_step")
+
+    def _mean_loss(self) -> Tensor:
+        """This rank's mean loss of the step, () float32, where it has one (the last stage)."""
+        raise TypeError(f"{type(self).__name__} defines no _mean_loss")
 
     def _context(self, step: int) -> Context:
         """This step's factors and dropout key; the first sample is this rank's."""
@@ -157,54 +177,74 @@ class Engine:
             factors = draw_factors(model.factor_choices, seed, step)
         return Context(factors, (seed, step), self.mesh.data_rank * self.rows)
 
+    def _take_good_step(self, *arguments: Any) -> None:
+        """The optimizer's step, without effect where the guard finds it bad."""
+        finite = self._exchange_signs()
+        self._why = self.guard.judge(self._loss, finite)
+        if self._why:
+            self._why = name_culprits(self._why, self._mean_loss(), self.deepspeed, self.slices)
+        skipped = self.deepspeed.skipped_steps
+        with held_still(self.optimizer) if self._why else nullcontext():
+            self._take_step(*arguments)
+        if self.deepspeed.skipped_steps > skipped and not self._why:
+            self._why = "the norm of its gradients is beyond float32"
+        self.deepspeed.skipped_steps = skipped + bool(self._why)
+        self.guard.note(self._step, self._loss, bool(self._why))
+
+    def _exchange_signs(self) -> bool:
+        """Whether the gradients of all ranks are finite; sets the mean loss, alike on all ranks.
+
+        One collective operation of all ranks. Without ZeRO it also gives the gradients' norm.
+        """
+        mesh = self.mesh
+        held = gradients_held(self.deepspeed, self.slices)
+        norms = torch.stack(torch._foreach_norm(held)).double()
+        signs = torch.zeros(3, dtype=torch.float64, device=self.device)
+        if mesh.is_last_stage and mesh.tensor_rank == 0:
+            signs[0] = self._mean_loss()
+        signs[1] = ~norms.sum().isfinite()
+        if self.config.parallel.zero_stage == 0 and mesh.data_rank == 0:
+            signs[2] = norms[self._counted_once()].square().sum()
+        if mesh.world_size > 1:
+            dist.all_reduce(signs)
+        loss, bad, squares = signs.tolist()
+        self._loss, self._norm = loss / mesh.data, sqrt(squares)
+        return not bad
+
+    def _counted_once(self) -> list[bool]:
+        """For each gradient, without ZeRO: this rank counts it in the norm of the whole model."""
+        return [
+            not getattr(parameter, "ds_pipe_replicated", False)
+            and (shard_of(parameter).dim is not None or self.mesh.tensor_rank == 0)
+            for parameter in self.slices
+            if parameter.grad is not None
+        ]
+
     def _clip_gradients(self) -> None:
-        """Global norm over the model's ranks, each parameter counted once, then clipping."""
-        squares = torch.zeros((), device=self.device)
-        gradients = []
-        for parameter in self.slices:
-            if parameter.grad is None:
-                continue
-            gradients.append(parameter.grad)
-            sharded = shard_of(parameter).dim is not None
-            if getattr(parameter, "ds_pipe_replicated", False):
-                continue
-            if sharded or self.mesh.tensor_rank == 0:
-                squares += parameter.grad.float().square().sum()
-        mpu = self.deepspeed.mpu
-        if mpu is not None:
-            dist.all_reduce(squares, group=mpu.get_model_parallel_group())
-        norm = squares.sqrt()
-        self._norm = float(norm)
-        if not isfinite(self._norm):
-            for parameter in self.slices:
-                parameter.grad = None  # the optimizer passes over it
-            self.deepspeed.skipped_steps += 1
-            return
+        """Without ZeRO: to the norm of the model's gradients, each parameter counted once."""
         limit = self.config.optimizer.gradient_clipping
-        if limit:
-            scale = torch.clamp(limit / (norm + 1e-6), max=1.0)
-            torch._foreach_mul_(gradients, scale)
+        if limit and isfinite(self._norm):
+            scale = min(limit / (self._norm + 1e-6), 1.0)
+            torch._foreach_mul_(gradients_held(self.deepspeed, self.slices), scale)
 
 
 class ModuleEngine(Engine):
     """One pipeline stage: forward, backward, step."""
 
-    def _train_step(self, batch: Tensor | None, context: Context) -> float:
+    def _train_step(self, batch: Tensor | None, context: Context) -> None:
         assert batch is not None
         self.deepspeed.train()
-        total = torch.zeros((), device=self.device)
+        self._total = torch.zeros((), device=self.device)
         for start in range(0, self.rows, self.micro_batch_size):
             micro = batch[start : start + self.micro_batch_size]
             here = Context(context.factors, context.key, context.first_sample + start)
             loss = self.deepspeed(*inputs_and_labels(micro), here)
+            self._total += loss.detach()
             self.deepspeed.backward(loss)
             self.deepspeed.step()
-            total += loss.detach()
-        total *= self.micro_batch_size / self.rows
-        if self.mesh.data > 1:
-            dist.all_reduce(total, group=self.deepspeed.data_parallel_group)
-            total /= self.mesh.data
-        return float(total)
+
+    def _mean_loss(self) -> Tensor:
+        return self._total * (self.micro_batch_size / self.rows)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor] | None], length: int) -> float:
@@ -224,6 +264,8 @@ class PipelineEngine(Engine):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._shape: tuple[tuple[int, ...], int, int] | None = None
+        # Its own would exchange the losses again, after the step.
+        self.deepspeed._aggregate_total_loss = lambda: self._loss
 
     def _begin(self, context: Context, length: int, rows: int) -> None:
         """Tell the stage what comes, and DeepSpeed when the shapes at its boundaries change."""
@@ -233,10 +275,16 @@ class PipelineEngine(Engine):
             self._shape = shape
         self.model.begin(context, length)  # type: ignore[operator]
 
-    def _train_step(self, batch: Tensor | None, context: Context) -> float:
+    def _train_step(self, batch: Tensor | None, context: Context) -> None:
         length = self.config.model.sequence_length
         self._begin(context, length, self.micro_batch_size)
-        return float(self.deepspeed.train_batch(self._micro_batches(batch)))
+        self.deepspeed.train_batch(self._micro_batches(batch))
+
+    def _mean_loss(self) -> Tensor:
+        total = self.deepspeed.total_loss
+        if total is None:  # an earlier stage
+            return torch.zeros((), device=self.device)
+        return total.detach() * (self.micro_batch_size / self.rows)
 
     def _micro_batches(self, batch: Tensor | None) -> Iterator[tuple[Tensor, Tensor]] | None:
         if batch is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import log, nan
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ class Progress:
 
     step: int = 0
     position: int = 0  # in the data, in tokens over all ranks
-    skipped: int = 0  # steps whose gradients were not finite
+    skipped: int = 0  # bad steps, whose update was not made
     data: dict[str, Any] = field(default_factory=dict)  # of the schedule: `Batches.state`
 
 
@@ -48,6 +49,7 @@ class Parts:
     log: Callable[[Record], None]
     advance: Callable[[int], None]
     saver: Saver
+    checkpoints: Path
     interruption: Interruption
     timeouts: Timeouts
     profiler: StepProfiler
@@ -89,6 +91,9 @@ def training_loop(config: Config, parts: Parts, progress: Progress, last_step: i
         last = last or interrupted is not None
         parts.timeouts.shorten()
 
+        if result.why:
+            parts.log(skipped_step(progress, result))
+            parts.engine.guard.require_better(step, result.why, parts.checkpoints)
         if step == 1 or due(step, config.logging.every, last):
             parts.log(meter.record(progress, result, rate))
         with timer.measure("paused"):
@@ -122,6 +127,16 @@ def validate(engine: Engine, held_out: HeldOut) -> Record:
         nats.append(engine.evaluate(held_out.batches(part), engine.config.model.sequence_length))
         held_out.settle()
     return held_out.record(nats) | {"validation_seconds": perf_counter() - start}
+
+
+def skipped_step(progress: Progress, result: StepResult) -> Record:
+    """One object for `metrics.jsonl`; `loss` is a key of logged steps alone."""
+    return {
+        "step": progress.step,
+        "skipped": result.why,
+        "skipped_loss": result.loss,
+        "skipped_steps": progress.skipped,
+    }
 
 
 class Meter:

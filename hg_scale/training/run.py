@@ -17,7 +17,7 @@ from hg_scale.config.errors import ConfigError
 from hg_scale.config.schema import Config
 from hg_scale.data.schedule import Source
 from hg_scale.errors import UserError
-from hg_scale.exit_codes import CONFIG_ERROR, DONE, FAILED, LOST, REQUEUE
+from hg_scale.exit_codes import CONFIG_ERROR, DONE, FAILED, GAVE_UP, LOST, REQUEUE
 from hg_scale.model.costs import parameter_count
 from hg_scale.parallel.launch import Launch
 from hg_scale.parallel.mesh import Mesh, make_mesh, start_processes
@@ -35,6 +35,7 @@ from hg_scale.training.endings import (
     lost_connection,
     write_end,
 )
+from hg_scale.training.guard import GaveUp
 from hg_scale.training.held_out import HeldOut
 from hg_scale.training.interruption import Interruption, end_of_job
 from hg_scale.training.loop import Parts, Progress, Record, training_loop
@@ -138,6 +139,8 @@ def tell(fault: UserError, folder: Path, launch: Launch) -> int:
 
 def code_of(fault: BaseException | None) -> int:
     """The exit code of a fault that a person has to look at."""
+    if isinstance(fault, GaveUp):
+        return GAVE_UP
     return CONFIG_ERROR if isinstance(fault, ConfigError) else FAILED
 
 
@@ -239,6 +242,7 @@ def _train_alone(
             log=log.write,
             advance=console.advance,
             saver=saver,
+            checkpoints=checkpoints,
             interruption=interruption,
             timeouts=Timeouts(config.parallel.timeout, [saver.group]),
             profiler=StepProfiler(folder, profile, launch.rank, console.warn),
@@ -320,10 +324,12 @@ class RunLog:
                 )
 
     def write(self, record: Record) -> None:
-        """A logged step or a validation."""
-        show: Callable[[Record], None] = (
-            self.console.validation if "validation_loss" in record else self.console.step
-        )
+        """A logged step, a validation, or a step that was skipped."""
+        show: Callable[[Record], None] = self.console.step
+        if "validation_loss" in record:
+            show = self.console.validation
+        elif "skipped" in record:
+            show = self.console.skipped
         show(record)
         if self._metrics:
             self._metrics.write(record)

@@ -45,6 +45,7 @@ def describe_state(engine: Engine, progress: Progress, config: Config) -> dict[s
     """
     return {
         "progress": asdict(progress),
+        "guard": engine.guard.state(),
         "optimizer_step": optimizer_step(engine.deepspeed),
         "layout": layout_of(engine),
         "config": config.model_dump(),
@@ -88,6 +89,7 @@ def load_state(engine: Engine, checkpoint: Path) -> Progress:
     reader = Reader(checkpoint)
     reader.prefetch(needed(engine.deepspeed, engine.slices))
     load_states(engine.deepspeed, engine.slices, reader.read, reader.manifest["optimizer_step"])
+    engine.guard.load(reader.manifest.get("guard", {}))
     return Progress(**reader.manifest["progress"])
 
 

@@ -58,10 +58,16 @@ def inspect(tree: dict[str, Any], stage: int) -> dict[str, Any]:
         return owner
 
     # What training/engine.py and parallel/pipeline.py call, set or override.
-    for name in ("skipped_steps", "get_global_grad_norm", "clip_fp32_gradients"):
+    for name in (
+        "skipped_steps",
+        "get_global_grad_norm",
+        "clip_fp32_gradients",
+        "_take_model_step",
+    ):
         need(deep, name)
     if hasattr(deep, "train_batch"):
         need(deep, "reset_activation_shape")
+        need(deep, "_aggregate_total_loss")
         for name in ("slice_group", "dp_group", "pp_group", "get_pipe_parallel_group"):
             need(deep.module, f"_grid.{name}")
         for name in ("_partition_layers", "_build", "_set_bounds", "get_tied_weights_and_groups"):

@@ -7,12 +7,14 @@ The fault happens on that rank (of all, where none is named), at that step.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,51 @@ def before_batch(action: Callable[[], object]) -> Callable[[int], None]:
     return plant
 
 
+def spoiled(factor: float, ends: bool = True) -> Callable[[int], None]:
+    """Multiply the logits of the step, or of all from it on where that never `ends`."""
+
+    def plant(step: int) -> None:
+        from hg_scale.training.engine import Engine
+
+        true = Engine.train_step
+
+        def train_step(self: Any, batch: Any, number: int, rate: float) -> Any:
+            hooks = []
+            if number == step or (number > step and not ends):
+                head = dict(self.model.named_modules())["head.linear"]
+                hooks = [head.register_forward_hook(lambda _, __, logits: logits * factor)]
+            try:
+                return true(self, batch, number, rate)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+        Engine.train_step = train_step  # type: ignore[method-assign]
+
+    return plant
+
+
+def fill_disk(step: int) -> None:
+    """The disk of the checkpoints is full while that step's is saved, and has room again later."""
+    from hg_scale.training.saver import Saver
+
+    true = Saver.save
+
+    def save(self: Any, progress: Any, *arguments: Any) -> None:
+        filler = self._folder / "filler"
+        if progress.step == step:
+            self.wait()
+            with suppress(OSError), filler.open("wb", buffering=0) as file:
+                while file.write(bytes(1 << 16)):
+                    pass
+        true(self, progress, *arguments)
+        if progress.step == step:
+            self.wait()
+            filler.unlink()
+
+    Saver.save = save  # type: ignore[method-assign]
+
+
 def fail() -> None:
     """An error of the code's own."""
     raise RuntimeError("a planted fault")
@@ -104,6 +151,11 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "hold": before_step(keep_interpreter),
     "die": before_step(lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "raise": before_step(fail),
+    "nan": spoiled(math.nan),
+    "nan_from": spoiled(math.nan, ends=False),
+    "spike": spoiled(1e3),
+    "spike_from": spoiled(1e3, ends=False),
+    "fill": fill_disk,
 }
 
 

@@ -75,7 +75,7 @@ def _notes(run: RunFolder) -> list[str]:
     if run.training and not run.validation:
         notes.append("no validation" + (" yet" if run.state == "running" else ""))
     if skipped := _last(run.column("skipped_steps")):
-        notes.append(f"{skipped:,.0f} steps skipped, since their gradients were not finite")
+        notes.append(f"{skipped:,.0f} bad steps skipped")
     if skipped := _last(run.column("skipped_windows")):
         notes.append(f"{skipped:,.0f} windows of data skipped")
     lost = int((~np.isfinite(run.column("loss"))).sum())

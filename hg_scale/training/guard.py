@@ -1,0 +1,111 @@
+"""Which steps are bad: a loss or gradients that are not finite, or a spike of the loss.
+
+Every rank asks its own `Guard` before each update, with figures that are alike on all ranks, so
+that all skip the same steps.
+
+A spike is a loss more than `spike_sigma` standard deviations above the mean of the last `window`
+good losses. Those are good ones only, so that no outlier widens the band; while the loss falls,
+the mean lies above it and the deviation includes the fall, so that few are taken for spikes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from math import isfinite
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+from hg_scale.checkpoint.find import checkpoints_in, damage
+from hg_scale.config.schema import GuardConfig
+from hg_scale.errors import UserError
+from hg_scale.exit_codes import GAVE_UP
+from hg_scale.training.agreement import stop_all
+
+
+class GaveUp(UserError):
+    """Too many of the last steps were bad, the first of them being step `first`.
+
+    The checkpoint to go back to is looked for when this is told: a save may still be under way
+    when it is raised.
+    """
+
+    exit_code = GAVE_UP
+
+    def __init__(self, reason: str, first: int, checkpoints: Path) -> None:
+        super().__init__(reason)
+        self.first, self.checkpoints = first, checkpoints
+
+    def __str__(self) -> str:
+        good = newest_before(self.checkpoints, self.first)
+        if good is None:
+            advice = "no checkpoint is older than these; start a new run"
+        else:
+            advice = f"the last good checkpoint is {good}; start a new run from it (--run NEW "
+            advice += f"--set checkpoint.start_from={good})"
+        return f"{self.args[0]}; {advice} with a lower optimizer.learning_rate or another seed"
+
+
+class Guard:
+    """Judges every step by those before it."""
+
+    def __init__(self, config: GuardConfig) -> None:
+        self._config = config
+        self._losses: deque[float] = deque(maxlen=config.window)  # of the last good steps
+        self._skipped: deque[int] = deque()  # steps skipped among the last `window`
+
+    def judge(self, loss: float, finite_gradients: bool) -> str | None:
+        """Why a step with this mean loss must not be taken; None: it may."""
+        if not isfinite(loss):
+            return "the loss is not finite"
+        if not finite_gradients:
+            return "gradients are not finite"
+        sigma, count = self._config.spike_sigma, len(self._losses)
+        if sigma is None or 2 * count < self._config.window:
+            return None
+        # Exact arithmetic, and so alike on processors of all kinds.
+        mean, deviation = fmean(self._losses), pstdev(self._losses)
+        if deviation == 0 or loss <= mean + sigma * deviation:
+            return None
+        above = (loss - mean) / deviation
+        return f"loss {loss:.4g} is {above:.1f} sigma above the last {count}, {mean:.4g}"
+
+    def note(self, step: int, loss: float, skipped: bool) -> None:
+        """What became of a step."""
+        if skipped:
+            self._skipped.append(step)
+        else:
+            self._losses.append(loss)
+        while self._skipped and self._skipped[0] <= step - self._config.window:
+            self._skipped.popleft()
+
+    def require_better(self, step: int, why: str, checkpoints: Path) -> None:
+        """Raise GaveUp after too many bad steps, the last of which is `step`, for `why`.
+
+        On all ranks; one of them tells it.
+        """
+        window, most = self._config.window, self._config.max_skipped
+        if len(self._skipped) > most:
+            reason = (
+                f"gave up after step {step}: {len(self._skipped)} of the last {min(step, window)} "
+                f"steps were skipped, more than guard.max_skipped = {most}, the last since {why}"
+            )
+            stop_all(GaveUp(reason, self._skipped[0], checkpoints), teller=0)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint carries, so that a resumed run judges as an undisturbed one."""
+        return {"losses": list(self._losses), "skipped": list(self._skipped)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`; from nothing, of an older checkpoint, it begins anew."""
+        self._losses = deque(state.get("losses", ()), maxlen=self._config.window)
+        self._skipped = deque(state.get("skipped", ()))
+
+
+def newest_before(checkpoints: Path, step: int) -> Path | None:
+    """The newest whole checkpoint of a step before `step`."""
+    if not checkpoints.is_dir():
+        return None
+    found = checkpoints_in(checkpoints)
+    older = (found[of] for of in sorted(found, reverse=True) if of < step)
+    return next((path for path in older if damage(path) is None), None)
