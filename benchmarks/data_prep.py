@@ -188,9 +188,7 @@ def main() -> None:
     add = parser.add_argument
     add("--text", type=Path, help="a file, also packed (default: Python's standard library)")
     add("--megabytes", type=float, default=64.0, help="of it, at most")
-    add(
-        "--copies", type=int, default=1, help="of that text, so that starting counts less"
-    )
+    add("--copies", type=int, default=1, help="of that text, so that starting counts less")
     add("--pieces", type=int, default=32_000, help="of the sentencepiece model")
     add("--rounds", type=int, default=3, help="of everything, in turn; the best counts")
     options = parser.parse_args()
