@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hg_scale.errors import UserError
+from hg_scale.exit_codes import CONFIG_ERROR
 
 _ABSENT = object()
 
@@ -36,6 +37,8 @@ class ConfigError(UserError):
 
     `advice` is further lines on what to do about them together.
     """
+
+    exit_code = CONFIG_ERROR
 
     def __init__(
         self, problems: list[Problem], source: str = "", advice: Sequence[str] = ()

@@ -10,16 +10,22 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch.distributed as dist
 
 from hg_scale.errors import UserError
-from hg_scale.exit_codes import starts_again
+from hg_scale.exit_codes import FAILED, LOST, starts_again
+from hg_scale.parallel.launch import Launch
+from hg_scale.training.agreement import Stopped
+
+if TYPE_CHECKING:
+    from hg_scale.training.interruption import Interruption
 
 _PATIENCE = 5.0  # seconds in which a peer's fault may become visible on a shared disk
 
@@ -29,6 +35,8 @@ _GLOO = ("/gloo/", "Connection closed by peer", "Connection reset by peer", "Bro
 
 class Lost(UserError):
     """This rank cannot reach the others any more."""
+
+    exit_code = LOST
 
 
 class End(NamedTuple):
@@ -100,3 +108,45 @@ def _read(folder: Path, rank: int) -> End | None:
 
 def _path(folder: Path, rank: int) -> Path:
     return folder / "ranks" / f"rank-{rank:05}.end"
+
+
+def in_a_line(error: Exception, launch: Launch, interruption: Interruption) -> UserError | None:
+    """An error as a person is told it; None where that needs a traceback."""
+    if why := lost_connection(error):
+        step = interruption.step
+        where = "at the start" if step is None else f"at step {step + 1}"
+        return Lost(
+            f"rank {launch.rank} lost its connection to the others {where}: {why}; the job is to "
+            "be started again"
+        )
+    if isinstance(error, UserError):
+        return error
+    if interruption.signals.received and interruption.step is None:
+        # Slurm signals all that belongs to a job, compilers too.
+        return Lost(
+            f"rank {launch.rank} was interrupted by {interruption.signals} at the start "
+            f"({type(error).__name__}); the job is to be started again"
+        )
+    return None
+
+
+def tell(fault: UserError, folder: Path, launch: Launch) -> int:
+    """Say what ended the run, where that is this rank's to say; the exit code."""
+    if isinstance(fault, Stopped):
+        return code_of(fault.__cause__)
+    if not isinstance(fault, Lost):
+        print(fault, file=sys.stderr)
+        write_end(folder, launch.rank, fault.exit_code, str(fault))
+        return fault.exit_code
+    met = fault_of_another(folder, launch.rank, launch.world_size)
+    if met is None:
+        print(fault, file=sys.stderr)
+        return fault.exit_code
+    if launch.rank == (1 if met.rank == 0 else 0):  # one is enough
+        print(f"rank {met.rank} ended by itself, and all with it: {met.line}", file=sys.stderr)
+    return met.code
+
+
+def code_of(fault: BaseException | None) -> int:
+    """The exit code of a rank that met this, and ends since another one met a fault too."""
+    return fault.exit_code if isinstance(fault, UserError) else FAILED

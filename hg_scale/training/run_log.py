@@ -1,0 +1,60 @@
+"""Where the records of a run go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from hg_scale.config.schema import Config
+from hg_scale.errors import UserError
+from hg_scale.training.console import Console
+from hg_scale.training.loop import Record
+from hg_scale.training.metrics import MetricsLog
+from hg_scale.training.wandb_log import WandbLog
+
+
+class RunLog:
+    """Where records go: `metrics.jsonl` always, the terminal, and wandb where configured."""
+
+    def __init__(
+        self, config: Config, folder: Path, console: Console, step: int, rank: int
+    ) -> None:
+        self.console = console
+        self._metrics: MetricsLog | None = None
+        self._wandb: WandbLog | None = None
+        if rank == 0:
+            try:
+                (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+                self._metrics = MetricsLog(folder, step, console.warn)
+            except OSError as error:
+                raise UserError(f"{folder}: cannot be written: {error}") from None
+            if config.logging.wandb_project:
+                self._wandb = WandbLog(
+                    folder,
+                    config.logging.wandb_project,
+                    config.logging.wandb_name,
+                    config.model_dump(),
+                    warn=console.warn,
+                )
+
+    def write(self, record: Record) -> None:
+        """A logged step, a validation, or a step that was skipped."""
+        show: Callable[[Record], None] = self.console.step
+        if "validation_loss" in record:
+            show = self.console.validation
+        elif "skipped" in record:
+            show = self.console.skipped
+        show(record)
+        if self._metrics:
+            self._metrics.write(record)
+        if self._wandb:
+            self._wandb.log(record)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._metrics:
+            self._metrics.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=int(kind is not None))
