@@ -16,8 +16,8 @@ from tests.forks import KILLED, Forks
 QUICK = (
     "watchdog.at_least=5",
     "watchdog.factor=2",
-    "watchdog.first=60",
-    "watchdog.pause=60",
+    "watchdog.first=600",
+    "watchdog.pause=600",
     "training.steps=9",
     "checkpoint.every=4",
 )

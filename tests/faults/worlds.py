@@ -12,7 +12,13 @@ from pathlib import Path
 from tests.faults.train import train_with
 from tests.forks import Forks
 
-MODULES = ("deepspeed", "hg_scale.training.run", "hg_scale.training.engine", "tests.faults.train")
+MODULES = (
+    "deepspeed",
+    "hg_scale.training.run",
+    "hg_scale.training.engine",
+    "tests.faults.train",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imported late, with much of torch
+)
 
 
 @dataclass(frozen=True)
