@@ -6,8 +6,9 @@ Figures are ratios of medians, of turns taken in one run, so they hold when the 
 drifts.
 
 save: one process, fp32, ZeRO 1. In turn: steps left alone; a save that training waits for; plain
-    writing of as many bytes, from memory, with fsync; an asynchronous save and the steps until it
-    is written. Its cost is the stall of the loop and all that these steps take longer.
+    writing of as many bytes, from memory, with fsync (each into new files, the last round's
+    removed before); an asynchronous save and the steps until it is written. Its cost is the stall
+    of the loop and all that these steps take longer.
 load: two processes. A checkpoint of DP2 ZeRO-1 is loaded into that layout, and into TP2, each with
     the file's pages in memory (`--cold`: dropped before, as root).
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +80,7 @@ def write_plainly(path: Path, data: memoryview) -> None:
 
 
 def benchmark_save(options: Options, folder: Path, report: Report) -> None:
+    from hg_scale.checkpoint.find import checkpoints_in
     from hg_scale.training.loop import Progress
     from hg_scale.training.saver import Saver
     from hg_scale.training.state import save_state
@@ -97,10 +100,14 @@ def benchmark_save(options: Options, folder: Path, report: Report) -> None:
         for number in range(1, options.rounds + 1):
             saver.wait()
             calm = [step() for _ in range(8)]
+            shutil.rmtree(folder / "sync", ignore_errors=True)
             waited.append(
                 seconds(lambda n=number: save_state(engine, folder / "sync", Progress(n), config))
             )
+            (folder / "plain").unlink(missing_ok=True)
             plain.append(seconds(lambda: write_plainly(folder / "plain", data)))
+            for older in checkpoints_in(folder).values():
+                shutil.rmtree(older)
             calm += [step() for _ in range(8)]
             usual = median(calm)
             stall = seconds(lambda n=number: saver.save(Progress(n)))

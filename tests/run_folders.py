@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hg_scale.checkpoint.find import seal
+from hg_scale.checkpoint.versions import FORMAT_VERSION, seal
 from hg_scale.config.load import merge, parse_config
 from tests.manifests import META
 from tests.runs import TINY
@@ -58,6 +58,8 @@ def write_checkpoint(folder: Path, step: int, layout: dict[str, int]) -> None:
     path = folder / "checkpoints" / f"step-{step:08}"
     path.mkdir(parents=True, exist_ok=True)
     (path / "rank-00000.safetensors").write_bytes(bytes(1000))
-    files = [{"name": "rank-00000.safetensors", "bytes": 1000, "sha256": "", "fragments": []}]
-    manifest = {"format_version": 1, "step": step, **META, "layout": layout, "files": files}
+    name, checksum = "rank-00000.safetensors", f"xxh3_128:{0:032}"
+    files = [{"name": name, "bytes": 1000, "checksum": checksum, "fragments": []}]
+    head = {"format_version": FORMAT_VERSION, "step": step}
+    manifest = {**head, **META, "layout": layout, "files": files}
     (path / "manifest.json").write_text(json.dumps(seal(manifest)))

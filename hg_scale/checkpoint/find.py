@@ -6,23 +6,19 @@ last; it exists when its manifest does.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hg_scale.checkpoint.checksum import Checksum
+from hg_scale.checkpoint.checksum import CHANGED, Changed
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.manifest import shape_fault
+from hg_scale.checkpoint.versions import FORMAT_VERSION, MIGRATIONS, is_sealed
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
 _FOLDER = re.compile(r"step-(\d{8,})")
-
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-"""From the manifest of a format version to that of the next; older ones are refused by name."""
 
 
 def folder_name(step: int) -> str:
@@ -98,11 +94,10 @@ def content_damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | Non
         if fault := _size_damage(checkpoint, file):
             return fault
         try:
-            digest = Checksum(checkpoint)(file["name"])
+            if Changed(checkpoint)(file):
+                return f"{file['name']}: {CHANGED}"
         except OSError as error:
             return f"{file['name']} cannot be read: {error.strerror}"
-        if digest != file["sha256"]:
-            return f"{file['name']}: changed since it was written (sha256 differs)"
     return None
 
 
@@ -133,29 +128,17 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), list):
         raise CheckpointError(f"{path}: lists no files; use another checkpoint")
     version = manifest.get("format_version")
-    if version != FORMAT_VERSION and version not in MIGRATIONS:
+    if not isinstance(version, int) or version not in (FORMAT_VERSION, *MIGRATIONS):
         newer = isinstance(version, int) and version > FORMAT_VERSION
         remedy = "update hg_scale" if newer else "read it with the hg_scale that wrote it"
         raise CheckpointError(
             f"{path}: format version {version}, expected {FORMAT_VERSION}; {remedy}"
         )
-    if manifest.get("manifest_sha256") != _digest(manifest):
-        raise CheckpointError(f"{path}: changed since it was written (sha256 differs)")
+    if not is_sealed(manifest):
+        raise CheckpointError(f"{path}: {CHANGED}")
     while version != FORMAT_VERSION:
         manifest = MIGRATIONS[version](manifest)
-        version += 1
+        version = manifest["format_version"]
     if fault := shape_fault(manifest):
         raise CheckpointError(f"{path}: {fault}; use another checkpoint")
     return manifest
-
-
-def seal(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with a checksum of itself, which `read_manifest` checks."""
-    manifest = json.loads(json.dumps(manifest))  # as it will be read: lists, keys of text
-    return {**manifest, "manifest_sha256": _digest(manifest)}
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    """Of all that it says, in one spelling."""
-    rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

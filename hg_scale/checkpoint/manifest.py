@@ -26,7 +26,7 @@ class _Fragment(_Part):
 class _File(_Part):
     name: str = Field(pattern=r"^[^/\\]+$")  # in the checkpoint's own folder
     bytes: int
-    sha256: str
+    checksum: str = Field(pattern=r"^(xxh3_128:[0-9a-f]{32}|sha256:[0-9a-f]{64})$")
     fragments: list[_Fragment]
 
 

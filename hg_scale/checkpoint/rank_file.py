@@ -6,11 +6,9 @@ finds them side by side.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedWriter
 from itertools import accumulate
@@ -21,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hg_scale.checkpoint.checksum import in_words, new_digest
 from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.fragments import KINDS, Fragment
 
@@ -116,21 +115,20 @@ def write_rank_file(path: Path, staged: Staged) -> dict[str, Any]:
 
 
 def _write(path: Path, staged: Staged) -> dict[str, Any]:
-    digest, sent = hashlib.sha256(), 0
-    with path.open("xb") as file, ThreadPoolExecutor(1) as hasher:
+    digest, sent = new_digest(), 0
+    with path.open("xb") as file:
         for chunk in _chunks(staged):
-            hashed = hasher.submit(digest.update, chunk)
+            digest.update(chunk)
             file.write(chunk)
             if file.tell() - sent >= _CHUNK * _FLOAT:
                 sent = _send_on(file, sent)
-            hashed.result()
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()
     return {
         "name": path.name,
         "bytes": size,
-        "sha256": digest.hexdigest(),
+        "checksum": in_words(digest),
         "fragments": [fragment.to_json() for fragment in staged.fragments],
     }
 

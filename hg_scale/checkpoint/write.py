@@ -15,12 +15,13 @@ from typing import Any
 
 from hg_scale.checkpoint.checksum import Checksum
 from hg_scale.checkpoint.export import copy_pieces, split_into_files
-from hg_scale.checkpoint.find import FORMAT_VERSION, MANIFEST, seal
+from hg_scale.checkpoint.find import MANIFEST
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
 from hg_scale.checkpoint.jobs import Report, run_jobs
 from hg_scale.checkpoint.output import new_folder
 from hg_scale.checkpoint.safetensors_file import Place, create
 from hg_scale.checkpoint.source import Source
+from hg_scale.checkpoint.versions import FORMAT_VERSION, seal
 
 FILE_BYTES = 16_000_000_000
 _LAYOUT = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 0}
@@ -54,14 +55,14 @@ def write_checkpoint(
         sizes = {file: (folder / file).stat().st_size for file in files}
         report.begin("checksums", sum(sizes.values()))
         entries = []
-        for file, digest in run_jobs(Checksum(folder), files, workers):
+        for file, checksum in run_jobs(Checksum(folder), files, workers):
             report.advance(sizes[file])
             fragments = [
                 Fragment(Slice(name, source.shapes[name]), 0, prod(source.shapes[name])).to_json()
                 for name in files[file]
             ]
             entries.append(
-                {"name": file, "bytes": sizes[file], "sha256": digest, "fragments": fragments}
+                {"name": file, "bytes": sizes[file], "checksum": checksum, "fragments": fragments}
             )
         manifest = _head(source, goes_on) | {"files": entries}
         (folder / MANIFEST).write_text(json.dumps(seal(manifest)), encoding="utf-8")

@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hg_scale.checkpoint.checksum import Checksum
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.find import read_manifest, seal
+from hg_scale.checkpoint.find import read_manifest
 from hg_scale.checkpoint.jobs import run_jobs
 from hg_scale.checkpoint.open import open_source
+from hg_scale.checkpoint.versions import seal
 from hg_scale.commands.main import main
 from hg_scale.config.load import parse_config
 from hg_scale.config.schema import Config
@@ -38,8 +40,6 @@ def copy(trained: Get, tmp_path: Path) -> Path:
 
 def change_tensor(path: Path, key: str, change: Callable[[torch.Tensor], object]) -> None:
     """Write a rank's file anew, and its checksum."""
-    import hashlib
-
     file, manifest = path / "rank-00000.safetensors", path / "manifest.json"
     tensors = load_file(file)
     change(tensors[key])
@@ -47,7 +47,7 @@ def change_tensor(path: Path, key: str, change: Callable[[torch.Tensor], object]
     tree = json.loads(manifest.read_text())
     tree["files"][0] |= {
         "bytes": file.stat().st_size,
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "checksum": Checksum(path)(file.name),
     }
     manifest.write_text(json.dumps(seal(tree)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import shutil
 import subprocess
@@ -20,18 +21,12 @@ from torch import nn
 from hg_scale.checkpoint import save as module
 from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.find import (
-    FORMAT_VERSION,
-    MIGRATIONS,
-    content_damage,
-    find_latest,
-    read_manifest,
-    seal,
-)
+from hg_scale.checkpoint.find import content_damage, find_latest, read_manifest
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
 from hg_scale.checkpoint.load import Reader, read_parameters
 from hg_scale.checkpoint.rank_file import gather
 from hg_scale.checkpoint.save import _put_in_place, save
+from hg_scale.checkpoint.versions import FORMAT_VERSION, MIGRATIONS, seal
 from hg_scale.errors import UserError
 from tests.checkpoint.test_rank_file import states
 from tests.checkpoint.verified import verify
@@ -262,7 +257,7 @@ def damage_version(path: Path) -> None:
         (damage_half_manifest, "cannot be read"),
         (damage_empty_manifest, "lists no files"),
         (damage_flipped_manifest, "manifest.json: changed since it was written"),
-        (damage_version, "format version 9, expected 1; update hg_scale"),
+        (damage_version, "format version 9, expected 2; update hg_scale"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over(
@@ -279,31 +274,84 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
         Reader(newest)
 
 
-def test_an_older_format_is_migrated_or_refused_by_name(
+def as_version_1(path: Path, sealed: bool) -> None:
+    """Rewrite a manifest as the first version had it; at first without a checksum of itself."""
+    file = path / "manifest.json"
+    manifest = json.loads(file.read_text()) | {"format_version": 1}
+    del manifest["manifest_checksum"]
+    for entry in manifest["files"]:
+        del entry["checksum"]
+        entry["sha256"] = hashlib.sha256((path / entry["name"]).read_bytes()).hexdigest()
+    if sealed:
+        text = json.dumps(manifest, sort_keys=True).encode()
+        manifest["manifest_sha256"] = hashlib.sha256(text).hexdigest()
+    file.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_version_1_is_read(folder: Path, sealed: bool) -> None:
+    path = folder / "step-00000001"
+    now = read_manifest(path)
+    as_version_1(path, sealed)
+    older = read_manifest(path)
+    assert older["format_version"] == FORMAT_VERSION
+    assert all(file["checksum"].startswith("sha256:") for file in older["files"])
+    for key in now.keys() - {"files", "manifest_checksum"}:
+        assert older[key] == now[key]
+    verify(path)
+    assert torch.equal(Reader(path).whole("head.weight"), WHOLE)
+    assert find_latest(folder) == folder / "step-00000002"  # beside one of today
+
+
+def test_damage_to_version_1_is_found(folder: Path) -> None:
+    path = folder / "step-00000001"
+    as_version_1(path, sealed=True)
+    file, manifest = path / "rank-00001.safetensors", path / "manifest.json"
+    data, text = bytearray(file.read_bytes()), manifest.read_text()
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert content_damage(path) == (
+        "rank-00001.safetensors: changed since it was written (checksum differs)"
+    )
+    manifest.write_text(text.replace('"optimizer_step": 7', '"optimizer_step": 8'))
+    with pytest.raises(CheckpointError, match="manifest.json: changed since it was written"):
+        read_manifest(path)
+    as_version_1(folder / "step-00000002", sealed=False)
+    manifest = folder / "step-00000002" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"sha256"', '"sha"'))
+    with pytest.raises(CheckpointError, match="files.0.checksum: field required"):
+        read_manifest(manifest.parent)
+
+
+@pytest.mark.parametrize("version", [0, "1", [1], None])
+def test_a_version_that_was_never_written_is_refused_by_name(folder: Path, version: Any) -> None:
+    path = folder / "step-00000001" / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"format_version": version}
+    path.write_text(json.dumps(seal(manifest)))
+    with pytest.raises(CheckpointError, match="expected 2; read it with the") as raised:
+        read_manifest(path.parent)
+    assert f"format version {version}" in str(raised.value)
+
+
+def test_versions_are_migrated_one_after_the_other(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = folder / "step-00000001" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["count"] = manifest.pop("optimizer_step")
-    path.write_text(json.dumps(seal(manifest | {"format_version": FORMAT_VERSION - 1})))
-    with pytest.raises(CheckpointError, match="format version 0, expected 1; read it with the"):
-        read_manifest(path.parent)
+    path = folder / "step-00000001"
+    as_version_1(path, sealed=False)
+    monkeypatch.setattr("hg_scale.checkpoint.find.FORMAT_VERSION", 3)
 
-    def rename(older: dict[str, Any]) -> dict[str, Any]:
-        return {**older, "optimizer_step": older["count"]}
+    def double(older: dict[str, Any]) -> dict[str, Any]:
+        assert older["format_version"] == 2
+        return {**older, "format_version": 3, "optimizer_step": 2 * older["optimizer_step"]}
 
-    monkeypatch.setitem(MIGRATIONS, FORMAT_VERSION - 1, rename)
-    assert read_manifest(path.parent)["optimizer_step"] == 7
-    assert torch.equal(Reader(path.parent).whole("head.weight"), WHOLE)
-    path.write_text(path.read_text().replace('"step": 1', '"step": 2'))
-    with pytest.raises(CheckpointError, match="changed since it was written"):
-        read_manifest(path.parent)
+    monkeypatch.setitem(MIGRATIONS, 2, double)
+    assert read_manifest(path)["optimizer_step"] == 14
 
 
 def test_a_manifest_without_a_checksum_of_itself(folder: Path) -> None:
     path = folder / "step-00000001" / "manifest.json"
     manifest = json.loads(path.read_text())
-    del manifest["manifest_sha256"]
+    del manifest["manifest_checksum"]
     path.write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="changed since it was written"):
         read_manifest(path.parent)

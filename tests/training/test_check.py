@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.find import seal
+from hg_scale.checkpoint.versions import FORMAT_VERSION, seal
 from hg_scale.config import ConfigError, load_config
 from hg_scale.data.errors import DataError
 from hg_scale.training.check import DiskError, check_disk, check_run, checkpoints_to_come
@@ -32,8 +32,9 @@ def save(folder: Path, step: int, size: int = 100) -> Path:
     checkpoint = folder / "checkpoints" / f"step-{step:08}"
     checkpoint.mkdir(parents=True)
     (checkpoint / "rank-00000.safetensors").write_bytes(b"x" * size)
-    files = [{"name": "rank-00000.safetensors", "bytes": size, "sha256": "", "fragments": []}]
-    manifest = {"format_version": 1, "step": step, **META, "files": files}
+    name, checksum = "rank-00000.safetensors", f"xxh3_128:{0:032}"
+    files = [{"name": name, "bytes": size, "checksum": checksum, "fragments": []}]
+    manifest = {"format_version": FORMAT_VERSION, "step": step, **META, "files": files}
     (checkpoint / "manifest.json").write_text(json.dumps(seal(manifest)))
     return checkpoint
 
