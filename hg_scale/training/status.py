@@ -165,7 +165,7 @@ def _progress(steps: list[dict[str, Any]], total: int | None) -> dict[str, str]:
     if total and seconds and last["step"] < total:
         lines["time left"] = duration((total - last["step"]) * statistics.median(seconds))
     if last.get("skipped_steps"):
-        lines["skipped"] = f"{last['skipped_steps']} bad steps"
+        lines["skipped"] = f"{last['skipped_steps']} steps that were bad"
     return lines
 
 
