@@ -24,7 +24,7 @@ from hg_scale.config.schema import Config, by_level
 from hg_scale.model.context import Context, draw_factors
 from hg_scale.model.hourglass import Hourglass
 from hg_scale.model.layers import PlainLayers
-from hg_scale.parallel.extensions import compiling_alone
+from hg_scale.parallel.extensions import load_extensions
 from hg_scale.parallel.initialization import initialize
 from hg_scale.parallel.mesh import Mesh
 from hg_scale.parallel.sharding import shard_of
@@ -60,8 +60,9 @@ def make_engine(
     `draw`: fill the weights; without it they are to be read from a checkpoint.
     """
     # Adopts the process group that is there; a PipelineModule needs it before `initialize`.
-    with compiling_alone() if device.type == "cpu" else nullcontext():
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    if device.type == "cpu":
+        load_extensions()
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     recompute = by_level(config.training.activation_checkpointing, config.model.parsed.scales)
     kind: type[ModuleEngine] | type[PipelineEngine]
     if mesh.pipeline == 1:

@@ -17,7 +17,7 @@ MODULES = (
     "hg_scale.training.run",
     "hg_scale.training.engine",
     "tests.faults.train",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # imported late, with much of torch
+    "tests.faults.preload",
 )
 
 
@@ -41,7 +41,7 @@ def run_with_fault(
     *sets: str,
     size: int = 2,
     never_end: Collection[int] = (),
-    seconds: float = 90,
+    seconds: float = 200,
 ) -> Outcome:
     """Train in `folder/run` until all ranks ended; those that `never_end` are killed then."""
     words = [word for key in sets for word in ("--set", key)]

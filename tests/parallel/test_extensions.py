@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hg_scale.parallel.extensions import compiling_alone
+from hg_scale.parallel import extensions
+from hg_scale.parallel.extensions import load_extensions
 
 
 @pytest.fixture
@@ -16,31 +17,47 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "deepspeed_shm_comm"
 
 
-def test_the_lock_of_a_dead_process_is_removed(folder: Path) -> None:
+def test_the_lock_of_a_dead_process_is_removed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder.mkdir()
     (folder / "lock").touch()
-    with compiling_alone():
-        assert not (folder / "lock").exists()
+    there = []
+    monkeypatch.setattr(
+        extensions, "build_shm_op", lambda: there.append((folder / "lock").exists())
+    )
+    load_extensions()
+    assert there == [False]
 
 
-def test_that_of_a_living_one_is_not(folder: Path) -> None:
-    inside = threading.Event()
+def test_that_of_a_living_one_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    building, go_on, seen = threading.Event(), threading.Event(), []
 
-    def other() -> None:
-        with compiling_alone():
-            inside.set()
+    def build() -> None:
+        if building.is_set():
+            seen.append("second")
+            return
+        (folder / "lock").touch()  # as torch does
+        building.set()
+        go_on.wait(10)
+        seen.append((folder / "lock").exists())
 
-    with compiling_alone():
-        (folder / "lock").touch()  # as torch does in there
-        thread = threading.Thread(target=other)
-        thread.start()
-        assert not inside.wait(0.3) and (folder / "lock").exists()
-    thread.join(10)
-    assert inside.is_set()
+    monkeypatch.setattr(extensions, "build_shm_op", build)
+    threads = [threading.Thread(target=load_extensions) for _ in range(2)]
+    threads[0].start()
+    assert building.wait(10)
+    threads[1].start()
+    threads[1].join(0.3)
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert seen == [True, "second"]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
-    with compiling_alone():
-        pass
+    called = []
+    monkeypatch.setattr(extensions, "build_shm_op", lambda: called.append(True))
+    load_extensions()
+    assert called == [True]

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from hg_scale.training.heartbeat import Heartbeat, clear_ranks
+from hg_scale.training.heartbeat import Heartbeat, clear_ranks, read_beats
 from hg_scale.training.stragglers import OwnTime, Stragglers, compare
+from tests.runs import records, train_in
 from tests.world import Worlds
 
 CPU = torch.device("cpu")
@@ -87,10 +88,10 @@ def test_a_rank_that_stays_slow_says_so_once(
     worlds: Worlds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = worlds.run(3, slow_on_rank_1, tmp_path)
-    for records, _ in results:
-        ratios = [record["slowest_ratio"] for record in records]
+    for logged, _ in results:
+        ratios = [record["slowest_ratio"] for record in logged]
         assert ratios == [1.5, 1.0, *[1.5] * 6, 1.0, 1.5]
-        assert [r["slowest_rank"] for r in records if r["slowest_ratio"] > 1] == [1] * 8
+        assert [r["slowest_rank"] for r in logged if r["slowest_ratio"] > 1] == [1] * 8
     assert [len(told) for _, told in results] == [0, 1, 0]
     (line,) = results[1][1]
     assert "is slow, 1.50 x the others of its stage" in line
@@ -106,3 +107,19 @@ def test_one_rank_has_nobody_to_be_compared_with(tmp_path: Path) -> None:
     heart = Heartbeat(tmp_path, 0, 1, print)
     table = Stragglers(heart, OwnTime(heart, CPU), CPU, 1, 1.3, print)
     assert table.record() == {} and heart.table is None
+
+
+def test_a_pipeline_s_stages_are_clocked_and_not_compared(
+    worlds: Worlds, config: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    sets = ("--set", "parallel.pipeline=2", "--set", "training.steps=3")
+    done = train_in(worlds, 2, tmp_path, "--config", str(config), "--run", str(run), *sets)
+    assert done.code == 0, done.told
+    steps = [record for record in records(run) if "loss" in record]
+    assert [(r["slowest_rank"], r["slowest_ratio"]) for r in steps] == [(0, 1.0)] * 3
+    table = json.loads((run / "ranks" / "stragglers.json").read_text())
+    assert table["step"] == 3 and all(row["forward_seconds"] > 0 for row in table["ranks"])
+    beats = read_beats(run)
+    assert [(b.phase, b.step, b.ended) for b in beats.values()] == [("end", 3, True)] * 2
+    assert not list((run / "ranks").glob("*.stacks")) and not (run / "stacks").exists()

@@ -1,0 +1,52 @@
+"""Signals to whatever has started the ranks."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from hg_scale.exit_codes import REQUEUE
+from tests.runs import records
+from tests.shared import ROOT
+from tests.test_train import PYTHON, launchers
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.mark.parametrize("name", ["python", "torchrun", "deepspeed", "mpirun"])
+def test_a_launcher_that_is_ended_lets_the_ranks_save(
+    config: Path, tmp_path: Path, name: str
+) -> None:
+    """They get its SIGTERM; launchers end with a code of their own."""
+    known = {"python": (PYTHON,)} | {k: (k, *words) for k, words in launchers().items()}
+    if name not in known:
+        pytest.skip(f"{name} is not installed")
+    command = [str(Path(PYTHON).parent / known[name][0]), *known[name][1:]]
+    run = tmp_path / "run"
+    words = ("--config", str(config), "--run", str(run), "--set", "training.steps=1000000")
+    output = tmp_path / "told"
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [*command, str(ROOT / "hg_scale" / "train.py"), *words],
+            stdout=file, stderr=file, cwd=ROOT, env=dict(os.environ),
+        )  # fmt: skip
+    try:
+        end = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() or len(records(run)) < 3:
+            assert time.monotonic() < end and process.poll() is None, output.read_text()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=60)
+    finally:
+        process.kill()
+    told = output.read_text()
+    assert code == REQUEUE if name == "python" else code != 0
+    (step,) = re.findall(r"signal TERM: saved at step (\d+), to be started again", told)
+    latest = (run / "checkpoints" / "latest").read_text()
+    assert latest == f"step-{int(step):08}\n" and int(step) >= 3

@@ -1,0 +1,54 @@
+"""How long ranks wait for each other, group by group."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from hg_scale.parallel.timeouts import LONG, Timeouts
+from tests.world import Worlds
+
+SHORT = 0.5
+
+
+def wait_for_the_other() -> list[str]:
+    """What rank 0 meets where rank 1 comes when it has given up."""
+    both = dist.group.WORLD
+    pair, spared = dist.new_group(), dist.new_group(backend="gloo", timeout=LONG)
+    timeouts = Timeouts(SHORT, [spared])
+    met = []
+    for moves, groups in (((timeouts.shorten,), (pair,)), ((timeouts.lengthen,), (both, spared))):
+        for move in moves:
+            move()
+        for group in groups:
+            met.append(_meet(group))
+    return met
+
+
+def _meet(group: dist.ProcessGroup | None) -> str:
+    """The first rank comes at once, the other one when it has waited twice the short time."""
+    import time
+
+    if dist.get_rank() == 1:
+        time.sleep(2 * SHORT)
+    try:
+        dist.all_reduce(torch.ones(1), group=group)
+    except RuntimeError as error:
+        return "Timed out" if "Timed out" in str(error) else "closed"
+    return ""
+
+
+def test_short_and_long(worlds: Worlds) -> None:
+    first, second = worlds.run(2, wait_for_the_other)
+    assert first == ["Timed out", "", ""]
+    assert second == ["closed", "", ""]
+
+
+def spared() -> str:
+    group = dist.new_group(backend="gloo", timeout=LONG)
+    Timeouts(SHORT, [group]).shorten()
+    return _meet(group)
+
+
+def test_groups_that_wait_for_the_disk_are_spared(worlds: Worlds) -> None:
+    assert worlds.run(2, spared) == ["", ""]

@@ -1,0 +1,204 @@
+"""Training that Slurm warns, preempts, ends or takes a node from, and its curve after that."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hg_scale.exit_codes import LOST, REQUEUE
+from tests.runs import curve, records, train
+from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import launcher, log_of
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(500)]
+Submit = Callable[..., int]
+
+STEPS = 60  # long enough to be met in the middle, each logged
+INTERRUPTED = "{}: saved at step (\\d+), to be started again"
+
+
+@pytest.fixture
+def submit(
+    cluster: Cluster, job_environment: dict[str, str], elsewhere: Path, tiny_3d: Path
+) -> Iterator[Submit]:
+    """`submit(options of sbatch, key=value, ...)` begins a run; tensor 2 x pipeline 2 x data."""
+    jobs = []
+
+    def submit(options: tuple[str, ...], *sets: str, steps: int = STEPS) -> int:
+        keys = [f"training.steps={steps}", "checkpoint.every=0", *sets]
+        words = [word for key in keys for word in ("--set", key)]
+        jobs.append(
+            cluster.submit(
+                *options, "--ntasks-per-node=1", launcher("train_64gpu.sh"), *words,
+                folder=elsewhere,
+                environment={**job_environment, "CONFIG": str(tiny_3d), "RUN": "run"},
+            )
+        )  # fmt: skip
+        return jobs[-1]
+
+    yield submit
+    for job in jobs:
+        cluster.command("scancel", str(job))
+        cluster.wait(job, 60)
+
+
+@pytest.fixture
+def alone(tiny_3d: Path, tmp_path: Path) -> Callable[..., list[tuple[int, float, float]]]:
+    """The curve of one process that nothing disturbs."""
+
+    def alone(*sets: str, steps: int = STEPS, until: int | None = None) -> list:
+        keys = (f"training.steps={steps}", "parallel.tensor=1", "parallel.pipeline=1",
+                "checkpoint.every=0", *sets)  # fmt: skip
+        words = [word for key in keys for word in ("--set", key)]
+        run = tmp_path / "alone"
+        done = train(
+            "--config", str(tiny_3d), "--run", str(run), *words, "--stop-at", str(until or steps)
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return curve(run)
+
+    return alone
+
+
+def wait_for_step(cluster: Cluster, job: int, folder: Path, step: int) -> None:
+    """Until a step is logged by a job that runs."""
+    end = time.monotonic() + 200
+    while True:
+        run = folder / "run"
+        logged = [r["step"] for r in records(run)] if (run / "metrics.jsonl").exists() else []
+        if logged and logged[-1] >= step and cluster.state(job)["JobState"] == "RUNNING":
+            return
+        assert time.monotonic() < end, log_of(folder)
+        time.sleep(0.1)
+
+
+def codes(folder: Path) -> list[int]:
+    """Exit codes of the run's jobs."""
+    lines = map(json.loads, (folder / "run" / "jobs.jsonl").read_text().splitlines())
+    return [line["code"] for line in lines if line["event"] == "end"]
+
+
+def saved_at(folder: Path, reason: str) -> int:
+    """The step at which a run says that it was interrupted, and went on."""
+    log = log_of(folder)
+    (step,) = re.findall(INTERRUPTED.format(reason), log)
+    assert f"resumed at step {step} from" in log
+    assert "Traceback" not in log
+    return int(step)
+
+
+def test_the_warning_signal(
+    cluster: Cluster, submit: Submit, elsewhere: Path, alone: Callable[..., list]
+) -> None:
+    job = submit(("--nodes=8",))
+    wait_for_step(cluster, job, elsewhere, 5)
+    cluster.command("scancel", "--signal=USR1", str(job))  # to the ranks, as --signal does
+    state = cluster.wait(job, 240)
+    log = log_of(elsewhere)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), log
+    assert codes(elsewhere) == [REQUEUE, 0]
+    assert 5 <= saved_at(elsewhere, "signal USR1") < STEPS
+    assert "exit code 75: saved, to be started again; requeued" in log
+    np.testing.assert_allclose(curve(elsewhere / "run"), alone(), rtol=1e-4)
+
+
+def test_preemption(
+    cluster: Cluster, submit: Submit, elsewhere: Path, alone: Callable[..., list]
+) -> None:
+    """A job of higher priority takes all nodes; 30 s of grace are enough to save."""
+    job = submit(("--nodes=4", "--signal=URG@1"))
+    wait_for_step(cluster, job, elsewhere, 5)
+    urgent = ("--partition=urgent", "--nodes=9", "--exclusive", "--output=urgent.txt")
+    other = cluster.submit(*urgent, "--wrap=sleep 3", folder=elsewhere)
+    cluster.wait(other, 120)
+    state = cluster.wait(job, 240)
+    log = log_of(elsewhere)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), log
+    assert 5 <= saved_at(elsewhere, "signal TERM") < STEPS
+    np.testing.assert_allclose(curve(elsewhere / "run"), alone(), rtol=1e-4)
+
+
+def test_the_time_limit(
+    cluster: Cluster, submit: Submit, elsewhere: Path, alone: Callable[..., list]
+) -> None:
+    """Nobody warns: the run ends by itself when a step and a save might not fit any more."""
+    sets, steps = ("optimizer.learning_rate=1e-6", "training.stop_margin=90"), 10**6
+    job = submit(("--nodes=4", "--time=3", "--signal=URG@1"), *sets, steps=steps)
+    wait_for_step(cluster, job, elsewhere, 1)
+    end = time.monotonic() + 200
+    while "to be started again; requeued" not in log_of(elsewhere):
+        assert time.monotonic() < end, log_of(elsewhere)
+        time.sleep(0.2)
+    (step,) = re.findall(INTERRUPTED.format("the time limit is near"), log_of(elsewhere))
+    wait_for_step(cluster, job, elsewhere, int(step) + 3)
+    assert cluster.state(job)["Restarts"] == "1"
+    cluster.command("scancel", str(job))
+    cluster.wait(job, 60)
+    assert saved_at(elsewhere, "the time limit is near") == int(step)
+    assert codes(elsewhere)[0] == REQUEUE
+    until = int(step) + 3
+    expected = alone(*sets, steps=steps, until=until)
+    np.testing.assert_allclose(curve(elsewhere / "run")[:until], expected, rtol=1e-4)
+
+
+def test_a_node_is_lost_in_a_step(
+    cluster: Cluster, submit: Submit, elsewhere: Path, alone: Callable[..., list]
+) -> None:
+    """The job comes back on the ninth node."""
+    job = submit(("--nodes=8",), "checkpoint.every=4")
+    wait_for_step(cluster, job, elsewhere, 6)
+    nodes = names(cluster, job)
+    (ninth,) = {f"n{number}" for number in range(1, 10)} - set(nodes)
+    cluster.lose(nodes[-1])
+    try:
+        state = cluster.wait(job, 300)
+        log = log_of(elsewhere)
+        assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), log
+        assert set(names(cluster, job)) == {*nodes[:-1], ninth}
+        assert re.search(r"rank \d lost its connection to the others at step \d+: ", log)
+        assert "Traceback" not in log
+        np.testing.assert_allclose(curve(elsewhere / "run"), alone(), rtol=1e-4)
+    finally:
+        cluster.start_node(nodes[-1])
+
+
+def test_a_job_of_fewer_nodes_goes_on_in_another_layout(
+    cluster: Cluster, submit: Submit, elsewhere: Path, alone: Callable[..., list]
+) -> None:
+    """8 ranks, then 7 nodes, of which 4 fit the batch: 3 are left idle."""
+    spare = ("NodeName=n9", "State=DRAIN", "Reason=spare")
+    cluster.command("scontrol", "update", *spare)
+    lost = None
+    try:
+        elastic = ("parallel.elastic=true", "checkpoint.every=4", "training.global_batch_size=4")
+        job = submit(("--nodes=4-8",), *elastic)
+        wait_for_step(cluster, job, elsewhere, 6)
+        lost = names(cluster, job)[3]
+        cluster.lose(lost)
+        state = cluster.wait(job, 300)
+        log = log_of(elsewhere)
+        assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), log
+        assert "parallel.elastic: going on with 4 of 7 processes: --set parallel.tensor=2" in log
+        manifest = elsewhere / "run" / "checkpoints" / f"step-{STEPS:08}" / "manifest.json"
+        layout = json.loads(manifest.read_text())["layout"]
+        assert {key: layout[key] for key in ("tensor", "pipeline", "data")} == {
+            "tensor": 2, "pipeline": 2, "data": 1,
+        }  # fmt: skip
+        assert LOST in codes(elsewhere) or state["Restarts"] == "1"
+        np.testing.assert_allclose(curve(elsewhere / "run"), alone(), rtol=1e-4)
+    finally:
+        cluster.command("scontrol", "update", "NodeName=n9", "State=RESUME")
+        if lost:
+            cluster.start_node(lost)
+
+
+def names(cluster: Cluster, job: int) -> list[str]:
+    """Of the nodes of a job."""
+    listed = cluster.state(job)["NodeList"]
+    return cluster.command("scontrol", "show", "hostnames", listed).split()
