@@ -1,7 +1,8 @@
 #!/bin/bash
-# Score a checkpoint on held-out text: sbatch slurm/evaluate.sh RUN_OR_CHECKPOINT [OPTIONS]
+# Score a run, checkpoint by checkpoint, on held-out text: sbatch slurm/evaluate.sh RUN_OR_CHECKPOINT [OPTIONS]
 #
 # The words are those of `hg-scale evaluate`, as in: runs/hg_1b --split test --precision bf16
+# Of a run folder all checkpoints are scored, a line each; of a checkpoint or an export that one.
 #
 # Variables: those of slurm/site.sh.
 #SBATCH --job-name=hg-evaluate
@@ -23,4 +24,5 @@ here=$(dirname "$0")
 . "$here/common.sh" evaluate.sh "$@" || exit 2
 
 (($# >= 1)) || hg_die "usage: sbatch slurm/evaluate.sh RUN_OR_CHECKPOINT [OPTIONS]"
+[[ ! -d $1/checkpoints ]] || set -- "$@" --all
 hg_srun 1 -m hg_scale evaluate "$@"

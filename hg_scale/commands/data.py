@@ -23,19 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    import os
-    import sys
-
-    try:
-        code = options.run_data_verb(options)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        print(f"hg-scale data {options.data_verb}: interrupted", file=sys.stderr)
-        return 130
+    return options.run_data_verb(options)
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -42,11 +42,41 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="share the windows out over N processes, a GPU each (default: 1)")  # fmt: skip
     add("--precision", choices=("fp32", "bf16"), default="fp32",
         help="what to compute in (default: fp32)")  # fmt: skip
+    add("--all", action="store_true",
+        help="every whole checkpoint of a run, a line each; --json then is a list")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="also write the figures here")
 
 
 def run(options: argparse.Namespace) -> int:
     _check(options)
+    models = _checkpoints(options.model) if options.all else [options.model]
+    found = []
+    for model in models:
+        subject, score = _score(options, model)
+        found.append(figures(subject, score, options.precision))
+        if options.json:  # first: whoever reads the table may have left
+            options.json.write_text(json.dumps(found if options.all else found[0], indent=2) + "\n")
+        if options.all:
+            print(_in_a_line(subject, score), flush=True)
+        else:
+            _print(subject, score)
+    return 0
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """All whole ones of a run, oldest first."""
+    from hg_scale.checkpoint.find import checkpoints_in, damage
+
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"--all: {run} is not a run folder with checkpoints/")
+    whole = [path for _, path in sorted(checkpoints_in(folder).items()) if not damage(path)]
+    if not whole:
+        raise UserError(f"--all: {folder} holds no whole checkpoint")
+    return whole
+
+
+def _score(options: argparse.Namespace, model: Path) -> tuple[Subject, Score]:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -54,23 +84,18 @@ def run(options: argparse.Namespace) -> int:
 
     stride = options.stride or STRIDE
     task = Task(
-        options.model, options.data, options.split, options.context or options.window,
+        model, options.data, options.split, options.context or options.window,
         min(stride, options.window) if options.window else None,
         options.windows, options.batch, options.precision,
     )  # fmt: skip
     terminal = Console(stderr=True)
     with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         bar = progress.add_task("scoring", total=None)
-        subject, score = evaluate(
+        return evaluate(
             task,
             options.processes,
             lambda tokens, of: progress.update(bar, advance=tokens, total=of),
         )
-    found = figures(subject, score, options.precision)
-    _print(subject, score)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
-    return 0
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -128,6 +153,12 @@ def edges(how: Windows) -> list[int]:
     head = how.length - how.stride or how.length
     powers = [2**i for i in range(head.bit_length()) if 2**i < head]
     return sorted({0, *powers, head, how.length})
+
+
+def _in_a_line(subject: Subject, score: Score) -> str:
+    line = f"step {subject.trained.step:>9,}  {score.bits_per_byte:.4f} bits a byte"
+    spread = score.bits_per_byte * score.byte_interval
+    return line + (f" (95% interval +- {spread:.4f})" if spread == spread else "")
 
 
 def _print(subject: Subject, score: Score) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,37 +116,36 @@ def _write(trained: Trained, prompts: list[bytes], how: Writing, output: Path | 
     from hg_scale.evaluation.generation import in_order, write_texts
 
     readable = [prompt.decode(errors="replace") for prompt in prompts]
-    texts = [""] * len(prompts)
-    try:
-        for piece in _shown(in_order(write_texts(trained, prompts, how)), readable):
-            texts[piece.row] += piece.text
-    except BrokenPipeError:  # behind `head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    if output:
-        lines = [json.dumps({"prompt": p, "text": t}) for p, t in zip(readable, texts, strict=True)]
-        output.write_text("\n".join(lines) + "\n")
+    text, row = "", -1
+    with output.open("w") if output else nullcontext() as file:
+        for piece in in_order(write_texts(trained, prompts, how)):
+            try:
+                _show(piece, readable, first=piece.row != row)
+            except BrokenPipeError:  # behind `head`: nobody reads on
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                if not file:
+                    return 0
+            text, row = piece.text if piece.row != row else text + piece.text, piece.row
+            if file and piece.last:  # a line is there when its text is made
+                file.write(json.dumps({"prompt": readable[row], "text": text}) + "\n")
+                file.flush()
     return 0
 
 
-def _shown(pieces: Iterator[Piece], prompts: list[str]) -> Iterator[Piece]:
-    """The pieces, which stand on the terminal when they are passed on."""
+def _show(piece: Piece, prompts: list[str], first: bool) -> None:
+    """Put a piece on the terminal, after its prompt where it is the first of its text."""
     from hg_scale.data.inspection import printable
 
     out = sys.stdout
     if hasattr(out, "reconfigure"):
         out.reconfigure(errors="replace")
-    row = -1
-    for piece in pieces:
-        if piece.row != row:
-            row = piece.row
-            if len(prompts) > 1:
-                head = " ".join(prompts[row].split())[:_HEADER]
-                out.write(f"--- {row + 1} of {len(prompts)}: {printable(head)}\n")
-            out.write(printable(prompts[row]))
-        out.write(printable(piece.text) + ("\n" if piece.last else ""))
-        out.flush()
-        yield piece
+    if first:
+        if len(prompts) > 1:
+            head = " ".join(prompts[piece.row].split())[:_HEADER]
+            out.write(f"--- {piece.row + 1} of {len(prompts)}: {printable(head)}\n")
+        out.write(printable(prompts[piece.row]))
+    out.write(printable(piece.text) + ("\n" if piece.last else ""))
+    out.flush()
 
 
 def _draw(
@@ -174,7 +173,8 @@ def _draw(
     given = given or [np.empty(0, np.uint8)] * count
     images: list[np.ndarray] = [np.empty(0)] * len(given)
     work = len(given) * (math.prod(shape) - given[0].size)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    terminal = Console(stderr=True)
+    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         task = progress.add_task("drawing", total=work)
         for row, image in draw_images(trained, given, how):
             progress.advance(task)

@@ -60,10 +60,10 @@ def run(options: argparse.Namespace) -> int:
             f"--tasks: the data of {', '.join(names)} cannot be had ({why}); without a network "
             "they must have been fetched before"
         ) from None
-    print(make_table(results))
     if options.json:
         text = json.dumps(results["results"], indent=2, default=str)
         options.json.write_text(text + "\n")
+    print(make_table(results))
     return 0
 
 

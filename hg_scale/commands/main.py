@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -30,7 +31,10 @@ VERBS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns its exit code (2: wrong usage or configuration)."""
+    """Run a verb; returns its exit code.
+
+    2: wrong usage or configuration, 130: interrupted, 141: nobody reads on.
+    """
     parser = argparse.ArgumentParser(
         prog="hg-scale",
         description="Train hierarchical (Hourglass) Transformer language models.",
@@ -44,10 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb.set_defaults(run_verb=module.run)
     options = parser.parse_args(arguments)
     try:
-        return options.run_verb(options)
+        code = options.run_verb(options)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"hg-scale {options.verb}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print(f"hg-scale {options.verb}: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -82,6 +83,7 @@ def _checkpoint(folder: Path, data: str | None) -> Trained:
         raise UserError(f"{checkpoint}: {fault}; use another checkpoint")
     config = parse_config({"model": manifest["config"]["model"]}, source=str(checkpoint))
     index = read_index(data) if data else _index_of(manifest["config"].get("data", {}), checkpoint)
+    refuse_other_tokenizer(index, manifest.get("tokenizer"), checkpoint)
     model = load_model(config.model, checkpoint)
     return Trained(model, checkpoint, manifest["step"], index, index.open_tokenizer)
 
@@ -100,15 +102,23 @@ def _export(folder: Path, data: str | None) -> Trained:
         return load_tokenizer(identity, file.read_bytes() if file.is_file() else None)
 
     if index is not None:
-        theirs = index.tokenizer.model_dump()
-        if ours is not None and ours != theirs:
-            raise UserError(
-                f"{data}: made with another tokenizer ({theirs['name']}, vocabulary "
-                f"{theirs['vocab_size']}) than {folder} ({ours['name']}, vocabulary "
-                f"{ours['vocab_size']}); prepare the text again with the tokenizer of the export"
-            )
+        refuse_other_tokenizer(index, ours, folder)
         open_tokenizer = index.open_tokenizer
     return Trained(load_export(folder), folder, source.step, index, open_tokenizer)
+
+
+def refuse_other_tokenizer(index: Index, ours: dict[str, Any] | None, model: Path) -> None:
+    """Raise UserError where the data was made with another tokenizer than the model's, if known.
+
+    Scores would be numbers that look right.
+    """
+    theirs = index.tokenizer.model_dump()
+    if ours is not None and ours != theirs:
+        raise UserError(
+            f"{index.location}: made with another tokenizer ({theirs['name']}, vocabulary "
+            f"{theirs['vocab_size']}) than {model} ({ours['name']}, vocabulary "
+            f"{ours['vocab_size']}); prepare the text again with the tokenizer of the model"
+        )
 
 
 def _index_of(section: dict[str, object], checkpoint: Path) -> Index:

@@ -95,6 +95,46 @@ def test_text_is_shown_as_it_is_made(run: Path, monkeypatch: pytest.MonkeyPatch)
     assert lengths == sorted(lengths) and len(set(lengths)) > 3
 
 
+def test_what_was_made_is_kept_when_nobody_reads_on(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Closed(io.StringIO):
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+        def fileno(self) -> int:
+            return opened
+
+    with open(tmp_path / "nobody", "w") as nobody:
+        opened = nobody.fileno()
+        monkeypatch.setattr(sys, "stdout", Closed())
+        output = tmp_path / "texts.jsonl"
+        words = ["--count", "2", "--tokens", "5", "--output", str(output)]
+        main(["generate", str(run), "--prompt", "the", *words])
+    assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == ["the"] * 2
+
+
+def test_data_of_another_tokenizer_is_refused(
+    run: Path, digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = digits.parent / "shards"
+    for verb in (["generate", "--tokens", "3"], ["evaluate", "--windows", "2"]):
+        assert main([verb[0], str(run), "--data", str(shards), *verb[1:]]) == 2
+        assert f"{shards}: made with another tokenizer (" in capsys.readouterr().err
+
+
+def test_all_checkpoints_are_scored(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--windows", "2", "--json", str(tmp_path / "scores.json")]
+    assert main(["evaluate", str(run), "--all", *words]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    (score,) = json.loads((tmp_path / "scores.json").read_text())
+    assert line.startswith("step         6  ") and f"{score['bits_per_byte']:.4f} bits" in line
+    assert main(["evaluate", str(find_latest(run / "checkpoints")), "--all"]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
+
+
 def test_it_needs_neither_megatron_nor_deepspeed(run: Path) -> None:
     """They can be absent: an import of either would raise."""
     code = (

@@ -115,7 +115,7 @@ def test_data_is_prepared_by_the_tasks_of_srun(
     assert sum(split["documents"] for split in index["splits"].values()) == 30
 
 
-def test_a_checkpoint_is_scored_by_a_job(
+def test_a_run_is_scored_by_a_job(
     cluster: Cluster, job_environment: Environment, elsewhere: Path, config: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -125,7 +125,9 @@ def test_a_checkpoint_is_scored_by_a_job(
     options = ("--windows", "8", "--json", "score.json")
     job = cluster.submit(*words, *options, folder=elsewhere, environment=job_environment)
     assert cluster.wait(job, 240)["JobState"] == "COMPLETED", log_of(elsewhere)
-    bits = json.loads((elsewhere / "score.json").read_text())["bits_per_byte"]
+    scores = json.loads((elsewhere / "score.json").read_text())
+    assert [score["step"] for score in scores] == [6]  # the one checkpoint that there is
+    bits = scores[-1]["bits_per_byte"]
     held_out = [r for r in records(run) if "validation_bits_per_byte" in r]
     assert bits == pytest.approx(held_out[-1]["validation_bits_per_byte"], rel=1e-5)
 
