@@ -34,7 +34,7 @@ def commands() -> list[str]:
     ]
 
 
-class Parsed(Exception):
+class Parsed(BaseException):
     pass
 
 

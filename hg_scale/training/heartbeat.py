@@ -160,6 +160,8 @@ class Heartbeat:
                 return
 
     def __enter__(self) -> Heartbeat:
+        with suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._thread.start()
         return self
 

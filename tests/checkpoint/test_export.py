@@ -18,10 +18,11 @@ import torch
 from hg_scale.checkpoint import safetensors_file
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.export import export, load_export
-from hg_scale.checkpoint.find import read_manifest, seal
+from hg_scale.checkpoint.find import read_manifest
 from hg_scale.checkpoint.fragments import KINDS
 from hg_scale.checkpoint.load import Reader
 from hg_scale.checkpoint.open import open_source
+from hg_scale.checkpoint.versions import seal
 from hg_scale.checkpoint.write import write_checkpoint
 from hg_scale.commands.main import main
 from hg_scale.config.load import parse_config
