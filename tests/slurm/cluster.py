@@ -77,7 +77,10 @@ class Cluster:
     def lose(self, node: str) -> None:
         """Kill a node's daemon and all that runs on it, as a power cut would."""
         self._processes.pop(node).kill()
-        _kill(_steps_below(self.folder / f"spool-{node}"))
+        steps = _steps_with(self.folder / f"slurmd-{node}.log")
+        if not steps:
+            raise RuntimeError(f"nothing runs on {node} that could be lost")
+        _kill(steps)
 
     def start_node(self, node: str) -> None:
         """Start a node's daemon (again)."""
@@ -98,8 +101,8 @@ class Cluster:
                 process.kill()
                 process.wait()
         self._processes.clear()
-        _kill(_steps_below(self.folder))
-        _wait_until(lambda: not _steps_below(self.folder), 10)
+        _kill(_steps_with(self.folder))
+        _wait_until(lambda: not _steps_with(self.folder), 10)
         _reap_orphans()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -246,8 +249,8 @@ def _reap_orphans() -> None:
                 os.waitpid(int(entry.name), 0)
 
 
-def _steps_below(spool: Path) -> list[int]:
-    """Step daemons of a spool folder (they hold files there open), and all that they started."""
+def _steps_with(path: Path) -> list[int]:
+    """Step daemons that hold `path`, or a file below it, open, and all that they started."""
     parents: dict[int, int] = {}
     roots: set[int] = set()
     for entry in Path("/proc").iterdir():
@@ -261,7 +264,7 @@ def _steps_below(spool: Path) -> list[int]:
             continue
         number = int(entry.name)
         parents[number] = int(stat.rpartition(")")[2].split()[1])
-        if words.startswith(b"slurmstepd") and any(f.startswith(str(spool)) for f in files):
+        if words.startswith(b"slurmstepd") and any(f.startswith(str(path)) for f in files):
             roots.add(number)
     found = set(roots)
     while grown := {child for child, parent in parents.items() if parent in found} - found:
