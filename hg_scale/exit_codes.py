@@ -37,6 +37,8 @@ MEANINGS = {
 
 def meaning(code: int) -> str:
     """A code in words; what a signal ended counts as lost."""
+    if code > 192:  # beyond all signals: of srun's own
+        return MEANINGS[LOST]
     if code > 128:
         return f"{MEANINGS[LOST]} (signal {code - 128})"
     return MEANINGS.get(code, f"unknown exit code {code}")

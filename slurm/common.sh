@@ -205,7 +205,9 @@ hg_end() {
     76) hg_requeue "$run" 76 "lost a rank or a node" ;;
     77) hg_finish "$run" 77 "gave up: not requeued" ;;
     *)
-      if ((code > 128)); then
+      if ((code > 192)); then # of srun's own, as 255 where a node took the step with it
+        hg_requeue "$run" "$code" "lost a rank or a node"
+      elif ((code > 128)); then
         hg_requeue "$run" "$code" "a rank was ended by signal $((code - 128))"
       else
         hg_finish "$run" "$code" "failed: see above, and $run/logs; not requeued"

@@ -86,6 +86,18 @@ class Cluster:
         """Start a node's daemon (again)."""
         self._start(node, "slurmd", "-D", "-N", node)
 
+    def wait_for_idle(self, nodes: int) -> bool:
+        """Whether so many nodes are idle, within a minute."""
+
+        def are_idle() -> bool:
+            told = subprocess.run(
+                ["sinfo", "--noheader", "--partition=main", "--format=%t %D"],
+                env=self._environment(), capture_output=True, text=True, timeout=30, check=False,
+            )  # fmt: skip
+            return f"idle {nodes}" in told.stdout.splitlines()
+
+        return _wait_until(are_idle, 60)
+
     def stop(self) -> None:
         """End the jobs, then every daemon, and remove the folder."""
         if self._alive("slurmctld"):
@@ -178,14 +190,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 Preempt
         for number in range(1, NODES + 1):
             self.start_node(f"n{number}")
 
-        def all_idle() -> bool:
-            told = subprocess.run(
-                ["sinfo", "--noheader", "--partition=main", "--format=%t %D"],
-                env=self._environment(), capture_output=True, text=True, timeout=30, check=False,
-            )  # fmt: skip
-            return told.stdout.split() == ["idle", str(NODES)]
-
-        if not _wait_until(all_idle, 60):
+        if not self.wait_for_idle(NODES):
             logs = "".join(p.read_text()[-2000:] for p in sorted(folder.glob("slurm*.log"))[:2])
             raise RuntimeError(f"the cluster did not come up:\n{logs}")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hg_scale.exit_codes import LOST, REQUEUE
+from hg_scale.exit_codes import REQUEUE
 from tests.runs import curve, records, train
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import launcher, log_of
@@ -35,7 +35,7 @@ def submit(
         words = [word for key in keys for word in ("--set", key)]
         jobs.append(
             cluster.submit(
-                *options, "--ntasks-per-node=1", launcher("train_64gpu.sh"), *words,
+                "--ntasks-per-node=1", *options, launcher("train_64gpu.sh"), *words,
                 folder=elsewhere,
                 environment={**job_environment, "CONFIG": str(tiny_3d), "RUN": "run"},
             )
@@ -171,31 +171,54 @@ def test_a_node_is_lost_in_a_step(
 def test_a_job_of_fewer_nodes_goes_on_in_another_layout(
     cluster: Cluster, submit: Submit, elsewhere: Path, alone: Callable[..., list]
 ) -> None:
-    """8 ranks, then 7 nodes, of which 4 fit the batch: 3 are left idle."""
-    spare = ("NodeName=n9", "State=DRAIN", "Reason=spare")
-    cluster.command("scontrol", "update", *spare)
+    """8 ranks on 4 nodes, of which one is lost: 6 ranks, in a longer pipeline.
+
+    Two ranks a node: of `--nodes=2-4` with one each, Slurm would give 2, one for each of 2 tasks.
+    """
+    spare = "n[5-9]"
+    cluster.command("scontrol", "update", f"NodeName={spare}", "State=DRAIN", "Reason=spare")
     lost = None
     try:
-        elastic = ("parallel.elastic=true", "checkpoint.every=4", "training.global_batch_size=4")
-        job = submit(("--nodes=4-8",), *elastic)
+        assert cluster.wait_for_idle(4)
+        keys = ("parallel.elastic=true", "checkpoint.every=4", "training.global_batch_size=4")
+        job = submit(("--nodes=2-4", "--ntasks-per-node=2", "--cpus-per-task=4"), *keys)
         wait_for_step(cluster, job, elsewhere, 6)
-        lost = names(cluster, job)[3]
+        lost = names(cluster, job)[-1]
         cluster.lose(lost)
+        # Slurm 22.05 keeps the number of tasks of the first start, and would wait for the node.
+        cluster.wait_for(job, {"PENDING"}, 90)
+        cluster.command("scontrol", "update", f"JobId={job}", "NumTasks=4")
         state = cluster.wait(job, 300)
         log = log_of(elsewhere)
         assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), log
-        assert "parallel.elastic: going on with 4 of 7 processes: --set parallel.tensor=2" in log
-        manifest = elsewhere / "run" / "checkpoints" / f"step-{STEPS:08}" / "manifest.json"
-        layout = json.loads(manifest.read_text())["layout"]
-        assert {key: layout[key] for key in ("tensor", "pipeline", "data")} == {
-            "tensor": 2, "pipeline": 2, "data": 1,
-        }  # fmt: skip
-        assert LOST in codes(elsewhere) or state["Restarts"] == "1"
+        assert "8 processes: tensor 2 x pipeline 2 x data 2" in log
+        assert "parallel.elastic: going on with 6 of 6 processes: --set parallel.tensor=2" in log
+        assert layout_of(elsewhere) == (2, 3, 1)
         np.testing.assert_allclose(curve(elsewhere / "run"), alone(), rtol=1e-4)
     finally:
-        cluster.command("scontrol", "update", "NodeName=n9", "State=RESUME")
+        cluster.command("scontrol", "update", f"NodeName={spare}", "State=RESUME")
         if lost:
             cluster.start_node(lost)
+
+
+def test_tasks_that_fit_no_layout_are_left_idle(
+    cluster: Cluster, submit: Submit, elsewhere: Path, alone: Callable[..., list]
+) -> None:
+    keys = ("parallel.elastic=true", "training.global_batch_size=4")
+    job = submit(("--nodes=5",), *keys, steps=6)
+    state = cluster.wait(job, 240)
+    log = log_of(elsewhere)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "0"), log
+    assert "parallel.elastic: going on with 4 of 5 processes: --set parallel.tensor=2" in log
+    assert layout_of(elsewhere, 6) == (2, 2, 1)
+    np.testing.assert_allclose(curve(elsewhere / "run"), alone(steps=6), rtol=1e-4)
+
+
+def layout_of(folder: Path, step: int = STEPS) -> tuple[int, int, int]:
+    """Tensor, pipeline and data size of the run that wrote a checkpoint."""
+    manifest = folder / "run" / "checkpoints" / f"step-{step:08}" / "manifest.json"
+    layout = json.loads(manifest.read_text())["layout"]
+    return layout["tensor"], layout["pipeline"], layout["data"]
 
 
 def names(cluster: Cluster, job: int) -> list[str]:
