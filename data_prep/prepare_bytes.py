@@ -39,7 +39,7 @@ def main() -> int:
         default=Preparation.split,
         metavar="TRAIN,VALIDATION,TEST",
         help="fractions that add up to 1, or (for a file) bytes taken from its start one after the "
-        "other (default: 0.9,0.05,0.05)",
+        "other; what is left then stays out (default: 0.9,0.05,0.05)",
     )
     command_line.add_file_options(parser)
     command_line.add_shard_options(parser, chunk=Preparation.chunk_tokens)

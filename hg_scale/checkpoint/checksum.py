@@ -18,6 +18,7 @@ import xxhash
 from hg_scale.checkpoint.jobs import Report, run_jobs
 
 ALGORITHM = "xxh3_128"
+CHANGED = "changed since it was written (checksum differs)"
 
 
 class Digest(Protocol):
@@ -77,6 +78,3 @@ def changed_files(
         report.advance(entry["bytes"])
         if changed:
             yield f"{checkpoint / entry['name']}: {CHANGED}"
-
-
-CHANGED = "changed since it was written (checksum differs)"

@@ -54,14 +54,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     _check(options)
-    import torch
 
     from hg_scale.evaluation.generation import Writing, document_shape
     from hg_scale.evaluation.trained import load_trained
     from hg_scale.model.sampling import Sampling
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
-    trained = load_trained(options.model, options.data, dtype)
+    trained = load_trained(options.model, options.data, options.precision)
     how = Writing(
         Sampling(options.temperature, options.top_k, options.top_p),
         options.tokens, options.seed, options.batch, options.context,

@@ -34,7 +34,6 @@ def run(options: argparse.Namespace) -> int:
         import lm_eval
     except ImportError:
         raise UserError("lm-eval is not installed: pip install 'hg-scale[harness]'") from None
-    import torch
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
@@ -44,8 +43,8 @@ def run(options: argparse.Namespace) -> int:
     manager = TaskManager(include_path=options.include_path)
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         raise UserError(f"--tasks: lm-eval knows no {', '.join(unknown)}; see `lm_eval ls tasks`")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
-    model = HarnessModel(load_trained(options.model, options.data, dtype), options.batch)
+    trained = load_trained(options.model, options.data, options.precision)
+    model = HarnessModel(trained, options.batch)
     try:
         results = lm_eval.simple_evaluate(
             model=model,

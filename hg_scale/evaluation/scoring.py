@@ -89,21 +89,14 @@ class Score:
         return self.nats / log(2) / self.bytes
 
     @property
-    def token_interval(self) -> float:
-        """Half a 95% interval of nats (or bits) a token, as a fraction: see `_interval`."""
-        return self._interval(self.losses.tokens)
-
-    @property
     def byte_interval(self) -> float:
-        """Half a 95% interval of bits a byte, as a fraction: see `_interval`."""
-        return self._interval(self.losses.bytes)
-
-    def _interval(self, sizes: NDArray[np.int64]) -> float:
-        """How far the mean of the source (endless text of this kind) may lie, as a fraction.
+        """Half a 95% interval of bits a byte, as a fraction: how far the mean of the source
+        (endless text of this kind) may lie.
 
         From the spread of up to 30 consecutive pieces (batch means), since neighbouring windows
         are alike; of fewer windows each is a piece. NaN for a single window.
         """
+        sizes = self.losses.bytes
         pieces = min(PIECES, len(sizes))
         if pieces < 2:
             return float("nan")

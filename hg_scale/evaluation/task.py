@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 
+from hg_scale.checkpoint.open import is_export
 from hg_scale.data.evaluation import split_bytes
 from hg_scale.data.index import INDEX_FILE
 from hg_scale.data.protocol import Text, Tokens, Windows
@@ -66,8 +67,7 @@ class Subject:
 def open_subject(task: Task, device: str | None = None) -> Subject:
     """The model and the text of a task. Raises UserError where they do not fit each other."""
     plain = _plain_file(task)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[task.precision]
-    trained = load_trained(task.model, None if plain else task.data, dtype, device)
+    trained = load_trained(task.model, None if plain else task.data, task.precision, device)
     length = task.length or trained.model.config.sequence_length
     how = Windows(length, task.stride or length)
     images = False
@@ -86,7 +86,8 @@ def open_subject(task: Task, device: str | None = None) -> Subject:
     else:
         index = trained.index
         if index is None:
-            raise UserError(f"{task.model}: an export names no data; give --data SHARDS or FILE")
+            why = "an export names no data" if is_export(task.model) else "its data is not there"
+            raise UserError(f"{task.model}: {why}; give --data SHARDS or FILE")
         split = task.split or "test"
         text, tokens = SplitReader(index, split), index.split(split).tokens
         size = split_bytes(index, split)

@@ -15,11 +15,13 @@ from hg_scale.checkpoint.load import read_parameters
 from hg_scale.checkpoint.open import is_export
 from hg_scale.checkpoint.source import ExportSource
 from hg_scale.config.load import parse_config
-from hg_scale.config.schema import ModelConfig
+from hg_scale.config.schema import ModelConfig, Precision
 from hg_scale.data.index import Index, read_index
 from hg_scale.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerIdentity, load_tokenizer
 from hg_scale.errors import UserError
 from hg_scale.model.hourglass import Hourglass
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Trained:
 def load_trained(
     folder: Path,
     data: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    precision: Precision = "fp32",
     device: str | None = None,
 ) -> Trained:
     """The newest checkpoint of a run folder, a checkpoint folder, or an export.
@@ -63,7 +65,7 @@ def load_trained(
             f"{index.location}: has {index.vocab_size} kinds of tokens, the model of "
             f"{trained.path} knows {known}; name the data it was trained on with --data"
         )
-    trained.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+    trained.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), _DTYPES[precision])
     return trained
 
 
@@ -82,10 +84,31 @@ def _checkpoint(folder: Path, data: str | None) -> Trained:
     if fault := content_damage(checkpoint):
         raise UserError(f"{checkpoint}: {fault}; use another checkpoint")
     config = parse_config({"model": manifest["config"]["model"]}, source=str(checkpoint))
-    index = read_index(data) if data else _index_of(manifest["config"].get("data", {}), checkpoint)
-    refuse_other_tokenizer(index, manifest.get("tokenizer"), checkpoint)
+    ours, step = manifest.get("tokenizer"), manifest["step"]
+    try:
+        index = (
+            read_index(data) if data else _index_of(manifest["config"].get("data", {}), checkpoint)
+        )
+    except UserError:
+        tokenizer = None if data else _without_a_file(ours)
+        if tokenizer is None:
+            raise
+        return Trained(
+            load_model(config.model, checkpoint), checkpoint, step, None, lambda: tokenizer
+        )
+    refuse_other_tokenizer(index, ours, checkpoint)
     model = load_model(config.model, checkpoint)
-    return Trained(model, checkpoint, manifest["step"], index, index.open_tokenizer)
+    return Trained(model, checkpoint, step, index, index.open_tokenizer)
+
+
+def _without_a_file(identity: dict[str, Any] | None) -> Tokenizer | None:
+    """The tokenizer of a manifest where it needs nothing of the corpus, as bytes do.
+
+    Bytes without an end of documents are left out: they may be images.
+    """
+    if not identity or identity["name"] != "bytes" or identity["eod"] is None:
+        return None
+    return load_tokenizer(TokenizerIdentity.model_validate(identity))
 
 
 def _export(folder: Path, data: str | None) -> Trained:

@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import torch
 
-Precision = Literal["fp32", "bf16"]
+from hg_scale.config.schema import Precision
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MEASURING_SECONDS = 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from hg_scale.checkpoint.find import find_latest
+from hg_scale.checkpoint.versions import seal
 from hg_scale.commands.main import main
 from tests.runs import TINY, train_in
 from tests.shared import ROOT
@@ -121,6 +123,25 @@ def test_data_of_another_tokenizer_is_refused(
     for verb in (["generate", "--tokens", "3"], ["evaluate", "--windows", "2"]):
         assert main([verb[0], str(run), "--data", str(shards), *verb[1:]]) == 2
         assert f"{shards}: made with another tokenizer (" in capsys.readouterr().err
+
+
+def test_a_run_of_bytes_is_used_where_its_corpus_is_not_at_hand(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = find_latest(run / "checkpoints")
+    assert checkpoint
+    alone = tmp_path / "run" / "checkpoints" / checkpoint.name
+    shutil.copytree(checkpoint, alone)
+    manifest = json.loads((alone / "manifest.json").read_text())
+    manifest["config"]["data"]["path"] = str(tmp_path / "gone")
+    (alone / "manifest.json").write_text(json.dumps(seal(manifest)))
+    told = []
+    for model in (run, tmp_path / "run"):
+        assert main(["generate", str(model), "--prompt", "the", "--tokens", "9"]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] != ""
+    assert main(["evaluate", str(tmp_path / "run")]) == 2
+    assert "its data is not there; give --data SHARDS or FILE" in capsys.readouterr().err
 
 
 def test_all_checkpoints_are_scored(
