@@ -104,3 +104,10 @@ def test_common_sh_treats_the_exit_codes_as_they_are_meant() -> None:
     docs = (ROOT / "docs" / "slurm.md").read_text()
     for code in exit_codes.MEANINGS:
         assert re.search(rf"^\| {code} \|", docs, re.MULTILINE), f"{code} is not in docs/slurm.md"
+
+
+def test_codes_beyond_those_of_training_are_told_too() -> None:
+    """srun gives 128 and the signal of a killed rank, and 255 where a node took the step along."""
+    assert exit_codes.meaning(137) == "lost a rank or a node (signal 9)"
+    assert exit_codes.meaning(255) == "lost a rank or a node"
+    assert exit_codes.starts_again(137) and exit_codes.starts_again(255)
