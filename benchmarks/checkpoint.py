@@ -81,7 +81,7 @@ def write_plainly(path: Path, data: memoryview) -> None:
 
 def benchmark_save(options: Options, folder: Path, report: Report) -> None:
     from hg_scale.checkpoint.find import checkpoints_in
-    from hg_scale.training.loop import Progress
+    from hg_scale.training.progress import Progress
     from hg_scale.training.saver import Saver
     from hg_scale.training.state import save_state
 
@@ -128,7 +128,7 @@ def benchmark_save(options: Options, folder: Path, report: Report) -> None:
 
 
 def benchmark_load(options: Options, folder: Path, report: Report) -> None:
-    from hg_scale.training.loop import Progress
+    from hg_scale.training.progress import Progress
     from hg_scale.training.state import load_state, save_state
 
     times: dict[int, list[float]] = {1: [], 2: []}

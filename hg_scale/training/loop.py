@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import log, nan
 from pathlib import Path
 from time import perf_counter
@@ -18,6 +18,7 @@ from hg_scale.training.held_out import HeldOut
 from hg_scale.training.interruption import Interruption
 from hg_scale.training.metrics import StepTimer, memory_usage
 from hg_scale.training.profiling import StepProfiler
+from hg_scale.training.progress import Progress
 from hg_scale.training.watch import Watch
 
 if TYPE_CHECKING:
@@ -26,16 +27,6 @@ if TYPE_CHECKING:
 
 LN2 = log(2)
 Record = dict[str, Any]
-
-
-@dataclass
-class Progress:
-    """Where training stands: what a checkpoint carries beside weights and optimizer."""
-
-    step: int = 0
-    position: int = 0  # in the data, in tokens over all ranks
-    skipped: int = 0  # bad steps, whose update was not made
-    data: dict[str, Any] = field(default_factory=dict)  # of the schedule: `Batches.state`
 
 
 @dataclass(frozen=True)

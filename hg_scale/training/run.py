@@ -30,8 +30,9 @@ from hg_scale.training.device import peak_flops
 from hg_scale.training.endings import Lost, clear_end, in_a_line, tell, write_end
 from hg_scale.training.held_out import HeldOut
 from hg_scale.training.interruption import Interruption, end_of_job
-from hg_scale.training.loop import Parts, Progress, training_loop
+from hg_scale.training.loop import Parts, training_loop
 from hg_scale.training.profiling import StepProfiler
+from hg_scale.training.progress import Progress
 from hg_scale.training.run_lock import RunLock
 from hg_scale.training.run_log import RunLog
 from hg_scale.training.saver import Saver

@@ -28,7 +28,7 @@ from hg_scale.config.schema import Config
 from hg_scale.parallel.timeouts import LONG
 from hg_scale.training.agreement import stop_all
 from hg_scale.training.endings import lost_connection
-from hg_scale.training.loop import Progress
+from hg_scale.training.progress import Progress
 from hg_scale.training.state import describe_state, written_here
 
 if TYPE_CHECKING:

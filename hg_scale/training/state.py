@@ -22,7 +22,7 @@ from hg_scale.checkpoint.save import save
 from hg_scale.checkpoint.source import parameter_shapes
 from hg_scale.config.errors import ConfigError, Problem
 from hg_scale.config.schema import FREE_MODEL_KEYS, Config, ModelConfig
-from hg_scale.training.loop import Progress
+from hg_scale.training.progress import Progress
 
 if TYPE_CHECKING:
     from hg_scale.training.engine import Engine

@@ -162,7 +162,7 @@ def deepspeed_writes(tree: dict[str, Any], folder: Path) -> None:
     from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
-    from hg_scale.training.loop import Progress as Where
+    from hg_scale.training.progress import Progress as Where
     from hg_scale.training.state import save_state
 
     engine, config = engine_of(tree)

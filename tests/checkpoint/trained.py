@@ -42,7 +42,7 @@ def make(worlds: Worlds, kind: str, folder: Path) -> Trained:
 
 def train_and_save(tree: dict[str, Any], folder: Path) -> tuple[Path, list[float]]:
     """Train, save, and train on."""
-    from hg_scale.training.loop import Progress
+    from hg_scale.training.progress import Progress
     from hg_scale.training.state import save_state
 
     engine, config = engine_of(tree)

@@ -52,7 +52,7 @@ def steps(folder: Path) -> list[int]:
 def save_and_train(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Saves at steps 1 and 2, each held back until two more steps are done; one at once."""
     from hg_scale.training import saver as module
-    from hg_scale.training.loop import Progress
+    from hg_scale.training.progress import Progress
 
     run = Run(tree)
     go_on, order = threading.Event(), []
@@ -296,7 +296,7 @@ def test_a_quota_of_one_rank(worlds: Worlds, config: Path, tmp_path: Path) -> No
 
 def without_memory(tree: dict[str, Any], folder: Path) -> list[str]:
     """A save for whose copy one rank lacks the memory, and one that finds it."""
-    from hg_scale.training.loop import Progress
+    from hg_scale.training.progress import Progress
     from hg_scale.training.saver import Saver
 
     told: list[str] = []
