@@ -123,6 +123,7 @@ def run(name: str, work: Callable[[Progress], None], place: Place | None = None)
     try:
         with Progress(sys.stderr if place.rank == 0 else None) as progress:
             work(progress)
+        sys.stdout.flush()  # here, where it is known what a reader who has left means
         return 0
     except Stopped as error:
         print(f"{who}stopped: {error}", file=sys.stderr, flush=True)
