@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs
 from hg_scale.data.preparation import command_line
 from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
 from hg_scale.data.preparation.place import find_place
+from hg_scale.data.preparation.sources import text_length
 from hg_scale.data.progress import Progress
 
 
@@ -54,6 +55,8 @@ def main() -> int:
         job = Preparation(**options)
         index, written = prepare_bytes(job, progress)
         command_line.report(job.output, index, written, time.perf_counter() - start)
+        if written and job.by_size and (rest := text_length(job.input) - sum(job.split)):
+            print(f"  {rest:,} bytes after these are in no split: --split takes no more")
 
     return command_line.run("prepare_bytes", work)
 

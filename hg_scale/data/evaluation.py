@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hg_scale.data.index import Index
+from hg_scale.data.protocol import IGNORED, Windows, batches
 from hg_scale.data.shards import Patience, SplitReader
-
-IGNORED = -1  # label of a position that does not count
 
 
 def evaluation_windows(
@@ -34,26 +34,28 @@ def evaluation_windows(
     Raises DataError where the split is empty or a shard cannot be read.
     """
     reader = SplitReader(index, split, patience)
-    length, tokens = sequence_length, index.split(split).tokens
+    how, tokens = Windows(sequence_length, sequence_length), index.split(split).tokens
     if limit_windows is not None:
-        tokens = min(tokens, limit_windows * length)
-    batches = -(-tokens // (length * rows * data_size))
-    previous = start = index.eod or 0
-    place = data_rank * batches * rows * length
-    if 0 < place < tokens:
-        previous = int(reader.read(place - 1, place)[0])
-    for _ in range(batches):
-        labels = np.full(rows * length, IGNORED, np.int64)
-        inputs = np.zeros(rows * length, np.int64)
-        here = max(0, min(len(labels), tokens - place))
-        if here:
-            labels[:here] = reader.read(place, place + here)
-            inputs[0], inputs[1:here] = previous, labels[: here - 1]
-            previous = int(labels[here - 1])
-        place += len(labels)
-        if index.document_tokens == length:
-            inputs[::length] = start
-        yield inputs.reshape(rows, length), labels.reshape(rows, length)
+        tokens = min(tokens, limit_windows * sequence_length)
+    windows = how.count(tokens)
+    share = -(-windows // (rows * data_size)) * rows  # windows of a rank
+    found = batches(
+        reader,
+        tokens,
+        how,
+        rows=rows,
+        begin=index.eod or 0,
+        separate=index.document_tokens == sequence_length,
+        first=min(data_rank * share, windows),
+        last=min((data_rank + 1) * share, windows),
+    )
+    for _ in range(share // rows):
+        inputs = np.zeros((rows, sequence_length), np.int64)
+        labels = np.full((rows, sequence_length), IGNORED, np.int64)
+        for part in islice(found, 1):  # none where the text has ended before this rank's share
+            filled = np.s_[: part[0].shape[0], : part[0].shape[1]]
+            inputs[filled], labels[filled] = part
+        yield inputs, labels
 
 
 def split_text(index: Index, split: str, limit: int | None = None) -> bytes:

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hg_scale.data.evaluation import IGNORED
+IGNORED = -1  # label of a position that does not count
 
 
 class Window(NamedTuple):

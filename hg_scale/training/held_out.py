@@ -13,8 +13,9 @@ from torch import Tensor
 
 from hg_scale.config.schema import Config
 from hg_scale.data.errors import DataError
-from hg_scale.data.evaluation import IGNORED, evaluation_windows, split_bytes
+from hg_scale.data.evaluation import evaluation_windows, split_bytes
 from hg_scale.data.index import Index
+from hg_scale.data.protocol import IGNORED
 from hg_scale.data.schedule import Source
 from hg_scale.data.shards import SplitReader
 from hg_scale.parallel.mesh import Mesh

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -136,7 +137,7 @@ def run(name: str, work: Callable[[Progress], None], place: Place | None = None)
         return 0
     except OSError as error:  # of the output: sources raise DataError
         print(
-            f"{who}{error}; make room or choose another --output, and start again",
+            f"{who}{error}; {_remedy(error)}, and start again",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         code = 2
@@ -154,6 +155,11 @@ def run(name: str, work: Callable[[Progress], None], place: Place | None = None)
         time.sleep(_GRACE)
         place.world.Abort(code)
     return code
+
+
+def _remedy(error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "make room or choose another --output" if full else "choose another --output"
 
 
 def report(output: Path, index: Index, written: bool, seconds: float) -> None:

@@ -97,7 +97,7 @@ class ImageCorpus:
         file = self.files[segment.file]
         path = Path(file.path)
         if path.suffix.lower() in PICTURES:
-            images = iter([(0, *read_picture(path))])
+            images = iter([(0, *_picture(path))])
         else:
             images = read_array(path, self.array, segment.begin, segment.end, advance)
         for place, content, shape in images:
@@ -110,9 +110,16 @@ class ImageCorpus:
 
     def _first_shape(self, path: Path) -> Shape:
         if path.suffix.lower() in PICTURES:
-            return read_picture(path)[1]
+            return _picture(path)[1]
         with _open_array(path, self.array) as (_, shape):
             return _image_shape(shape)
+
+
+def _picture(path: Path) -> tuple[bytes, Shape]:
+    try:
+        return read_picture(path)
+    except DataError as error:
+        raise DataError(f"{error}, or leave it out with --exclude") from None
 
 
 def read_picture(path: Path) -> tuple[bytes, Shape]:
@@ -135,16 +142,13 @@ def read_picture(path: Path) -> tuple[bytes, Shape]:
             if mode not in ("L", "RGB"):
                 raise DataError(
                     f"{path}: is {mode}, which does not fit into 8 bits of gray or RGB without "
-                    "loss; convert it, or leave it out with --exclude"
+                    "loss; convert it"
                 )
             width, height = image.size
             return image.tobytes(), (height, width, 1 if mode == "L" else 3)
     except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"{path}: cannot be read as an image ({reason}); fetch it again, or leave it out with "
-            "--exclude"
-        ) from None
+        raise DataError(f"{path}: cannot be read as an image ({reason}); fetch it again") from None
 
 
 def _png_depth(path: Path) -> int:
@@ -198,8 +202,8 @@ def _open_array(path: Path, name: str | None) -> Iterator[tuple[IO[bytes], tuple
                 chosen = images[0] if len(images) == 1 else None
             if chosen is None:
                 raise DataError(
-                    f"{path}: holds {', '.join(names) or 'nothing'}; say with --array which one "
-                    "the images are"
+                    f"{path}: holds {', '.join(names) or 'nothing'}; expected one array of images, "
+                    "uint8 (N, H, W, 3) or (N, H, W), or its name in prepare_images.py --array"
                 )
             with archive.open(f"{chosen}.npy") as file:
                 yield file, _check_header(path, *_header(file))

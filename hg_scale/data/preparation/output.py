@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ def abandon(folder: Path) -> None:
     """After a mistake of the user's: leave nothing behind, if nothing was done yet."""
     if not something_done(folder):
         clear_work(folder)
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
 
 
 def finish(folder: Path, index: Index, tokenizer: Tokenizer) -> Index:

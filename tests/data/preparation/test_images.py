@@ -145,16 +145,17 @@ def test_pictures_of_another_size_or_kind_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"b\.png: cannot be read as an image") as caught:
         run(tmp_path / "in", tmp_path / "out")
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"a": COLOUR.astype(np.int64)}, r"holds a; say with --array"),
-        ({"a": COLOUR, "b": COLOUR}, r"holds a, b; say with --array"),
+        ({"a": COLOUR.astype(np.int64)}, r"holds a; expected one array"),
+        ({"a": COLOUR, "b": COLOUR}, r"holds a, b; expected one array"),
         ({"a": np.zeros((3, 4, 4, 2), np.uint8)}, r"expected uint8 \(N, H, W, 3\)"),
         ({"a": np.asfortranarray(COLOUR)}, "in Fortran order"),
-        ({}, "holds nothing; say with --array"),
+        ({}, "holds nothing; expected one array"),
     ],
 )
 def test_arrays_that_are_no_images(tmp_path, arrays, message):

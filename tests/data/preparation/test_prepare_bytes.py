@@ -29,6 +29,17 @@ def test_prepares_and_says_when_done(text_file, tmp_path):
     assert sum(split.tokens for split in read_index(tmp_path / "out").splits.values()) == len(TEXT)
 
 
+def test_text_after_a_split_in_bytes_is_told(text_file, tmp_path):
+    result = run("--input", text_file, "--output", "out", "--split", "90000,5000,1", cwd=tmp_path)
+    assert result.returncode == 0 and "5,002 bytes after these are in no split" in result.stdout
+
+
+def test_an_output_that_cannot_be_written(text_file, tmp_path):
+    result = run("--input", text_file, "--output", "/proc/absent", cwd=tmp_path)
+    assert result.returncode == 2 and "choose another --output, and start" in result.stderr
+    assert "make room" not in result.stderr and "Traceback" not in result.stderr
+
+
 def test_folder_with_patterns(tmp_path):
     make_folder(tmp_path / "in")
     result = run(

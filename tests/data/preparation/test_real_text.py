@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hg_scale.data.evaluation import IGNORED, evaluation_windows, split_text
+from hg_scale.data.evaluation import evaluation_windows, split_text
 from hg_scale.data.index import read_index
 from hg_scale.data.inspection import faults_of, tokenizer_line
+from hg_scale.data.protocol import IGNORED
 from hg_scale.data.shards import SplitReader
 from tests.shared import ROOT, shared
 
