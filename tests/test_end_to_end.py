@@ -93,6 +93,13 @@ def test_text_with_a_tokenizer(
         assert main(["generate", str(path), "--prompt", "Füchse", "--tokens", "20"]) == 0
     first, second = capsys.readouterr().out.split("Füchse", 2)[1:]
     assert len(first) > 10 and first == second
+    # The run has kept its tokenizer.
+    shards.rename(tmp_path / "away")
+    assert main(["generate", str(run), "--prompt", "Füchse", "--tokens", "20"]) == 0
+    assert capsys.readouterr().out == f"Füchse{first}"
+    assert evaluate(tmp_path, str(run), "--data", str(text), "--windows", "2") == part
+    assert main(["convert", "export", str(run), str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
 
 
 def test_images(worlds: Worlds, tmp_path: Path) -> None:
@@ -109,6 +116,7 @@ def test_images(worlds: Worlds, tmp_path: Path) -> None:
     assert figures["tokens"] == 64 * read_index(shards).split("test").documents
     assert main(["evaluate", str(run), "--window", "32"]) == 2  # an image is scored on its own
     assert main(["evaluate", str(run), "--data", __file__]) == 2  # no text
+    assert main(["generate", str(run), "--tokens", "9"]) == 2  # an image has its size
     picture = tmp_path / "drawn.png"
     assert main(["generate", str(run), "--count", "4", "--output", str(picture)]) == 0
     with Image.open(picture) as drawn:

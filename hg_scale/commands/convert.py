@@ -162,9 +162,10 @@ def _write_export(options: argparse.Namespace, write: Callable[..., float]) -> i
 
 
 def _tokenizer(source: Source, data: str | None) -> Tokenizer | None:
-    """That of `data`, or of the data that the run was trained on, where that is at hand."""
+    """That of `data`, of the data that the run was trained on, or that the run kept."""
     import sys
 
+    from hg_scale.checkpoint.run_tokenizer import kept_tokenizer
     from hg_scale.checkpoint.source import CheckpointSource
     from hg_scale.data.errors import DataError
     from hg_scale.data.index import is_local, read_index
@@ -181,6 +182,8 @@ def _tokenizer(source: Source, data: str | None) -> Tokenizer | None:
             return read_index(path).open_tokenizer()
     except DataError:
         pass
+    if kept := kept_tokenizer(source.path, source.tokenizer):
+        return kept
     if source.tokenizer is None or source.tokenizer["sha256"]:  # it has a model file
         print(
             f"the data of {source.path} is not at hand, so the tokenizer is left out; give it with "

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 HELP = "write text after a prompt, or draw images, with a trained model"
 
+TOKENS = 500
+MOST_IMAGES = 256  # that one page shows
 _HEADER = 60  # characters of a prompt that head its text
 
 
@@ -28,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--prompt", action="append", metavar="TEXT",
         help="what to go on from; may be repeated (default: a new document)")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="prompts, one a line")
-    add("--tokens", type=int, default=500, metavar="N", help="at most, of a text (default: 500)")
+    add("--tokens", type=int, metavar="N", help=f"at most, of a text (default: {TOKENS})")
     add("--temperature", type=float, default=0.8, metavar="T",
         help="0: always the likeliest token; 1: as the model says (default: 0.8)")  # fmt: skip
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
@@ -36,13 +38,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="draw from the likeliest that have probability P together (default: 1)")  # fmt: skip
     add("--seed", type=int, default=1, help="equal seeds write equal texts (default: 1)")
     add("--count", type=int, default=None, metavar="N",
-        help="texts for each prompt (default: 1), or images (default: 16)")  # fmt: skip
+        help="texts for each prompt or completions of each image (default: 1), or new images "
+        "(default: 16)")  # fmt: skip
     add("--batch", type=int, default=16, metavar="N", help="how many at once (default: 16)")
     add("--context", type=int, metavar="N",
         help="tokens the model sees; when they are full it goes on from the last half "
         "(default: as many as it was trained on)")  # fmt: skip
     add("--complete", type=Path, nargs="+", metavar="IMAGE",
-        help="images (.png, .jpg, .npy, .npz) of which to draw the lower part anew")  # fmt: skip
+        help="images (.png, .jpg, .npy, .npz), of which to draw the lower part anew; at most "
+        f"{MOST_IMAGES}")  # fmt: skip
     add("--keep", type=float, default=0.5, metavar="SHARE",
         help="share of an image that --complete keeps (default: 0.5)")  # fmt: skip
     add("--output", type=Path, metavar="FILE",
@@ -62,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     trained = load_trained(options.model, options.data, options.precision)
     how = Writing(
         Sampling(options.temperature, options.top_k, options.top_p),
-        options.tokens, options.seed, options.batch, options.context,
+        options.tokens or TOKENS, options.seed, options.batch, options.context,
     )  # fmt: skip
     shape = document_shape(trained.index)
     if shape is None:
@@ -74,13 +78,15 @@ def run(options: argparse.Namespace) -> int:
         return _write(trained, _prompts(options), how, options.output)
     if options.prompt or options.prompts:
         raise UserError(f"--prompt is for text; {trained.data} holds images: use --complete")
+    if options.tokens is not None:
+        raise UserError(f"--tokens is for text; {trained.data} holds images of one size")
     return _draw(trained, shape, how, options)
 
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse what cannot be meant."""
     problems = {
-        "--tokens: expected a number above 0": options.tokens < 1,
+        "--tokens: expected a number above 0": options.tokens is not None and options.tokens < 1,
         "--count: expected a number above 0": options.count is not None and options.count < 1,
         "--batch: expected a number above 0": options.batch < 1,
         "--context: expected a number above 1": options.context is not None and options.context < 2,
@@ -164,7 +170,7 @@ def _draw(
 
     path = options.output or Path("samples.png")
     refuse_unwritable(path)
-    originals = read_images(options.complete or [], shape)
+    originals = read_images(options.complete or [], shape, MOST_IMAGES)
     count = options.count or (1 if originals else 16)
     kept = math.floor(options.keep * shape[0]) if originals else 0  # rows of pixels
     given = [image[:kept].reshape(-1) for image in originals for _ in range(count)]

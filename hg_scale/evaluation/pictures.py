@@ -18,12 +18,13 @@ GAP = 2  # pixels between images
 LEAST = 64  # pixels of the longer side of an image on the page; smaller ones are enlarged
 
 
-def read_images(paths: Sequence[Path], shape: tuple[int, int, int]) -> list[Image]:
+def read_images(paths: Sequence[Path], shape: tuple[int, int, int], most: int) -> list[Image]:
     """The images of files as prepare_images.py takes them: .png, .jpg, .npy, .npz.
 
-    Raises UserError where a file cannot be read or an image has another shape.
+    Raises UserError where a file cannot be read, an image has another shape, or there are more
+    than `most`.
     """
-    images = []
+    images: list[Image] = []
     for path in paths:
         if path.suffix.lower() in PICTURES:
             found = iter([read_picture(path)])
@@ -37,6 +38,11 @@ def read_images(paths: Sequence[Path], shape: tuple[int, int, int]) -> list[Imag
                 raise UserError(
                     f"{path}: has shape {its}, the model draws {shape} (height, width, channels); "
                     "scale it first"
+                )
+            if len(images) == most:
+                raise UserError(
+                    f"{path}: with it there are more than {most} images; give a file of those that "
+                    "are meant"
                 )
             images.append(np.frombuffer(pixels, np.uint8).reshape(shape))
     return images

@@ -15,15 +15,12 @@ from hg_scale.data.protocol import Text, Windows, batches
 from hg_scale.model.hourglass import Hourglass
 
 PIECES = 30  # consecutive pieces of the text whose spread gives the interval
-# Half the width of a 95% interval in standard errors (Student's t), by degrees of freedom from 1.
-_STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-_NORMAL_95 = 1.95996
+FEWEST = 10  # pieces; the spread of fewer says too little
+_NORMAL_95 = 1.95996  # half the width of a 95% interval, in standard errors
 
 
 def student_95(freedom: int) -> float:
-    """The 97.5% quantile of Student's t with `freedom` >= 1 degrees, to 3 decimals."""
-    if freedom <= len(_STUDENT_95):
-        return _STUDENT_95[freedom - 1]
+    """The 97.5% quantile of Student's t with `freedom` >= FEWEST - 1 degrees, to 3 decimals."""
     z = _NORMAL_95  # Cornish-Fisher expansion in 1 / freedom
     terms = (
         z,
@@ -94,11 +91,11 @@ class Score:
         (endless text of this kind) may lie.
 
         From the spread of up to 30 consecutive pieces (batch means), since neighbouring windows
-        are alike; of fewer windows each is a piece. NaN for a single window.
+        are alike; of fewer windows each is a piece. NaN for fewer than FEWEST windows.
         """
         sizes = self.losses.bytes
         pieces = min(PIECES, len(sizes))
-        if pieces < 2:
+        if pieces < FEWEST:
             return float("nan")
         nats, size = (
             np.array([part.sum() for part in np.array_split(values, pieces)])

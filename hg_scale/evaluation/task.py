@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch.multiprocessing as mp
 
 from hg_scale.checkpoint.open import is_export
 from hg_scale.data.evaluation import split_bytes
-from hg_scale.data.index import INDEX_FILE
+from hg_scale.data.index import INDEX_FILE, is_local
 from hg_scale.data.protocol import Text, Tokens, Windows
 from hg_scale.data.shards import SplitReader
 from hg_scale.errors import UserError
@@ -108,6 +109,10 @@ def open_subject(task: Task, device: str | None = None) -> Subject:
 def _plain_file(task: Task) -> Path | None:
     """The text file that a task names; None where it names a prepared corpus, or nothing."""
     path = Path(task.data or "")
+    if task.data and is_local(task.data) and not path.exists():
+        raise UserError(
+            f"--data {path}: no such file or folder; name a text file or a prepared corpus"
+        )
     if not path.is_file() or path.name == INDEX_FILE:
         return None
     if path.suffix == ".tar":
@@ -163,8 +168,13 @@ def _spread(task: Task, processes: int, advance: Callable[[int], object]) -> Los
     ]
     parts: dict[int, Losses] = {}
     try:
-        for worker in workers:
-            worker.start()
+        # Ctrl-C reaches every process of the terminal's group; it is for this one to end them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for worker in workers:  # each inherits the mask
+                worker.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while len(parts) < processes:
             try:
                 rank, kind, value = results.get(timeout=5)

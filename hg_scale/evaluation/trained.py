@@ -13,6 +13,7 @@ from hg_scale.checkpoint.export import load_export
 from hg_scale.checkpoint.find import MANIFEST, content_damage, find_latest, read_manifest
 from hg_scale.checkpoint.load import read_parameters
 from hg_scale.checkpoint.open import is_export
+from hg_scale.checkpoint.run_tokenizer import kept_tokenizer
 from hg_scale.checkpoint.source import ExportSource
 from hg_scale.config.load import parse_config
 from hg_scale.config.schema import ModelConfig, Precision
@@ -90,7 +91,7 @@ def _checkpoint(folder: Path, data: str | None) -> Trained:
             read_index(data) if data else _index_of(manifest["config"].get("data", {}), checkpoint)
         )
     except UserError:
-        tokenizer = None if data else _without_a_file(ours)
+        tokenizer = None if data else kept_tokenizer(checkpoint, ours)
         if tokenizer is None:
             raise
         return Trained(
@@ -99,16 +100,6 @@ def _checkpoint(folder: Path, data: str | None) -> Trained:
     refuse_other_tokenizer(index, ours, checkpoint)
     model = load_model(config.model, checkpoint)
     return Trained(model, checkpoint, step, index, index.open_tokenizer)
-
-
-def _without_a_file(identity: dict[str, Any] | None) -> Tokenizer | None:
-    """The tokenizer of a manifest where it needs nothing of the corpus, as bytes do.
-
-    Bytes without an end of documents are left out: they may be images.
-    """
-    if not identity or identity["name"] != "bytes" or identity["eod"] is None:
-        return None
-    return load_tokenizer(TokenizerIdentity.model_validate(identity))
 
 
 def _export(folder: Path, data: str | None) -> Trained:

@@ -33,7 +33,8 @@ class Sampling:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """What is drawn from, (B, vocabulary) in float64, for a temperature above 0."""
-        scaled = logits.double() / self.temperature
+        # From the largest on: however cold it is, nothing overflows but to -inf.
+        scaled = (logits.double() - logits.double().amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None and self.top_k < scaled.shape[-1]:
             least = scaled.topk(self.top_k).values[:, -1:]
             scaled = scaled.masked_fill(scaled < least, float("-inf"))

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hg_scale.checkpoint.run_tokenizer import keep_tokenizer
 from hg_scale.config.schema import Config
+from hg_scale.data.errors import DataError
 from hg_scale.data.schedule import Source
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import DONE, FAILED, REQUEUE
@@ -162,6 +164,7 @@ def _train_alone(run: Run, device: torch.device, lock: RunLock | None, watch: Wa
         device,
     )
     damaged = beginning.damaged
+    together(lambda: _keep_tokenizer(run, sources) if mesh.rank == 0 else None, device)
     with (
         batches,
         together(lambda: RunLog(config, folder, console, progress.step, mesh.rank), device) as log,
@@ -198,6 +201,14 @@ def _train_alone(run: Run, device: torch.device, lock: RunLock | None, watch: Wa
         return True
     console.print(f"step {progress.step} of {config.training.steps} saved in {checkpoints}")
     return False
+
+
+def _keep_tokenizer(run: Run, sources: list[Source]) -> None:
+    """All sources have the same."""
+    try:
+        keep_tokenizer(run.folder, sources[0].index.open_tokenizer())
+    except DataError as error:
+        run.console.warn(f"{error}; the run goes on without a copy of its tokenizer")
 
 
 def make_schedule(config: Config) -> Schedule:

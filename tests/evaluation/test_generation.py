@@ -167,7 +167,7 @@ def test_images_from_files_and_a_page_of_them(tmp_path: Path) -> None:
         Image.fromarray(IMAGES[number]).save(tmp_path / f"{number}.png")
     np.save(tmp_path / "more.npy", IMAGES[2:5])
     paths = [tmp_path / "0.png", tmp_path / "1.png", tmp_path / "more.npy"]
-    images = read_images(paths, (4, 6, 3))
+    images = read_images(paths, (4, 6, 3), 9)
     assert (np.stack(images) == IMAGES[:5]).all()
     write_grid(tmp_path / "page.png", [images[:2], [images[2], upper_part(images[3], 1)]])
     page = np.asarray(Image.open(tmp_path / "page.png"))
@@ -186,7 +186,13 @@ def test_images_from_files_and_a_page_of_them(tmp_path: Path) -> None:
 def test_what_is_no_image_of_the_model(tmp_path: Path, name: str, message: str) -> None:
     np.save(tmp_path / "large.npy", np.zeros((1, 8, 8), np.uint8))
     with pytest.raises(UserError, match=message):
-        read_images([tmp_path / name], (4, 6, 3))
+        read_images([tmp_path / name], (4, 6, 3), 9)
+
+
+def test_no_more_images_than_a_page_shows(tmp_path: Path) -> None:
+    np.save(tmp_path / "many.npy", np.zeros((10, 4, 6, 3), np.uint8))
+    with pytest.raises(UserError, match="more than 9 images; give a file of those"):
+        read_images([tmp_path / "many.npy"], (4, 6, 3), 9)
 
 
 def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -69,6 +75,26 @@ def test_the_progress_knows_its_end(run: Path, processes: int) -> None:
     _, score = task_of.evaluate(task, processes, lambda *of: told.append(of))
     assert told[0] == (0, score.tokens) and {of for _, of in told} == {score.tokens}
     assert sum(tokens for tokens, _ in told) == score.tokens
+
+
+def test_ctrl_c_ends_all_processes_in_a_line(run: Path) -> None:
+    command = [sys.executable, "-m", "hg_scale.commands.main", "evaluate", str(run), "--window"]
+    with subprocess.Popen(
+        [*command, "48", "--stride", "1", "--processes", "2"],
+        start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        workers: list[psutil.Process] = []
+        while len(workers) < 2:  # these begin with seconds of imports
+            workers = [c for c in psutil.Process(process.pid).children() if is_worker(c)]
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "hg-scale evaluate: interrupted\n")
+    assert not any(worker.is_running() for worker in workers)
+
+
+def is_worker(process: psutil.Process) -> bool:
+    return "spawn_main" in " ".join(process.cmdline())
 
 
 def test_sliding_by_the_window_is_no_context(run: Path, tmp_path: Path) -> None:

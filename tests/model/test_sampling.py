@@ -40,6 +40,12 @@ def test_greedy_takes_the_likeliest() -> None:
     assert Sampling(0).choose(LOGITS, torch.tensor([0.9])).tolist() == [0]
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-310, 5e-324])
+def test_however_cold_it_is_the_likeliest_are_drawn(temperature: float) -> None:
+    probabilities = Sampling(temperature).probabilities(torch.tensor([[3.0, 1.0, 3.0, -2.0]]))
+    assert probabilities.tolist() == [[0.5, 0, 0.5, 0]]
+
+
 def test_frequencies() -> None:
     uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(1))
     chosen = Sampling().choose(LOGITS.expand(20_000, -1), uniform)
