@@ -27,12 +27,22 @@ LAYOUTS: dict[str, tuple[int, int, int, tuple[int, ...], tuple[int, ...]]] = {
     "pp2_dp2": (4, 1, 2, (1,), (1,)),
     "tp2_pp2_dp2": (8, 2, 2, (1,), (1,)),
 }
+BOTH_IN_BF16 = {("tp2_pp2_dp2", 1), ("tp2_dp2", 3)}
+"""Precision and model hardly touch each other: else the second model in bf16 is for test-all."""
+
+
+def marks(name: str, model: str, precision: str, stage: int) -> list[pytest.MarkDecorator]:
+    often = (precision, model) != ("bf16", "by_level") or (name, stage) in BOTH_IN_BF16
+    return [] if often else [pytest.mark.slow]
+
+
 CASES = [
-    (name, model, precision, stage)
+    pytest.param(*case, marks=marks(*case))
     for name, (_, _, _, fp32, bf16) in LAYOUTS.items()
     for model in MODELS
     for precision, stages in (("fp32", fp32), ("bf16", bf16))
     for stage in stages
+    for case in [(name, model, precision, stage)]
 ]
 BOUND = {"fp32": 1e-4, "bf16": 1e-2}  # relative
 
