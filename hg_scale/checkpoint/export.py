@@ -161,6 +161,7 @@ def describe(source: Source, dtype: str, tokenizer: Tokenizer | None) -> dict[st
         "parameters": source.parameters,
         "step": source.step,
         "tokenizer": identity,
+        **({"images": list(source.images)} if source.images else {}),
         "source": origin,
         "hg_scale_version": __version__,
     }

@@ -38,9 +38,10 @@ class Source:
     """Parameters of `model` by name. Cheap to open; sent to a worker, it is opened again there.
 
     `kinds`: "fp32", and Adam's moments where it holds them. `step`, `optimizer_step`, `progress`
-    (where training stands, None unknown), `config` (of the run, as JSON has it, None unknown) and
-    `tokenizer` (its identity) are what is known beside the weights. Raises CheckpointError where
-    the parameters are not those of `model`.
+    (where training stands, None unknown), `config` (of the run, as JSON has it, None unknown),
+    `tokenizer` (its identity) and `images` (height, width, channels of what it draws; None for
+    text, and unknown) are what is known beside the weights. Raises CheckpointError where the
+    parameters are not those of `model`.
     """
 
     kinds: tuple[str, ...] = ("fp32",)
@@ -60,6 +61,7 @@ class Source:
         self.progress: dict[str, Any] | None = None
         self.config: dict[str, Any] | None = None
         self.tokenizer: dict[str, Any] | None = None
+        self.images: tuple[int, int, int] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments
@@ -200,6 +202,9 @@ class ExportSource(Source):
         model = model_of(config["model"], path / CONFIG)
         super().__init__((path,), path, model, self._files.shapes)
         self.step, self.tokenizer = config.get("step", 0), config.get("tokenizer")
+        if shape := config.get("images"):
+            height, width, channels = shape
+            self.images = (height, width, channels)
 
     def _read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         return self._files.tensor(self.stored_names[name]).view(-1)[start:stop].float()

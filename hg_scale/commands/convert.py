@@ -162,7 +162,10 @@ def _write_export(options: argparse.Namespace, write: Callable[..., float]) -> i
 
 
 def _tokenizer(source: Source, data: str | None) -> Tokenizer | None:
-    """That of `data`, of the data that the run was trained on, or that the run kept."""
+    """That of `data`, of the data that the run was trained on, or that the run kept.
+
+    Where the data is at hand, `source` is told whether it holds images.
+    """
     import sys
 
     from hg_scale.checkpoint.run_tokenizer import kept_tokenizer
@@ -171,7 +174,9 @@ def _tokenizer(source: Source, data: str | None) -> Tokenizer | None:
     from hg_scale.data.index import is_local, read_index
 
     if data:
-        return read_index(data).open_tokenizer()
+        index = read_index(data)
+        source.images = index.image_shape
+        return index.open_tokenizer()
     if not isinstance(source, CheckpointSource):
         return None
     section = source.manifest["config"].get("data", {})
@@ -179,7 +184,9 @@ def _tokenizer(source: Source, data: str | None) -> Tokenizer | None:
     path = section.get("path") or sources[0].get("path")
     try:
         if path and is_local(path):
-            return read_index(path).open_tokenizer()
+            index = read_index(path)
+            source.images = index.image_shape
+            return index.open_tokenizer()
     except DataError:
         pass
     if kept := kept_tokenizer(source.path, source.tokenizer):

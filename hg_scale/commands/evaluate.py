@@ -8,6 +8,7 @@ from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hg_scale.commands.memory import told_in_a_line
 from hg_scale.commands.writable import refuse_unwritable
 from hg_scale.errors import UserError
 
@@ -27,7 +28,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("model", type=Path, metavar="RUN_OR_CHECKPOINT_OR_EXPORT",
         help="a run folder (its newest checkpoint), a checkpoint folder, or an export")  # fmt: skip
     add("--data", metavar="SHARDS_OR_FILE",
-        help="prepared corpus, or a plain text file (default: the corpus of the run)")  # fmt: skip
+        help="prepared corpus, or a plain text file (default: the corpus of the run, the "
+        "first of several)")  # fmt: skip
     add("--split", help="train, validation or test of a prepared corpus (default: test)")
     add("--context", type=int, metavar="N",
         help="windows of N tokens that follow each other (default: as in training)")  # fmt: skip
@@ -35,7 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"sliding windows of N tokens (the paper: {WINDOW}), of which the last --stride "
         "are scored")  # fmt: skip
     add("--stride", type=int, metavar="N",
-        help=f"tokens from one sliding window to the next (default: {STRIDE})")  # fmt: skip
+        help=f"tokens from one sliding window to the next (default: {STRIDE}, or --window where "
+        "that is less, which is no context)")  # fmt: skip
     add("--windows", type=int, metavar="N", help="score the first N windows only")
     add("--batch", type=int, default=8, metavar="N", help="windows at once (default: 8)")
     add("--processes", type=int, default=1, metavar="N",
@@ -47,6 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="also write the figures here")
 
 
+@told_in_a_line()
 def run(options: argparse.Namespace) -> int:
     _check(options)
     models = _checkpoints(options.model) if options.all else [options.model]

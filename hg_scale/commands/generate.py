@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hg_scale.commands.memory import told_in_a_line
 from hg_scale.commands.writable import refuse_unwritable
 from hg_scale.errors import UserError
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 HELP = "write text after a prompt, or draw images, with a trained model"
 
 TOKENS = 500
+KEEP = 0.5  # of an image that is completed
 MOST_IMAGES = 256  # that one page shows
 _HEADER = 60  # characters of a prompt that head its text
 
@@ -29,7 +31,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a run folder (its newest checkpoint), a checkpoint folder, or an export")  # fmt: skip
     add("--prompt", action="append", metavar="TEXT",
         help="what to go on from; may be repeated (default: a new document)")  # fmt: skip
-    add("--prompts", type=Path, metavar="FILE", help="prompts, one a line")
+    add("--prompts", type=Path, metavar="FILE",
+        help="prompts, one a line; an empty one begins a new document")  # fmt: skip
     add("--tokens", type=int, metavar="N", help=f"at most, of a text (default: {TOKENS})")
     add("--temperature", type=float, default=0.8, metavar="T",
         help="0: always the likeliest token; 1: as the model says (default: 0.8)")  # fmt: skip
@@ -47,8 +50,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--complete", type=Path, nargs="+", metavar="IMAGE",
         help="images (.png, .jpg, .npy, .npz), of which to draw the lower part anew; at most "
         f"{MOST_IMAGES}")  # fmt: skip
-    add("--keep", type=float, default=0.5, metavar="SHARE",
-        help="share of an image that --complete keeps (default: 0.5)")  # fmt: skip
+    add("--keep", type=float, metavar="SHARE",
+        help=f"share of an image that --complete keeps (default: {KEEP})")  # fmt: skip
     add("--output", type=Path, metavar="FILE",
         help="text: JSON lines, too; images: the PNG (default: samples.png)")  # fmt: skip
     add("--data", metavar="SHARDS", help="prepared corpus (default: that of the run)")
@@ -56,10 +59,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="what to compute in (default: fp32)")  # fmt: skip
 
 
+@told_in_a_line()
 def run(options: argparse.Namespace) -> int:
     _check(options)
 
-    from hg_scale.evaluation.generation import Writing, document_shape
+    from hg_scale.evaluation.generation import Writing
     from hg_scale.evaluation.trained import load_trained
     from hg_scale.model.sampling import Sampling
 
@@ -68,18 +72,17 @@ def run(options: argparse.Namespace) -> int:
         Sampling(options.temperature, options.top_k, options.top_p),
         options.tokens or TOKENS, options.seed, options.batch, options.context,
     )  # fmt: skip
-    shape = document_shape(trained.index)
+    shape = trained.images
     if shape is None:
         if options.complete:
-            held = f"{trained.data} holds text" if trained.data else "give --data SHARDS"
-            raise UserError(f"--complete is for images; {held}, or use --prompt")
+            raise UserError(f"--complete is for images; {trained.subject} holds text: use --prompt")
         if options.output:
             refuse_unwritable(options.output)
         return _write(trained, _prompts(options), how, options.output)
     if options.prompt or options.prompts:
-        raise UserError(f"--prompt is for text; {trained.data} holds images: use --complete")
+        raise UserError(f"--prompt is for text; {trained.subject} holds images: use --complete")
     if options.tokens is not None:
-        raise UserError(f"--tokens is for text; {trained.data} holds images of one size")
+        raise UserError(f"--tokens is for text; {trained.subject} holds images of one size")
     return _draw(trained, shape, how, options)
 
 
@@ -93,7 +96,9 @@ def _check(options: argparse.Namespace) -> None:
         "--temperature: expected 0 or more": not 0 <= options.temperature < float("inf"),
         "--top-k: expected a number above 0": options.top_k is not None and options.top_k < 1,
         "--top-p: expected a number above 0, up to 1": not 0 < options.top_p <= 1,
-        "--keep: expected a number from 0 to below 1": not 0 <= options.keep < 1,
+        "--keep: expected a number from 0 to below 1": options.keep is not None
+        and not 0 <= options.keep < 1,
+        "--keep: needs --complete": options.keep is not None and not options.complete,
         "--prompt and --prompts: give one of them": bool(options.prompt and options.prompts),
     }
     for problem, found in problems.items():
@@ -119,6 +124,7 @@ def _write(trained: Trained, prompts: list[bytes], how: Writing, output: Path | 
 
     from hg_scale.evaluation.generation import in_order, write_texts
 
+    trained.open_tokenizer()  # what it lacks is told before the output is written over
     readable = [prompt.decode(errors="replace") for prompt in prompts]
     text, row = "", -1
     with output.open("w") if output else nullcontext() as file:
@@ -172,7 +178,8 @@ def _draw(
     refuse_unwritable(path)
     originals = read_images(options.complete or [], shape, MOST_IMAGES)
     count = options.count or (1 if originals else 16)
-    kept = math.floor(options.keep * shape[0]) if originals else 0  # rows of pixels
+    keep = KEEP if options.keep is None else options.keep
+    kept = math.floor(keep * shape[0]) if originals else 0  # rows of pixels
     given = [image[:kept].reshape(-1) for image in originals for _ in range(count)]
     given = given or [np.empty(0, np.uint8)] * count
     images: list[np.ndarray] = [np.empty(0)] * len(given)

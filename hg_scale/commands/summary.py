@@ -22,12 +22,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.sample < 0:
+        raise UserError("--sample: expected 0 or more")
     from rich.console import Console
 
     from hg_scale.evaluation.summary import comparison, sample_text
 
-    if not (options.run / "config.json").is_file():
-        raise UserError(f"{options.run} is not a run folder: it has no config.json")
     console = Console(highlight=False)
     console.print(comparison(options.run, with_compressors=options.compare))
     if options.sample:

@@ -145,6 +145,15 @@ class Index(_Part):
         """The path or URL of a shard, as webdataset opens it."""
         return locate(self.location, shard.file)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """(height, width, channels) where the documents are images; None where they are text."""
+        shape = self.source.get("shape")
+        if self.source.get("kind") != "images" or not shape or not self.document_tokens:
+            return None
+        height, width, channels = shape
+        return height, width, channels
+
     def open_tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens.
 

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hg_scale.data.index import Index
 from hg_scale.data.tokenizer import Tokenizer
 from hg_scale.errors import UserError
 from hg_scale.evaluation.trained import Trained
@@ -66,8 +65,8 @@ def write_texts(trained: Trained, prompts: Sequence[bytes], how: Writing) -> Ite
     A text ends at the end of its document, which is not part of it, or after `how.tokens`. The
     beginning of a prompt is the beginning of a document, where the data has documents.
     """
-    if document_shape(trained.index) is not None:
-        raise UserError(f"{trained.data}: holds images; `hg-scale generate` draws them")
+    if trained.images is not None:
+        raise UserError(f"{trained.subject}: holds images; `hg-scale generate` draws them")
     tokenizer = trained.open_tokenizer()
     start = tokenizer.eod or 0
     return write_after(trained, [[start, *tokenizer.encode(p).tolist()] for p in prompts], how)
@@ -105,25 +104,14 @@ def in_order(pieces: Iterable[Piece]) -> Iterator[Piece]:
             turn += 1
 
 
-def document_shape(index: Index | None) -> tuple[int, int, int] | None:
-    """(height, width, channels) of the images of a corpus; None where it holds text."""
-    if index is None:
-        return None
-    shape = index.source.get("shape")
-    if index.source.get("kind") != "images" or not shape or not index.document_tokens:
-        return None
-    height, width, channels = shape
-    return height, width, channels
-
-
 def draw_images(
     trained: Trained, given: Sequence[NDArray[np.uint8]], how: Writing
 ) -> Iterator[tuple[int, Image | None]]:
     """Go on from the sub-pixels given, (n,) each, to whole images: (row, None) for each sub-pixel
     made, (row, image) for the last of each image."""
-    shape = document_shape(trained.index)
+    shape = trained.images
     if shape is None:
-        raise UserError(f"{trained.data}: holds text, no images")
+        raise UserError(f"{trained.subject}: holds text, no images")
     total = int(np.prod(shape))
     for first in range(0, len(given), how.batch):
         made = [pixels.tolist() for pixels in given[first : first + how.batch]]

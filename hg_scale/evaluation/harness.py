@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from hg_scale.errors import UserError
-from hg_scale.evaluation.generation import Writing, document_shape, write_after
+from hg_scale.evaluation.generation import Writing, write_after
 from hg_scale.evaluation.trained import Trained
 from hg_scale.model.sampling import Sampling
 
@@ -33,8 +33,8 @@ class HarnessModel(LM):
 
     def __init__(self, trained: Trained, rows: int = 8) -> None:
         super().__init__()
-        if document_shape(trained.index) is not None:
-            raise UserError(f"{trained.data}: holds images; the harness asks for text")
+        if trained.images is not None:
+            raise UserError(f"{trained.subject}: holds images; the harness asks for text")
         self.trained, self.rows = trained, rows
         self.tokenizer = trained.open_tokenizer()
         self.start = self.tokenizer.eod or 0

@@ -20,7 +20,6 @@ from hg_scale.data.index import INDEX_FILE, is_local
 from hg_scale.data.protocol import Text, Tokens, Windows
 from hg_scale.data.shards import SplitReader
 from hg_scale.errors import UserError
-from hg_scale.evaluation.generation import document_shape
 from hg_scale.evaluation.scoring import Losses, Score, score_windows
 from hg_scale.evaluation.trained import Trained, load_trained
 
@@ -74,8 +73,8 @@ def open_subject(task: Task, device: str | None = None) -> Subject:
     images = False
     text: Text
     if plain:
-        if document_shape(trained.index) is not None:
-            raise UserError(f"{plain}: a plain file is scored as text, but {trained.data} holds "
+        if trained.images is not None:
+            raise UserError(f"{plain}: a plain file is scored as text, but {trained.subject} holds "
                             "images: name a prepared corpus with --data")  # fmt: skip
         raw, tokenizer = plain.read_bytes(), trained.open_tokenizer()
         size: int | None = len(raw)
@@ -93,7 +92,7 @@ def open_subject(task: Task, device: str | None = None) -> Subject:
         text, tokens = SplitReader(index, split), index.split(split).tokens
         size = split_bytes(index, split)
         name, begin = f"{split} split of {index.location}", index.eod or 0
-        images = document_shape(index) is not None
+        images = trained.images is not None
         if images and (how.length, how.stride) != (index.document_tokens,) * 2:
             raise UserError(
                 f"{index.location}: an image is {index.document_tokens} tokens, and is scored on "
@@ -113,6 +112,8 @@ def _plain_file(task: Task) -> Path | None:
         raise UserError(
             f"--data {path}: no such file or folder; name a text file or a prepared corpus"
         )
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"--data {path}: a pipe or a device; it has to be a file that stays")
     if not path.is_file() or path.name == INDEX_FILE:
         return None
     if path.suffix == ".tar":

@@ -29,7 +29,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Trained:
     """A model with its weights, where they are from, and the index of its data.
 
-    `index` is None for an export that was not told its data.
+    `index` is None where the data is not at hand, or an export was not told it. `images`: height,
+    width, channels of what the model draws; None where it writes text.
     """
 
     model: Hourglass
@@ -37,6 +38,16 @@ class Trained:
     step: int
     index: Index | None
     open_tokenizer: Callable[[], Tokenizer]
+    drawn: tuple[int, int, int] | None = None  # as an export says
+
+    @property
+    def images(self) -> tuple[int, int, int] | None:
+        return self.index.image_shape if self.index else self.drawn
+
+    @property
+    def subject(self) -> str:
+        """What a message about the data names: where it lies, or the model that knows of it."""
+        return self.data or str(self.path)
 
     @property
     def data(self) -> str:
@@ -117,8 +128,12 @@ def _export(folder: Path, data: str | None) -> Trained:
 
     if index is not None:
         refuse_other_tokenizer(index, ours, folder)
+        if source.images and index.image_shape != source.images:
+            held = f"images of {index.image_shape}" if index.image_shape else "text"
+            raise UserError(f"{index.location}: holds {held}, but {folder} draws images of "
+                            f"{source.images} (height, width, channels)")  # fmt: skip
         open_tokenizer = index.open_tokenizer
-    return Trained(load_export(folder), folder, source.step, index, open_tokenizer)
+    return Trained(load_export(folder), folder, source.step, index, open_tokenizer, source.images)
 
 
 def refuse_other_tokenizer(index: Index, ours: dict[str, Any] | None, model: Path) -> None:

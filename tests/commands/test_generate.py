@@ -180,6 +180,30 @@ def test_images(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert Image.open(page).size == (3 * 66 + 2, 2 * 66 + 2)
 
 
+def test_an_export_of_images_draws_them(
+    digits: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It knows their shape without their data, also at second hand; text is refused."""
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert main(["convert", "export", str(digits), str(first)]) == 0
+    assert main(["convert", "export", str(first), str(again)]) == 0
+    page = tmp_path / "page.png"
+    pages = []
+    for model in (digits, first, again):
+        assert main(["generate", str(model), "--count", "2", "--output", str(page)]) == 0
+        pages.append(page.read_bytes())
+    assert pages[0] == pages[1] == pages[2]
+    capsys.readouterr()
+    for words, said in (
+        (["generate", str(first), "--prompt", "a"], "--prompt is for text"),
+        (["evaluate", str(first), "--data", __file__], "a plain file is scored as text"),
+        (["evaluate", str(first), "--data", str(corpus)], "holds text, but"),
+    ):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1, error
+
+
 def test_lower_halves(digits: Path, tmp_path: Path) -> None:
     """What was given, two completions, the original; the upper half of all is the same."""
     originals = (load_digits().images[:3] * 15.9).astype(np.uint8)
@@ -205,6 +229,8 @@ def test_lower_halves(digits: Path, tmp_path: Path) -> None:
         (["--top-p", "0"], "--top-p"),
         (["--top-k", "0"], "--top-k"),
         (["--keep", "1"], "--keep"),
+        (["--keep", "0.3"], "--keep: needs --complete"),
+        (["--context", "9" * 14, "--tokens", "9" * 14], "out of memory; a smaller --batch"),
         (["--context", "1"], "--context"),
         (["--batch", "0"], "--batch"),
         (["--count", "0"], "--count"),

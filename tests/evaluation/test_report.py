@@ -17,6 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hg_scale.checkpoint.find import find_latest
+from hg_scale.checkpoint.versions import seal
 from hg_scale.commands.main import main
 from hg_scale.config import load_config
 from hg_scale.data.evaluation import split_text
@@ -311,6 +313,13 @@ def test_a_real_run_with_its_baselines_and_a_sample(
     assert f"gzip -9 {8 * len(gzip.compress(text, 9)) / len(text):.3f}" in page.text
     assert "40 tokens from an empty beginning" in page.text
     assert "6 of 6" in page.text and "no sample" not in page.text
+    # Without its corpus it still writes: the manifest names a tokenizer that needs no file.
+    checkpoint = find_latest(run / "checkpoints")
+    assert checkpoint
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["config"]["data"]["path"] = str(tmp_path / "gone")
+    (checkpoint / "manifest.json").write_text(json.dumps(seal(manifest)))
+    assert "40 tokens from an empty beginning" in report(run, "--sample", "40").text
 
 
 def test_an_export_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hg_scale.commands.main import main
 from hg_scale.data.evaluation import split_text
 from hg_scale.data.index import read_index
 from hg_scale.errors import UserError
@@ -38,7 +39,7 @@ def test_compressors_get_the_text_that_was_scored(
 ) -> None:
     index = read_index(corpus)
     tokens = tokens or index.split("validation").tokens
-    record = {"validation_bits_per_byte": 2.5, "validation_tokens": tokens}
+    record = {"validation_bits_per_byte": 2.5, "validation_loss": 1.7, "validation_tokens": tokens}
     found = dict(rows(finished(tmp_path / "run", record, path=str(corpus))))
     text = split_text(index, "validation", tokens)
     assert found["hourglass 1@1 1@2 1@1, step 6"] == "2.500"
@@ -46,7 +47,7 @@ def test_compressors_get_the_text_that_was_scored(
 
 
 def test_a_mean_over_sources_is_not_compared(tmp_path: Path, corpus: Path) -> None:
-    record = {"validation_bits_per_byte": 2.5, "validation_tokens": 320}
+    record = {"validation_bits_per_byte": 2.5, "validation_loss": 1.7, "validation_tokens": 320}
     sources = [{"path": str(corpus)}, {"path": str(corpus), "name": "again"}]
     assert len(rows(finished(tmp_path / "run", record, sources=sources))) == 1
 
@@ -54,3 +55,43 @@ def test_a_mean_over_sources_is_not_compared(tmp_path: Path, corpus: Path) -> No
 def test_a_run_without_a_validation_says_so(tmp_path: Path, corpus: Path) -> None:
     with pytest.raises(UserError, match="holds no validation"):
         comparison(finished(tmp_path / "run", {}, path=str(corpus)), False)
+    record = {"validation_loss": None, "validation_bits_per_byte": None}
+    with pytest.raises(UserError, match="no validation whose loss was finite"):
+        comparison(finished(tmp_path / "lost", record, path=str(corpus)), False)
+
+
+def test_a_run_that_was_killed_in_the_middle_of_a_line(tmp_path: Path, corpus: Path) -> None:
+    record = {"validation_bits_per_byte": 2.5, "validation_loss": 1.7, "validation_tokens": 320}
+    run = finished(tmp_path / "run", record, path=str(corpus))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "los')
+    assert dict(rows(run))["hourglass 1@1 1@2 1@1, step 6"] == "2.500"
+
+
+def test_a_run_whose_corpus_is_gone_has_no_compressors(tmp_path: Path) -> None:
+    record = {"validation_bits_per_byte": 2.5, "validation_loss": 1.7, "validation_tokens": 320}
+    run = finished(tmp_path / "run", record, path=str(tmp_path / "gone"))
+    assert len(rows(run)) == 1
+    assert "no compressors: gone: " in str(comparison(run, True).caption)
+
+
+@pytest.mark.parametrize(
+    ("files", "words", "said"),
+    [
+        (("config.json", "model.safetensors"), (), "is an export, not a run folder"),
+        ((), (), "it has no config.json"),
+        (("config.json",), ("--sample", "-4"), "--sample: expected 0 or more"),
+    ],
+)
+def test_what_is_no_run_is_told_in_a_line(
+    tmp_path: Path,
+    files: tuple[str, ...],
+    words: tuple[str, ...],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    assert main(["summary", str(tmp_path), *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1

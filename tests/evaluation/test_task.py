@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,25 @@ def is_worker(process: psutil.Process) -> bool:
     return "spawn_main" in " ".join(process.cmdline())
 
 
+def test_the_layout_that_wrote_the_weights_changes_nothing(
+    run: Path, worlds: Worlds, tmp_path: Path
+) -> None:
+    """The same weights by one rank, and by four after a step that moves nothing."""
+    shutil.copytree(run, tmp_path / "run")
+    sets = ("training.steps=7", "optimizer.learning_rate=1e-30", "parallel.tensor=2")
+    words = [word for key in sets for word in ("--set", key)]
+    config = str(tmp_path / "run" / "config.json")
+    done = train_in(worlds, 4, tmp_path, "--config", config, "--run", str(tmp_path / "run"), *words)
+    assert done.code == 0, done.told
+    for protocol in ((), ("--window", "48", "--stride", "20")):
+        ours, theirs = (
+            evaluate(tmp_path, str(folder), "--split", "validation", *protocol)
+            for folder in (run, tmp_path / "run")
+        )
+        assert (ours["step"], theirs["step"]) == (6, 7)
+        assert theirs["bits_per_byte"] == pytest.approx(ours["bits_per_byte"], rel=1e-6)
+
+
 def test_sliding_by_the_window_is_no_context(run: Path, tmp_path: Path) -> None:
     chunks = evaluate(tmp_path, str(run), "--context", "40")
     slides = evaluate(tmp_path, str(run), "--window", "40", "--stride", "40")
@@ -178,6 +198,7 @@ def test_a_process_says_what_it_died_of(monkeypatch: pytest.MonkeyPatch) -> None
         (("--context", "8", "--window", "8"), "give one of them"),
         (("--data", "nowhere"), "nowhere"),
         (("--split", "tset"), "tset"),
+        (("--data", "/dev/null"), "/dev/null: a pipe or a device"),
         (("--data", "nowhere", "--json", "/nowhere/figures.json"), "figures.json: cannot be"),
     ],
 )

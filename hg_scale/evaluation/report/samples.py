@@ -12,8 +12,8 @@ from hg_scale.errors import UserError
 from hg_scale.evaluation.generation import Writing, draw_images
 from hg_scale.evaluation.pictures import grid_png
 from hg_scale.evaluation.report.run_folder import RunFolder
-from hg_scale.evaluation.summary import TEMPERATURE, sample_text
-from hg_scale.evaluation.trained import Trained, index_of_run, load_trained
+from hg_scale.evaluation.summary import TEMPERATURE, write_sample
+from hg_scale.evaluation.trained import Trained, load_trained
 from hg_scale.model.sampling import Sampling
 
 SUB_PIXELS = 8192  # that a sample of images takes at most, but for one image
@@ -32,12 +32,11 @@ def sample_of(run: RunFolder, tokens: int, seed: int) -> Sample:
     """`tokens` tokens from the beginning of a document, or a few images."""
     if not any(checkpoint.fault is None for checkpoint in run.checkpoints):
         return Sample("", "no sample: the run has no whole checkpoint")
-    if not run.corpora:
-        return Sample("", "no sample: the run names no data, so no tokenizer")
     try:
-        if index_of_run(run.corpora[0].path).document_tokens:
-            return _images(load_trained(run.path), seed)
-        text = sample_text(run.path, tokens, seed)
+        trained = load_trained(run.path)
+        if trained.images is not None:
+            return _images(trained, seed)
+        text = write_sample(trained, tokens, seed)
     except UserError as error:
         return Sample("", f"no sample: {'; '.join(str(error).splitlines())}")
     return Sample(

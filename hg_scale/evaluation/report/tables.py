@@ -81,6 +81,9 @@ def _notes(run: RunFolder) -> list[str]:
     lost = int((~np.isfinite(run.column("loss"))).sum())
     if lost:
         notes.append(f"the loss of {lost:,} logged steps was not finite")
+    lost = int((~np.isfinite(run.validation_column("validation_loss"))).sum())
+    if lost:
+        notes.append(f"the loss of {lost:,} validations was not finite")
     for before, after in run.layout_changes:
         notes.append(
             f"layout changed after step {before.step:,}: {before.layout_line} → {after.layout_line}"
