@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from hg_scale.commands.memory import told_in_a_line
 from hg_scale.commands.writable import refuse_unwritable
 from hg_scale.errors import UserError
 
@@ -28,6 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="also write all results here")
 
 
+@told_in_a_line()
 def run(options: argparse.Namespace) -> int:
     names = _checked(options)
     try:
