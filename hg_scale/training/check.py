@@ -10,7 +10,13 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from hg_scale.checkpoint.find import damage, find_latest, newest_of, read_manifest
+from hg_scale.checkpoint.find import (
+    checkpoints_in,
+    damage,
+    find_latest,
+    newest_of,
+    read_manifest,
+)
 from hg_scale.config import ConfigError, load_config
 from hg_scale.config.errors import Problem
 from hg_scale.config.layouts import (
@@ -137,7 +143,8 @@ def check_disk(
         done = manifest["step"]
         size = sum(file["bytes"] for file in manifest["files"])
     size = size or STATE_BYTES * parameter_count(config.model)
-    count = checkpoints_to_come(config, done, stop_at)
+    old = _superseded_later(folder / "checkpoints", done, config.checkpoint.keep_every)
+    count = checkpoints_to_come(config, done, stop_at, old)
     try:
         free = shutil.disk_usage(here).free
     except OSError as error:
@@ -151,8 +158,11 @@ def check_disk(
         )
 
 
-def checkpoints_to_come(config: Config, done: int, stop_at: int | None = None) -> int:
-    """The most checkpoints that will stand on the disk beside those of `done` steps."""
+def checkpoints_to_come(config: Config, done: int, stop_at: int | None = None, old: int = 0) -> int:
+    """The most checkpoints that will stand on the disk beside those of `done` steps.
+
+    With `checkpoint.keep_last`, `old` of those make room for newer ones.
+    """
     last, every = config.training.steps, config.checkpoint.every
     last = last if stop_at is None else min(last, stop_at)
     if done >= last:
@@ -163,4 +173,15 @@ def checkpoints_to_come(config: Config, done: int, stop_at: int | None = None) -
         return count
     kept = config.checkpoint.keep_every
     # One more while the newest is being written and the oldest still stands.
-    return min(count, keep + 1 + (last // kept - done // kept if kept else 0))
+    places = max(1, keep + 1 - old)
+    return min(count, places + (last // kept - done // kept if kept else 0))
+
+
+def _superseded_later(checkpoints: Path, done: int, keep_every: int) -> int:
+    """How many of the whole checkpoints up to step `done` newer ones will take the place of."""
+    if not checkpoints.is_dir():
+        return 0
+    return sum(
+        step <= done and not (keep_every and step % keep_every == 0) and damage(path) is None
+        for step, path in checkpoints_in(checkpoints).items()
+    )

@@ -13,6 +13,7 @@ from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.versions import FORMAT_VERSION, seal
 from hg_scale.config import ConfigError, load_config
 from hg_scale.data.errors import DataError
+from hg_scale.model.costs import parameter_count
 from hg_scale.training.check import DiskError, check_disk, check_run, checkpoints_to_come
 from tests.manifests import META
 from tests.runs import train
@@ -128,6 +129,32 @@ def test_a_disk_that_will_be_full(
         check_disk(known, tmp_path, checkpoint)
     with pytest.raises(DiskError, match="3 checkpoints to come"):
         check_disk(known, tmp_path / "not" / "there", None)
+
+
+@pytest.mark.parametrize(
+    ("keep_every", "standing", "count"),
+    [(0, (), 4), (0, (2,), 3), (0, (2, 4), 2), (0, (2, 4, 6), 1), (0, (2, 4, 6, 8, 10), 1),
+     (4, (4, 8, 10), 3 + 23)],
+)  # fmt: skip
+def test_old_checkpoints_make_room_for_new_ones(
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    keep_every: int,
+    standing: tuple[int, ...],
+    count: int,
+) -> None:
+    """So that a run goes on after a requeue on the disk that it began on."""
+    keep = ["checkpoint.keep_last=3", f"checkpoint.keep_every={keep_every}"]
+    known = load_config(config, ["checkpoint.every=2", "training.steps=100", *keep])
+    size = 1000 if standing else 12 * parameter_count(known.model)
+    paths = [save(tmp_path, step, size=1000) for step in standing]
+    newest = paths[-1] if paths else None
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, count * size))
+    check_disk(known, tmp_path, newest)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, count * size - 1))
+    with pytest.raises(DiskError, match=f"{count} checkpoints to come "):
+        check_disk(known, tmp_path, newest)
 
 
 def test_the_command_checks_and_ends(config: Path, tmp_path: Path) -> None:
