@@ -223,7 +223,8 @@ hg_finish() {
   exit "$2"
 }
 
-# Start again from the last checkpoint, unless that was tried too often without getting further.
+# Start again from the last checkpoint, unless that was tried too often without getting further. A
+# preemption is nobody's fault, and does not count.
 hg_requeue() {
   local run=$1 code=$2 why=$3 step last=none count=0 state
   step=$(find "$run/checkpoints" -mindepth 2 -maxdepth 2 -path '*/step-*/manifest.json' 2>/dev/null |
@@ -235,11 +236,13 @@ hg_requeue() {
   if [[ $state != RUNNING ]]; then
     hg_finish "$run" "$code" "$why; the job is $state, which Slurm sees to"
   fi
-  if [[ $step == "$last" ]]; then count=$((count + 1)); else count=1; fi
-  if ((count > ${HG_MAX_RESTARTS:-3})); then
-    hg_finish "$run" 77 "$why; started $count times without getting past checkpoint $step: gave up"
+  if [[ $(hg_field PreemptTime) == None ]]; then
+    if [[ $step == "$last" ]]; then count=$((count + 1)); else count=1; fi
+    if ((count > ${HG_MAX_RESTARTS:-3})); then
+      hg_finish "$run" 77 "$why; started $count times without getting past checkpoint $step: gave up"
+    fi
+    echo "$step $count" >"$run/restarts"
   fi
-  echo "$step $count" >"$run/restarts"
   hg_journal "$run" end "\"code\": $code, \"requeued\": true"
   hg_say "exit code $code: $why; requeued, goes on from checkpoint $step"
   scontrol requeue "$hg_job" ||
