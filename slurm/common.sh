@@ -21,8 +21,10 @@ HG_ROOT=$(cat "$HG_CODE/copied-from" 2>/dev/null || echo "$HG_CODE") # the repos
 
 HG_SRUN=()      # site.sh: further options of every srun
 HG_CONTAINER=() # site.sh: words before python, such as (apptainer exec --nv image.sif)
+set +u # what a site sources, as conda's scripts, reads variables that are not set
 # shellcheck source=slurm/site.sh
 . "${HG_SITE:-$HG_CODE/slurm/site.sh}" || hg_die "cannot read the site's settings"
+set -u
 
 if [[ -z ${HG_PYTHON:-} ]]; then
   HG_PYTHON=$HG_ROOT/.venv/bin/python
