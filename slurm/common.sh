@@ -256,6 +256,6 @@ hg_requeue() {
 hg_journal() {
   local log
   log=$(hg_field StdOut '.*')
-  printf '{"time": %s, "job": %s, "start": %s, "event": "%s", "log": "%s", %s}\n' "$(date +%s)" \
-    "$SLURM_JOB_ID" "$((${SLURM_RESTART_COUNT:-0} + 1))" "$2" "${log//[\"\\]/}" "$3" >>"$1/jobs.jsonl"
+  printf '{"time": %s, "job": "%s", "start": %s, "event": "%s", "log": "%s", %s}\n' "$(date +%s)" \
+    "$hg_job" "$((${SLURM_RESTART_COUNT:-0} + 1))" "$2" "${log//[\"\\]/}" "$3" >>"$1/jobs.jsonl"
 }

@@ -139,8 +139,8 @@ def _name(rank: int, beats: Mapping[int, Beat]) -> str:
     return f"rank {rank} ({beats[rank].host})" if rank in beats else f"rank {rank}"
 
 
-def queue_state(job: int) -> str | None:
-    """What Slurm says of a job, as RUNNING; None without Slurm, or where it knows it no more."""
+def queue_state(job: str) -> str | None:
+    """What Slurm says of a job (7, or 7_2 of an array); None without it, or where it knows none."""
     if shutil.which("squeue") is None:
         return None
     with suppress(OSError, subprocess.TimeoutExpired):

@@ -174,6 +174,7 @@ def test_elements_of_an_array_are_requeued_one_by_one(
         lines = (elsewhere / f"runs/points/training.seed={number}/jobs.jsonl").read_text()
         codes = [json.loads(line).get("code") for line in lines.splitlines()]
         assert codes == [None, REQUEUE, None, 0]
+        assert json.loads(lines.splitlines()[0])["job"] == f"{job}_{number}"
         log = json.loads(lines.splitlines()[0])["log"]
         assert log == str(elsewhere / f"hg-sweep-{job}-{number}.log") and Path(log).is_file()
     assert [path.name for path in (elsewhere / "runs/points/code").iterdir()] == [str(job)]
