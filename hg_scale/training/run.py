@@ -191,7 +191,8 @@ def _train_alone(run: Run, device: torch.device, lock: RunLock | None, watch: Wa
             bytes_per_token=bytes_per_token(sources),
             peak=peak,
         )
-        interrupted = training_loop(config, parts, progress, last)
+        with watch.training():
+            interrupted = training_loop(config, parts, progress, last)
     if interrupted:
         where = f"saved at step {progress.step}" if progress.step else "before the first step"
         console.print(f"{interrupted}: {where}, to be started again")
