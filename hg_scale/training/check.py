@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from hg_scale.checkpoint.find import (
     checkpoints_in,
@@ -25,7 +26,7 @@ from hg_scale.config.layouts import (
     largest_fitting,
     load_elastic,
 )
-from hg_scale.config.schema import Config
+from hg_scale.config.schema import FREE_MODEL_KEYS, Config, ModelConfig
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import Index, is_local
 from hg_scale.data.schedule import Source
@@ -123,13 +124,37 @@ def _shard_files(index: Index) -> Iterator[tuple[str, int]]:
 
 
 def check_checkpoint(config: Config, folder: Path, report: Callable[[str], None]) -> Path | None:
-    """What the run would begin from. Raises CheckpointError or ConfigError where it is damaged."""
+    """What the run would begin from.
+
+    Raises CheckpointError or ConfigError where it is damaged or holds another model.
+    """
     checkpoint = find_latest(folder / "checkpoints", report=report)
     if checkpoint is None and config.checkpoint.start_from:
         checkpoint = newest_of(Path(config.checkpoint.start_from), report)
         if fault := damage(checkpoint):
             raise ConfigError([Problem("checkpoint.start_from", fault, str(checkpoint))])
+    if checkpoint:
+        refuse_other_model(config, checkpoint)
     return checkpoint
+
+
+def refuse_other_model(config: Config, checkpoint: Path) -> None:
+    """Raise ConfigError listing the keys in which a checkpoint's model differs."""
+    manifest = read_manifest(checkpoint)
+    ours = config.model.model_dump()
+    # A key that is younger than the checkpoint had its default's meaning.
+    theirs: dict[str, Any] = ModelConfig().model_dump() | manifest["config"]["model"]  # type: ignore[call-arg]
+    problems = [
+        Problem(
+            f"model.{key}",
+            f"the checkpoint {checkpoint} has {theirs.get(key)!r}; set it so, or use another --run",
+            value,
+        )
+        for key, value in ours.items()
+        if key not in FREE_MODEL_KEYS and value != theirs.get(key)
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_disk(

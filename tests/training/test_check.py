@@ -16,7 +16,7 @@ from hg_scale.data.errors import DataError
 from hg_scale.model.costs import parameter_count
 from hg_scale.training.check import DiskError, check_disk, check_run, checkpoints_to_come
 from tests.manifests import META
-from tests.runs import train
+from tests.runs import TINY, train
 from tests.shared import ROOT
 
 
@@ -35,7 +35,8 @@ def save(folder: Path, step: int, size: int = 100) -> Path:
     (checkpoint / "rank-00000.safetensors").write_bytes(b"x" * size)
     name, checksum = "rank-00000.safetensors", f"xxh3_128:{0:032}"
     files = [{"name": name, "bytes": size, "checksum": checksum, "fragments": []}]
-    manifest = {"format_version": FORMAT_VERSION, "step": step, **META, "files": files}
+    of = {**META, "config": {"model": TINY["model"]}}
+    manifest = {"format_version": FORMAT_VERSION, "step": step, **of, "files": files}
     (checkpoint / "manifest.json").write_text(json.dumps(seal(manifest)))
     return checkpoint
 
@@ -103,6 +104,15 @@ def test_damaged_checkpoints(config: Path, tmp_path: Path) -> None:
     save(run, 2)
     told = check_run(config, [f"checkpoint.start_from={run}"], tmp_path / "other", 1)
     assert "step-00000002" in " ".join(told)
+
+
+def test_a_checkpoint_of_another_model(config: Path, tmp_path: Path) -> None:
+    checkpoint = save(tmp_path / "run", 3)
+    with pytest.raises(ConfigError, match=f"model.d_ff = 128: the checkpoint {checkpoint} has 64"):
+        check_run(config, ["model.d_ff=128"], tmp_path / "run", 1)
+    start = f"checkpoint.start_from={checkpoint}"
+    with pytest.raises(ConfigError, match="model.d_ff"):
+        check_run(config, ["model.d_ff=128", start], tmp_path / "other", 1)
 
 
 @pytest.mark.parametrize(
