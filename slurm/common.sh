@@ -238,7 +238,7 @@ hg_requeue() {
   if [[ $state != RUNNING ]]; then
     hg_finish "$run" "$code" "$why; the job is $state, which Slurm sees to"
   fi
-  if [[ $(hg_field PreemptTime) == None ]]; then
+  if [[ $(hg_field PreemptTime) != *:* ]]; then # no time of day: None, or not told
     if [[ $step == "$last" ]]; then count=$((count + 1)); else count=1; fi
     if ((count > ${HG_MAX_RESTARTS:-3})); then
       hg_finish "$run" 77 "$why; started $count times without getting past checkpoint $step: gave up"
