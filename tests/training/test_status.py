@@ -106,7 +106,7 @@ def test_slurm_is_asked_for_one_element_of_an_array(
     """The number of the last one is also that of all of them."""
     squeue = tmp_path / "squeue"
     squeue.write_text(
-        '#!/bin/sh\ncase $3 in --jobs=7_2) echo RUNNING ;; --jobs=7) echo RUNNING; echo PENDING ;; '
+        "#!/bin/sh\ncase $3 in --jobs=7_2) echo RUNNING ;; --jobs=7) echo RUNNING; echo PENDING ;; "
         "esac\n"
     )
     squeue.chmod(0o755)
