@@ -155,7 +155,6 @@ def tell(fault: UserError, folder: Path, launch: Launch) -> int:
         return code_of(fault.__cause__)
     if not isinstance(fault, Lost):
         print(fault, file=sys.stderr)
-        write_end(folder, launch.rank, fault.exit_code, str(fault))
         return fault.exit_code
     met = fault_of_another(folder, launch.rank, launch.world_size)
     if met is None:

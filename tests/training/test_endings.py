@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from hg_scale.checkpoint.find import find_latest
-from hg_scale.exit_codes import FAILED, GAVE_UP, LOST, REQUEUE
+from hg_scale.exit_codes import CONFIG_ERROR, FAILED, GAVE_UP, LOST, REQUEUE
 from hg_scale.parallel.launch import Launch
 from hg_scale.training import endings
 from hg_scale.training.endings import (
@@ -30,14 +30,16 @@ from hg_scale.training.endings import (
 )
 from hg_scale.training.interruption import Interruption
 from hg_scale.training.stop_signals import StopSignals
+from tests.faults.worlds import MODULES
 from tests.forks import KILLED, Forks, finish
 from tests.runs import records, train_here
 from tests.training.test_interruption import Words, words
+from tests.world import Worlds
 
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Forks]:
-    yield Forks("tests.training.test_endings", "hg_scale.training.run", "hg_scale.training.engine")
+    yield Forks("tests.training.test_endings", *MODULES)
 
 
 def train_and_meet(fault: str, arguments: Words, output: Path) -> None:
@@ -114,6 +116,33 @@ def test_a_rank_is_gone(
         assert last.endswith("; the job is to be started again")
         assert "Traceback" not in told[rank] and "gloo/" not in told[rank]
         assert "Traceback" in (run / "logs" / f"rank-{rank}.log").read_text()
+
+
+def ends_when_connections_close(arguments: Words, output: Path, run: Path) -> tuple[int, list]:
+    """The exit code, and the faults that were written down by the time the group is taken down."""
+    from hg_scale.training import run as module
+
+    found: list[End | None] = []
+    close = dist.destroy_process_group
+
+    def look() -> None:
+        found.append(fault_of_another(run, rank=1, world_size=2, patience=0))
+        close()
+
+    with mock.patch.object(module.dist, "destroy_process_group", look):
+        return train_here(arguments, output), found
+
+
+def test_a_fault_is_written_down_before_the_others_can_miss_this_rank(
+    worlds: Worlds, config: Path, tmp_path: Path
+) -> None:
+    """They look for it when the connection breaks, and not for long."""
+    run = tmp_path / "run"
+    arguments = words(config, run, f"data.path={tmp_path / 'nowhere'}")
+    ((code, (end,)),) = worlds.run(
+        1, ends_when_connections_close, arguments, tmp_path / "told", run
+    )
+    assert code == CONFIG_ERROR and end.code == CONFIG_ERROR and "data.path" in end.line
 
 
 def test_what_is_a_lost_connection() -> None:
