@@ -83,7 +83,9 @@ def liveness(
         return False, "trained to the last step"
     last_job = jobs[-1] if jobs else None
     if last_job and last_job["event"] == "end":
-        again = ", waiting to start again" if last_job.get("requeued") else ""
+        # Requeued by its script, or since by Slurm itself, as after a node failed.
+        waits = last_job.get("requeued") or queue_state(last_job["job"]) == "PENDING"
+        again = ", waiting to start again" if waits else ""
         return False, f"job {last_job['job']} ended: {meaning(last_job['code'])}{again}"
     if last_job and (state := queue_state(last_job["job"])):
         return state == "RUNNING", f"job {last_job['job']} is {state}"

@@ -100,6 +100,15 @@ def test_slurm_s_word_counts_more_than_silence(run: Path, monkeypatch: pytest.Mo
         assert (found.alive, found.lines["state"].split(": ")[1]) == (alive, f"job 7 is {state}")
 
 
+def test_a_job_that_slurm_itself_requeued_waits(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = {"event": "end", "job": "7", "start": 1, "log": "", "time": NOW, "requeued": False}
+    write(run, "jobs.jsonl", [{**ended, "code": 76}])
+    for state, words in (("PENDING", ", waiting to start again"), ("COMPLETING", ""), (None, "")):
+        monkeypatch.setattr(status, "queue_state", lambda job, state=state: state)
+        found = status_of(run, NOW)
+        assert found.lines["state"] == f"not running: job 7 ended: lost a rank or a node{words}"
+
+
 def test_slurm_is_asked_for_one_element_of_an_array(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
