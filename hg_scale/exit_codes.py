@@ -20,7 +20,7 @@ REQUEUE = 75
 """Saved before the end (preemption, time limit): start me again. `EX_TEMPFAIL` of sysexits.h."""
 
 LOST = 76
-"""A rank, node or link was lost, or a step hung: start me again from the last checkpoint."""
+"""A rank, node, GPU or link was lost, or a step hung: start me again from the last checkpoint."""
 
 GAVE_UP = 77
 """Trying again would not help, as after too many steps that are not finite. Not requeued."""

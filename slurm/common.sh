@@ -21,8 +21,10 @@ HG_ROOT=$(cat "$HG_CODE/copied-from" 2>/dev/null || echo "$HG_CODE") # the repos
 
 HG_SRUN=()      # site.sh: further options of every srun
 HG_CONTAINER=() # site.sh: words before python, such as (apptainer exec --nv image.sif)
+set +u # what a site sources, as conda's scripts, reads variables that are not set
 # shellcheck source=slurm/site.sh
 . "${HG_SITE:-$HG_CODE/slurm/site.sh}" || hg_die "cannot read the site's settings"
+set -u
 
 if [[ -z ${HG_PYTHON:-} ]]; then
   HG_PYTHON=$HG_ROOT/.venv/bin/python
@@ -223,7 +225,8 @@ hg_finish() {
   exit "$2"
 }
 
-# Start again from the last checkpoint, unless that was tried too often without getting further.
+# Start again from the last checkpoint, unless that was tried too often without getting further. A
+# preemption is nobody's fault, and does not count.
 hg_requeue() {
   local run=$1 code=$2 why=$3 step last=none count=0 state
   step=$(find "$run/checkpoints" -mindepth 2 -maxdepth 2 -path '*/step-*/manifest.json' 2>/dev/null |
@@ -235,11 +238,13 @@ hg_requeue() {
   if [[ $state != RUNNING ]]; then
     hg_finish "$run" "$code" "$why; the job is $state, which Slurm sees to"
   fi
-  if [[ $step == "$last" ]]; then count=$((count + 1)); else count=1; fi
-  if ((count > ${HG_MAX_RESTARTS:-3})); then
-    hg_finish "$run" 77 "$why; started $count times without getting past checkpoint $step: gave up"
+  if [[ $(hg_field PreemptTime) != *:* ]]; then # no time of day: None, or not told
+    if [[ $step == "$last" ]]; then count=$((count + 1)); else count=1; fi
+    if ((count > ${HG_MAX_RESTARTS:-3})); then
+      hg_finish "$run" 77 "$why; started $count times without getting past checkpoint $step: gave up"
+    fi
+    echo "$step $count" >"$run/restarts"
   fi
-  echo "$step $count" >"$run/restarts"
   hg_journal "$run" end "\"code\": $code, \"requeued\": true"
   hg_say "exit code $code: $why; requeued, goes on from checkpoint $step"
   scontrol requeue "$hg_job" ||
@@ -251,6 +256,6 @@ hg_requeue() {
 hg_journal() {
   local log
   log=$(hg_field StdOut '.*')
-  printf '{"time": %s, "job": %s, "start": %s, "event": "%s", "log": "%s", %s}\n' "$(date +%s)" \
-    "$SLURM_JOB_ID" "$((${SLURM_RESTART_COUNT:-0} + 1))" "$2" "${log//[\"\\]/}" "$3" >>"$1/jobs.jsonl"
+  printf '{"time": %s, "job": "%s", "start": %s, "event": "%s", "log": "%s", %s}\n' "$(date +%s)" \
+    "$hg_job" "$((${SLURM_RESTART_COUNT:-0} + 1))" "$2" "${log//[\"\\]/}" "$3" >>"$1/jobs.jsonl"
 }

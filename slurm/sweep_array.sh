@@ -3,9 +3,10 @@
 #
 #   POINTS=sweep.txt CONFIG=configs/hg_1b.json sbatch --array=1-4%2 slurm/sweep_array.sh [ARGUMENTS]
 #
-# A line is KEY=VALUE words, as "optimizer.learning_rate=3e-4 model.d_ff=1024"; empty lines and those
-# that begin with # do not count. A point's run folder is named after its line, so lines may be added
-# and moved. Submit again, and points that finished with the same ARGUMENTS are skipped; others go on.
+# A line is KEY=VALUE words, quoted as in a shell: optimizer.learning_rate=3e-4 'model.hierarchy=6@1'.
+# Empty lines and those that begin with # do not count. A point's run folder is named after its line,
+# so lines may be added and moved. Submit again, and points that finished with the same ARGUMENTS are
+# skipped; others go on.
 #
 # Variables, beside those of slurm/site.sh:
 #   POINTS  the file of overrides
@@ -37,11 +38,15 @@ here=$(dirname "$0")
 [[ -r $POINTS ]] || hg_die "POINTS=$POINTS: cannot be read"
 point=$(grep -v '^[[:space:]]*\(#\|$\)' "$POINTS" | sed -n "${SLURM_ARRAY_TASK_ID}p")
 [[ -n $point ]] || hg_die "$POINTS has no line $SLURM_ARRAY_TASK_ID of overrides; see --array"
-read -ra words <<<"$point"
+unquoted=$(xargs printf '%s\n' <<<"$point") ||
+  hg_die "$POINTS, line $SLURM_ARRAY_TASK_ID of overrides: cannot be read: $point"
+mapfile -t words <<<"$unquoted"
 
 export SWEEP=${SWEEP:-runs/$(basename "${POINTS%.*}")}
-name=$(tr -c 'A-Za-z0-9.=,_\n-' _ <<<"${words[*]}")
-[[ ${#name} -le 120 ]] || name=${name:0:100}-$(cksum <<<"$name" | cut -d ' ' -f 1)
+name=$(tr -c 'A-Za-z0-9.=,@_\n-' _ <<<"${words[*]}")
+# Two lines must not share a folder, nor may its name be longer than file systems take.
+[[ $name == "${words[*]// /_}" && ${#name} -le 120 ]] ||
+  name=${name:0:100}-$(cksum <<<"${words[*]}" | cut -d ' ' -f 1)
 if [[ -e $SWEEP/$name/finished && $(<"$SWEEP/$name/finished") == "$*" ]]; then
   hg_say "point $SLURM_ARRAY_TASK_ID is finished: $SWEEP/$name"
   exit 0

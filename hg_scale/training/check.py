@@ -9,8 +9,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from hg_scale.checkpoint.find import damage, find_latest, newest_of, read_manifest
+from hg_scale.checkpoint.find import (
+    checkpoints_in,
+    damage,
+    find_latest,
+    newest_of,
+    read_manifest,
+)
 from hg_scale.config import ConfigError, load_config
 from hg_scale.config.errors import Problem
 from hg_scale.config.layouts import (
@@ -19,7 +26,7 @@ from hg_scale.config.layouts import (
     largest_fitting,
     load_elastic,
 )
-from hg_scale.config.schema import Config
+from hg_scale.config.schema import FREE_MODEL_KEYS, Config, ModelConfig
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import Index, is_local
 from hg_scale.data.schedule import Source
@@ -117,13 +124,37 @@ def _shard_files(index: Index) -> Iterator[tuple[str, int]]:
 
 
 def check_checkpoint(config: Config, folder: Path, report: Callable[[str], None]) -> Path | None:
-    """What the run would begin from. Raises CheckpointError or ConfigError where it is damaged."""
+    """What the run would begin from.
+
+    Raises CheckpointError or ConfigError where it is damaged or holds another model.
+    """
     checkpoint = find_latest(folder / "checkpoints", report=report)
     if checkpoint is None and config.checkpoint.start_from:
         checkpoint = newest_of(Path(config.checkpoint.start_from), report)
         if fault := damage(checkpoint):
             raise ConfigError([Problem("checkpoint.start_from", fault, str(checkpoint))])
+    if checkpoint:
+        refuse_other_model(config, checkpoint)
     return checkpoint
+
+
+def refuse_other_model(config: Config, checkpoint: Path) -> None:
+    """Raise ConfigError listing the keys in which a checkpoint's model differs."""
+    manifest = read_manifest(checkpoint)
+    ours = config.model.model_dump()
+    # A key that is younger than the checkpoint had its default's meaning.
+    theirs: dict[str, Any] = ModelConfig().model_dump() | manifest["config"]["model"]  # type: ignore[call-arg]
+    problems = [
+        Problem(
+            f"model.{key}",
+            f"the checkpoint {checkpoint} has {theirs.get(key)!r}; set it so, or use another --run",
+            value,
+        )
+        for key, value in ours.items()
+        if key not in FREE_MODEL_KEYS and value != theirs.get(key)
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_disk(
@@ -137,7 +168,8 @@ def check_disk(
         done = manifest["step"]
         size = sum(file["bytes"] for file in manifest["files"])
     size = size or STATE_BYTES * parameter_count(config.model)
-    count = checkpoints_to_come(config, done, stop_at)
+    old = _superseded_later(folder / "checkpoints", done, config.checkpoint.keep_every)
+    count = checkpoints_to_come(config, done, stop_at, old)
     try:
         free = shutil.disk_usage(here).free
     except OSError as error:
@@ -151,8 +183,11 @@ def check_disk(
         )
 
 
-def checkpoints_to_come(config: Config, done: int, stop_at: int | None = None) -> int:
-    """The most checkpoints that will stand on the disk beside those of `done` steps."""
+def checkpoints_to_come(config: Config, done: int, stop_at: int | None = None, old: int = 0) -> int:
+    """The most checkpoints that will stand on the disk beside those of `done` steps.
+
+    With `checkpoint.keep_last`, `old` of those make room for newer ones.
+    """
     last, every = config.training.steps, config.checkpoint.every
     last = last if stop_at is None else min(last, stop_at)
     if done >= last:
@@ -163,4 +198,15 @@ def checkpoints_to_come(config: Config, done: int, stop_at: int | None = None) -
         return count
     kept = config.checkpoint.keep_every
     # One more while the newest is being written and the oldest still stands.
-    return min(count, keep + 1 + (last // kept - done // kept if kept else 0))
+    places = max(1, keep + 1 - old)
+    return min(count, places + (last // kept - done // kept if kept else 0))
+
+
+def _superseded_later(checkpoints: Path, done: int, keep_every: int) -> int:
+    """How many of the whole checkpoints up to step `done` newer ones will take the place of."""
+    if not checkpoints.is_dir():
+        return 0
+    return sum(
+        step <= done and not (keep_every and step % keep_every == 0) and damage(path) is None
+        for step, path in checkpoints_in(checkpoints).items()
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -31,10 +32,17 @@ _PATIENCE = 5.0  # seconds in which a peer's fault may become visible on a share
 
 # What gloo says, in a plain RuntimeError, of a rank that is gone or does not answer.
 _GLOO = ("/gloo/", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+# What CUDA says of a GPU that is broken or taken, and never of an error in the code.
+_GPU = (
+    "uncorrectable ECC error",
+    "uncorrectable NVLink error",
+    "hardware stack error",
+    "busy or unavailable",
+)
 
 
 class Lost(UserError):
-    """This rank cannot reach the others any more."""
+    """This rank cannot reach the others any more, or its GPU."""
 
     exit_code = LOST
 
@@ -56,6 +64,15 @@ def lost_connection(error: BaseException) -> str | None:
         ):
             first = text.splitlines()[0].partition(". This is typically caused")[0]
             return re.sub(r"^\[\S*:\d+\] ", "", first).rstrip(".")  # the line of gloo's source
+    return None
+
+
+def lost_gpu(error: BaseException) -> str | None:
+    """What an error says of this rank's GPU, in brief, where that is at fault."""
+    for link in _chain(error):
+        first = (str(link).splitlines() or [""])[0]
+        if isinstance(link, RuntimeError) and "CUDA" in first and any(w in first for w in _GPU):
+            return first
     return None
 
 
@@ -112,13 +129,15 @@ def _path(folder: Path, rank: int) -> Path:
 
 def in_a_line(error: Exception, launch: Launch, interruption: Interruption) -> UserError | None:
     """An error as a person is told it; None where that needs a traceback."""
-    if why := lost_connection(error):
-        step = interruption.step
-        where = "at the start" if step is None else f"at step {step + 1}"
-        return Lost(
-            f"rank {launch.rank} lost its connection to the others {where}: {why}; the job is to "
-            "be started again"
-        )
+    step = interruption.step
+    where = "at the start" if step is None else f"at step {step + 1}"
+    if why := lost_gpu(error):
+        what = f"lost its GPU on {socket.gethostname()}"
+    elif why := lost_connection(error):
+        what = "lost its connection to the others"
+    if why:
+        rank = f"rank {launch.rank}"
+        return Lost(f"{rank} {what} {where}: {why}; the job is to be started again")
     if isinstance(error, UserError):
         return error
     if interruption.signals.received and interruption.step is None:
@@ -136,7 +155,6 @@ def tell(fault: UserError, folder: Path, launch: Launch) -> int:
         return code_of(fault.__cause__)
     if not isinstance(fault, Lost):
         print(fault, file=sys.stderr)
-        write_end(folder, launch.rank, fault.exit_code, str(fault))
         return fault.exit_code
     met = fault_of_another(folder, launch.rank, launch.world_size)
     if met is None:

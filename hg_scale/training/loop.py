@@ -102,7 +102,6 @@ def training_loop(config: Config, parts: Parts, progress: Progress, last_step: i
                 record = validate(parts.engine, parts.held_out)
                 validation_seconds = record["validation_seconds"]
                 parts.log({"step": step} | record)
-    parts.watch.enter("end", last_step)
     return None
 
 

@@ -23,7 +23,7 @@ from hg_scale.model.costs import parameter_count
 from hg_scale.parallel.launch import Launch
 from hg_scale.parallel.mesh import Mesh, make_mesh, start_processes
 from hg_scale.parallel.timeouts import Timeouts
-from hg_scale.training.agreement import together
+from hg_scale.training.agreement import Stopped, together
 from hg_scale.training.batches import Batches
 from hg_scale.training.begin import agreed_source
 from hg_scale.training.console import Console, quiet_libraries
@@ -100,6 +100,8 @@ def train(
                 raise
             if fault is not error:
                 traceback.print_exc()  # into the rank's log
+        if fault and not isinstance(fault, (Lost, Stopped)):
+            write_end(folder, launch.rank, fault.exit_code, str(fault))
         if dist.is_initialized() and agreed:
             dist.destroy_process_group()
     if fault is None:
@@ -194,7 +196,8 @@ def _train_alone(run: Run, device: torch.device, lock: RunLock | None, watch: Wa
             bytes_per_token=bytes_per_token(sources),
             peak=peak,
         )
-        interrupted = training_loop(config, parts, progress, last)
+        with watch.training():
+            interrupted = training_loop(config, parts, progress, last)
     if interrupted:
         where = f"saved at step {progress.step}" if progress.step else "before the first step"
         console.print(f"{interrupted}: {where}, to be started again")

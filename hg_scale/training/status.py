@@ -83,7 +83,9 @@ def liveness(
         return False, "trained to the last step"
     last_job = jobs[-1] if jobs else None
     if last_job and last_job["event"] == "end":
-        again = ", waiting to start again" if last_job.get("requeued") else ""
+        # Requeued by its script, or since by Slurm itself, as after a node failed.
+        waits = last_job.get("requeued") or queue_state(last_job["job"]) == "PENDING"
+        again = ", waiting to start again" if waits else ""
         return False, f"job {last_job['job']} ended: {meaning(last_job['code'])}{again}"
     if last_job and (state := queue_state(last_job["job"])):
         return state == "RUNNING", f"job {last_job['job']} is {state}"
@@ -139,8 +141,8 @@ def _name(rank: int, beats: Mapping[int, Beat]) -> str:
     return f"rank {rank} ({beats[rank].host})" if rank in beats else f"rank {rank}"
 
 
-def queue_state(job: int) -> str | None:
-    """What Slurm says of a job, as RUNNING; None without Slurm, or where it knows it no more."""
+def queue_state(job: str) -> str | None:
+    """What Slurm says of a job (7, or 7_2 of an array); None without it, or where it knows none."""
     if shutil.which("squeue") is None:
         return None
     with suppress(OSError, subprocess.TimeoutExpired):

@@ -31,6 +31,15 @@ class Watch:
         """A step begins, or a pause after one."""
         self._heart.enter(phase, step)
 
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Around all steps. However they end, what follows is the end: a save may be under way, for
+        longer than a step may take."""
+        try:
+            yield
+        finally:
+            self._heart.enter("end", self._heart.place.step)
+
     def reading(self) -> AbstractContextManager[None]:
         """Around what this rank reads of a step's data."""
         return self._own.reading()

@@ -79,6 +79,7 @@ class Watchdog:
         self._waited = 0.0
         self._stacks = heart.folder / f"rank-{heart.rank:05}.stacks"
         self._file: BinaryIO | None = None
+        self._arming = threading.Lock()  # held while the thread of C's is set, or called off
 
     def __enter__(self) -> Watchdog:
         if self._config.factor:
@@ -96,9 +97,11 @@ class Watchdog:
         self._leave.set()
         self._thread.join()
         self._heart.each_tick = lambda: None
-        faulthandler.cancel_dump_traceback_later()
-        if self._file:
-            self._file.close()
+        with self._arming:
+            faulthandler.cancel_dump_traceback_later()
+            file, self._file = self._file, None
+        if file:
+            file.close()
             with suppress(OSError):
                 self._stacks.unlink(missing_ok=True)
 
@@ -108,9 +111,10 @@ class Watchdog:
         And a thread of C's is set to write the stacks where Python's threads get no turn any more:
         shortly after the limit, if this is not called again before.
         """
-        if self._file and not self._ending.is_set():
-            left = self._limit(self._heart.place).seconds - self._waited
-            faulthandler.dump_traceback_later(max(left, 0) + 2, file=self._file.fileno())
+        with self._arming:
+            if self._file and not self._ending.is_set():
+                left = self._limit(self._heart.place).seconds - self._waited
+                faulthandler.dump_traceback_later(max(left, 0) + 2, file=self._file.fileno())
         if self._alarm.read_bytes():
             self._alarmed.set()
 

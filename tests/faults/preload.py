@@ -6,6 +6,7 @@ import os
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401  # with much of torch
-from deepspeed.comm.torch import build_shm_op  # noqa: E402
 
-build_shm_op()
+from hg_scale.parallel.extensions import load_extensions  # noqa: E402
+
+load_extensions()

@@ -1,4 +1,4 @@
-"""Runs that hang end by themselves, with 76, and say why."""
+"""Runs that hang, or of which a rank dies, end by themselves, with 76, and say why."""
 
 from __future__ import annotations
 
@@ -79,4 +79,16 @@ def test_a_run_goes_on_after_it(forks: Forks, config: Path, tmp_path: Path) -> N
     found = run_with_fault(forks, "sleep rank=1 step=6", config, tmp_path, *QUICK)
     assert found.codes == [LOST, LOST]
     again = run_with_fault(forks, "sleep rank=5", config, tmp_path, *QUICK)
+    assert again.codes == [0, 0] and "resumed at step 4" in again.told[0]
+
+
+def test_a_rank_that_dies(forks: Forks, config: Path, tmp_path: Path) -> None:
+    """The others say so in a line, and the next start goes on."""
+    sets = (*QUICK, "checkpoint.async=false")  # one that is being written dies with the rank
+    found = run_with_fault(forks, "die rank=1 step=6", config, tmp_path, *sets)
+    assert found.codes == [LOST, KILLED], found.all_told
+    line = found.told[0].splitlines()[-1]
+    assert line.startswith("rank 0 lost its connection to the others at step 6: ")
+    assert line.endswith("; the job is to be started again") and "Traceback" not in found.all_told
+    again = run_with_fault(forks, "die rank=5", config, tmp_path, *sets)
     assert again.codes == [0, 0] and "resumed at step 4" in again.told[0]

@@ -154,7 +154,6 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "nan": spoiled(math.nan),
     "nan_from": spoiled(math.nan, ends=False),
     "spike": spoiled(1e3),
-    "spike_from": spoiled(1e3, ends=False),
     "fill": fill_disk,
 }
 

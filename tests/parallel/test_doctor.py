@@ -117,3 +117,16 @@ def test_a_slurm_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert finding.state == "note" and "no controller" in finding.message
     srun.write_text('#!/bin/sh\n[ $1 = --version ] && echo slurm 23.11 || echo "pmix none" >&2\n')
     assert doctor.slurm().message == "slurm 23.11; srun --mpi: none, pmix"
+
+
+def test_commands_that_never_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An MPI that waits for its network, a controller that is away."""
+    for name in ("srun", "python"):
+        (tmp_path / name).write_text("#!/bin/sh\nexec sleep 600\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(doctor.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(doctor, "ANSWER_SECONDS", 0.2)
+    assert doctor.slurm() == Finding("slurm", "note", "srun does not answer: ended after 0.2 s")
+    finding = doctor.mpi()
+    assert finding.message == "mpi4py loads no MPI: ended after 0.2 s" and finding.remedy

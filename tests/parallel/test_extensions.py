@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 import threading
 from pathlib import Path
 
@@ -61,3 +64,18 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(extensions, "build_shm_op", lambda: called.append(True))
     load_extensions()
     assert called == [True]
+
+
+def test_the_ninja_of_this_python_builds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts with one `PATH` and another must not build everything again in turn."""
+    other = folder.parent / "bin"
+    other.mkdir()
+    (other / "ninja").write_text("#!/bin/sh\nexit 1\n")
+    (other / "ninja").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{other}:/usr/bin:/bin")
+    found = []
+    monkeypatch.setattr(extensions, "build_shm_op", lambda: found.append(shutil.which("ninja")))
+    load_extensions()
+    load_extensions()
+    assert found == [f"{sysconfig.get_path('scripts')}/ninja"] * 2
+    assert os.environ["PATH"].count(sysconfig.get_path("scripts")) == 1

@@ -174,6 +174,7 @@ def test_elements_of_an_array_are_requeued_one_by_one(
         lines = (elsewhere / f"runs/points/training.seed={number}/jobs.jsonl").read_text()
         codes = [json.loads(line).get("code") for line in lines.splitlines()]
         assert codes == [None, REQUEUE, None, 0]
+        assert json.loads(lines.splitlines()[0])["job"] == f"{job}_{number}"
         log = json.loads(lines.splitlines()[0])["log"]
         assert log == str(elsewhere / f"hg-sweep-{job}-{number}.log") and Path(log).is_file()
     assert [path.name for path in (elsewhere / "runs/points/code").iterdir()] == [str(job)]
@@ -200,6 +201,20 @@ def test_without_progress_a_job_gives_up(
     assert (state["JobState"], state["ExitCode"]) == ("FAILED", f"{GAVE_UP}:0"), log_of(elsewhere)
     assert state["Restarts"] == "1"
     assert "started 2 times without getting past checkpoint none: gave up" in log_of(elsewhere)
+
+
+def test_a_preemption_is_no_start_in_vain(cluster: Cluster, start: Start, elsewhere: Path) -> None:
+    """However often, and before the first checkpoint; what follows counts again."""
+    job = start("waits", "waits", LOST, LOST, HG_MAX_RESTARTS="1")
+    for restarts in range(2):
+        cluster.wait_for(job, {"RUNNING"}, 120)
+        wait_for_log(elsewhere, f"rank 1 start {restarts}")
+        urgent = ("--partition=urgent", "--nodes=9", "--exclusive", "--output=urgent.txt")
+        other = cluster.submit(*urgent, "--wrap=sleep 1", folder=elsewhere)
+        cluster.wait(other, 120)
+    state = cluster.wait(job, 120)
+    ended = (state["JobState"], state["ExitCode"], state["Restarts"])
+    assert ended == ("FAILED", f"{GAVE_UP}:0", "3"), log_of(elsewhere)
 
 
 def test_a_cancelled_job_stays_cancelled(

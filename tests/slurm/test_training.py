@@ -55,7 +55,7 @@ def test_eight_nodes_train_in_three_dimensions(
 def test_what_does_not_fit_fails_at_once_with_the_reason(
     cluster: Cluster, job_environment: Environment, elsewhere: Path, tiny_3d: Path, tmp_path: Path
 ) -> None:
-    """Each before a rank starts: layout, shards, the checkpoint, the disk."""
+    """Before a rank starts. What else the check finds: tests/training/test_check.py."""
     missing = f"data.path={tmp_path / 'nowhere'}"
     faults = {
         "parallel.tensor": ("--nodes=3", "--set", "parallel.pipeline=2"),

@@ -13,9 +13,10 @@ from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.versions import FORMAT_VERSION, seal
 from hg_scale.config import ConfigError, load_config
 from hg_scale.data.errors import DataError
+from hg_scale.model.costs import parameter_count
 from hg_scale.training.check import DiskError, check_disk, check_run, checkpoints_to_come
 from tests.manifests import META
-from tests.runs import train
+from tests.runs import TINY, train
 from tests.shared import ROOT
 
 
@@ -34,7 +35,8 @@ def save(folder: Path, step: int, size: int = 100) -> Path:
     (checkpoint / "rank-00000.safetensors").write_bytes(b"x" * size)
     name, checksum = "rank-00000.safetensors", f"xxh3_128:{0:032}"
     files = [{"name": name, "bytes": size, "checksum": checksum, "fragments": []}]
-    manifest = {"format_version": FORMAT_VERSION, "step": step, **META, "files": files}
+    of = {**META, "config": {"model": TINY["model"]}}
+    manifest = {"format_version": FORMAT_VERSION, "step": step, **of, "files": files}
     (checkpoint / "manifest.json").write_text(json.dumps(seal(manifest)))
     return checkpoint
 
@@ -104,6 +106,15 @@ def test_damaged_checkpoints(config: Path, tmp_path: Path) -> None:
     assert "step-00000002" in " ".join(told)
 
 
+def test_a_checkpoint_of_another_model(config: Path, tmp_path: Path) -> None:
+    checkpoint = save(tmp_path / "run", 3)
+    with pytest.raises(ConfigError, match=f"model.d_ff = 128: the checkpoint {checkpoint} has 64"):
+        check_run(config, ["model.d_ff=128"], tmp_path / "run", 1)
+    start = f"checkpoint.start_from={checkpoint}"
+    with pytest.raises(ConfigError, match="model.d_ff"):
+        check_run(config, ["model.d_ff=128", start], tmp_path / "other", 1)
+
+
 @pytest.mark.parametrize(
     ("steps", "every", "done", "stop_at", "count"),
     [(6, 0, 0, None, 1), (6, 2, 0, None, 3), (7, 2, 0, None, 4), (7, 2, 4, None, 2),
@@ -128,6 +139,32 @@ def test_a_disk_that_will_be_full(
         check_disk(known, tmp_path, checkpoint)
     with pytest.raises(DiskError, match="3 checkpoints to come"):
         check_disk(known, tmp_path / "not" / "there", None)
+
+
+@pytest.mark.parametrize(
+    ("keep_every", "standing", "count"),
+    [(0, (), 4), (0, (2,), 3), (0, (2, 4), 2), (0, (2, 4, 6), 1), (0, (2, 4, 6, 8, 10), 1),
+     (4, (4, 8, 10), 3 + 23)],
+)  # fmt: skip
+def test_old_checkpoints_make_room_for_new_ones(
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    keep_every: int,
+    standing: tuple[int, ...],
+    count: int,
+) -> None:
+    """So that a run goes on after a requeue on the disk that it began on."""
+    keep = ["checkpoint.keep_last=3", f"checkpoint.keep_every={keep_every}"]
+    known = load_config(config, ["checkpoint.every=2", "training.steps=100", *keep])
+    size = 1000 if standing else 12 * parameter_count(known.model)
+    paths = [save(tmp_path, step, size=1000) for step in standing]
+    newest = paths[-1] if paths else None
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, count * size))
+    check_disk(known, tmp_path, newest)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, count * size - 1))
+    with pytest.raises(DiskError, match=f"{count} checkpoints to come "):
+        check_disk(known, tmp_path, newest)
 
 
 def test_the_command_checks_and_ends(config: Path, tmp_path: Path) -> None:

@@ -5,26 +5,41 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from hg_scale.checkpoint.find import find_latest
-from hg_scale.exit_codes import FAILED, GAVE_UP, LOST, REQUEUE
+from hg_scale.exit_codes import CONFIG_ERROR, FAILED, GAVE_UP, LOST, REQUEUE
+from hg_scale.parallel.launch import Launch
 from hg_scale.training import endings
-from hg_scale.training.endings import End, clear_end, fault_of_another, lost_connection, write_end
+from hg_scale.training.endings import (
+    End,
+    Lost,
+    clear_end,
+    fault_of_another,
+    in_a_line,
+    lost_connection,
+    write_end,
+)
+from hg_scale.training.interruption import Interruption
+from hg_scale.training.stop_signals import StopSignals
+from tests.faults.worlds import MODULES
 from tests.forks import KILLED, Forks, finish
 from tests.runs import records, train_here
 from tests.training.test_interruption import Words, words
+from tests.world import Worlds
 
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Forks]:
-    yield Forks("tests.training.test_endings", "hg_scale.training.run", "hg_scale.training.engine")
+    yield Forks("tests.training.test_endings", *MODULES)
 
 
 def train_and_meet(fault: str, arguments: Words, output: Path) -> None:
@@ -103,6 +118,33 @@ def test_a_rank_is_gone(
         assert "Traceback" in (run / "logs" / f"rank-{rank}.log").read_text()
 
 
+def ends_when_connections_close(arguments: Words, output: Path, run: Path) -> tuple[int, list]:
+    """The exit code, and the faults that were written down by the time the group is taken down."""
+    from hg_scale.training import run as module
+
+    found: list[End | None] = []
+    close = dist.destroy_process_group
+
+    def look() -> None:
+        found.append(fault_of_another(run, rank=1, world_size=2, patience=0))
+        close()
+
+    with mock.patch.object(module.dist, "destroy_process_group", look):
+        return train_here(arguments, output), found
+
+
+def test_a_fault_is_written_down_before_the_others_can_miss_this_rank(
+    worlds: Worlds, config: Path, tmp_path: Path
+) -> None:
+    """They look for it when the connection breaks, and not for long."""
+    run = tmp_path / "run"
+    arguments = words(config, run, f"data.path={tmp_path / 'nowhere'}")
+    ((code, (end,)),) = worlds.run(
+        1, ends_when_connections_close, arguments, tmp_path / "told", run
+    )
+    assert code == CONFIG_ERROR and end.code == CONFIG_ERROR and "data.path" in end.line
+
+
 def test_what_is_a_lost_connection() -> None:
     def raised(error: Exception, of: Exception | None = None) -> Exception:
         try:
@@ -120,6 +162,27 @@ def test_what_is_a_lost_connection() -> None:
     assert lost_connection(nccl) == "NCCL error in: /a.cpp:1, remote process exited"
     for other in (RuntimeError("shapes differ"), ConnectionResetError(104, "Connection reset")):
         assert lost_connection(other) is None
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, getattr(torch, "AcceleratorError", RuntimeError)])
+def test_what_is_a_lost_gpu(kind: type[RuntimeError]) -> None:
+    def told(words: str, step: int | None = 6) -> object:
+        interruption = Interruption(StopSignals())
+        interruption.step = step
+        try:
+            raise kind(f"CUDA error: {words}\nCUDA kernel errors might be asynchronously reported")
+        except RuntimeError as error:
+            return in_a_line(error, Launch(3, 8, 3), interruption)
+
+    fault = told("uncorrectable ECC error encountered")
+    assert isinstance(fault, Lost) and fault.exit_code == LOST
+    assert str(fault) == (
+        f"rank 3 lost its GPU on {socket.gethostname()} at step 7: CUDA error: uncorrectable ECC "
+        "error encountered; the job is to be started again"
+    )
+    assert "at the start: " in str(told("CUDA-capable device(s) is/are busy or unavailable", None))
+    for of_the_code in ("an illegal memory access was encountered", "device-side assert triggered"):
+        assert told(of_the_code) is None
 
 
 def test_ends_are_written_found_and_forgotten(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_silence_is_death_after_ten_steps_or_ten_minutes(run: Path) -> None:
 def test_jobs_restarts_and_last_errors(run: Path) -> None:
     log = run / "hg-train-7.log"
     log.write_text("step 9/130  loss 2.5\nCUDA error: an illegal access\nexit code 76: lost\n")
-    first = {"event": "start", "job": 7, "start": 1, "log": str(log), "time": NOW - 900}
+    first = {"event": "start", "job": "7", "start": 1, "log": str(log), "time": NOW - 900}
     ends = [{**first, "event": "end", "code": code, "requeued": True} for code in (76, 137, 76)]
     starts = [{**first, "start": n} for n in (1, 2, 3, 4)]
     both = [line for pair in zip(starts[:3], ends, strict=True) for line in pair]
@@ -92,11 +93,37 @@ def test_jobs_restarts_and_last_errors(run: Path) -> None:
 
 
 def test_slurm_s_word_counts_more_than_silence(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(run, "jobs.jsonl", [{"event": "start", "job": 7, "start": 1, "log": "", "time": NOW}])
+    write(run, "jobs.jsonl", [{"event": "start", "job": "7", "start": 1, "log": "", "time": NOW}])
     for state, alive in (("RUNNING", True), ("PENDING", False)):
         monkeypatch.setattr(status, "queue_state", lambda job, state=state: state)
         found = status_of(run, NOW + 10_000)
         assert (found.alive, found.lines["state"].split(": ")[1]) == (alive, f"job 7 is {state}")
+
+
+def test_a_job_that_slurm_itself_requeued_waits(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = {"event": "end", "job": "7", "start": 1, "log": "", "time": NOW, "requeued": False}
+    write(run, "jobs.jsonl", [{**ended, "code": 76}])
+    for state, words in (("PENDING", ", waiting to start again"), ("COMPLETING", ""), (None, "")):
+        monkeypatch.setattr(status, "queue_state", lambda job, state=state: state)
+        found = status_of(run, NOW)
+        assert found.lines["state"] == f"not running: job 7 ended: lost a rank or a node{words}"
+
+
+def test_slurm_is_asked_for_one_element_of_an_array(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of the last one is also that of all of them."""
+    squeue = tmp_path / "squeue"
+    squeue.write_text(
+        "#!/bin/sh\ncase $3 in --jobs=7_2) echo RUNNING ;; --jobs=7) echo RUNNING; echo PENDING ;; "
+        "esac\n"
+    )
+    squeue.chmod(0o755)
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    write(tmp_path, "jobs.jsonl", [{"event": "start", "job": "7_2", "log": "", "time": NOW}])
+    found = status_of(tmp_path, NOW)
+    assert (found.alive, found.lines["state"]) == (True, "alive: job 7_2 is RUNNING")
 
 
 def test_heartbeats_say_more_than_silence(run: Path) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from hg_scale.config.schema import DataConfig, WatchdogConfig
 from hg_scale.training.heartbeat import Heartbeat, Place, clear_ranks, read_beats
@@ -149,6 +150,18 @@ def test_steps_that_go_on_end_nothing_nor_does_factor_0(tmp_path: Path) -> None:
     before = threading.active_count()
     with Watchdog(heart, config(factor=0.0), tmp_path / "off", 1, print):
         assert threading.active_count() == before
+
+
+def test_nothing_is_left_to_write_stacks_into_a_file_that_is_closed(tmp_path: Path) -> None:
+    """The heartbeat's thread may be about to set that while the watchdog leaves."""
+    heart = Heartbeat(tmp_path, 0, 1, print)
+    (tmp_path / "ranks").mkdir()
+    clear_alarm(tmp_path)
+    with Watchdog(heart, config(), tmp_path, 1, print) as dog:
+        late = heart.each_tick
+    with mock.patch("faulthandler.dump_traceback_later") as armed:
+        late()
+    assert not armed.called and not dog._stacks.exists()
 
 
 def test_an_alarm_without_a_disk(tmp_path: Path) -> None:
