@@ -110,10 +110,10 @@ def check_shards(source: Source) -> int:
 
 
 def _shard_files(index: Index) -> Iterator[tuple[str, int]]:
-    for split in ("train", "validation"):
-        if split in index.splits:
-            for shard in index.split(split).shards:
-                yield index.url(shard), shard.file_bytes
+    """Of what a run reads: a training split there has to be, and a validation split may be."""
+    held_out = index.splits.get("validation")
+    for shard in [*index.split("train").shards, *(held_out.shards if held_out else [])]:
+        yield index.url(shard), shard.file_bytes
 
 
 def check_checkpoint(config: Config, folder: Path, report: Callable[[str], None]) -> Path | None:

@@ -88,6 +88,22 @@ def test_shards_are_counted_and_measured(
         check_run(config, [f"data.path={copy}"], tmp_path / "run", 1)
 
 
+def test_a_corpus_needs_no_validation_split(config: Path, corpus: Path, tmp_path: Path) -> None:
+    """`prepare_bytes.py` leaves it empty where no document fell into it; training goes without."""
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    index = json.loads((copy / "index.json").read_text())
+    empty = {"tokens": 0, "text_bytes": 0, "documents": 0, "shards": []}
+    for name, fits in (("validation", True), ("train", False)):
+        splits = index["splits"] | {name: empty}
+        (copy / "index.json").write_text(json.dumps(index | {"splits": splits}))
+        if fits:
+            check_run(config, [f"data.path={copy}"], tmp_path / "run", 1)
+            continue
+        with pytest.raises(DataError, match="'train' is empty"):
+            check_run(config, [f"data.path={copy}"], tmp_path / "run", 1)
+
+
 def test_damaged_checkpoints(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     older, newer = save(run, 3), save(run, 5)
