@@ -6,6 +6,7 @@ against the number of processes, the shards, the last checkpoint, the disk. It i
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from hg_scale.data.schedule import Source
 from hg_scale.errors import UserError
 from hg_scale.model.costs import parameter_count
 from hg_scale.training.corpora import open_sources
+from hg_scale.training.same_model import refuse_other_model
 
 STATE_BYTES = 12  # a parameter in a checkpoint: fp32 weight and two moments
 
@@ -117,20 +119,25 @@ def _shard_files(index: Index) -> Iterator[tuple[str, int]]:
 
 
 def check_checkpoint(config: Config, folder: Path, report: Callable[[str], None]) -> Path | None:
-    """What the run would begin from. Raises CheckpointError or ConfigError where it is damaged."""
+    """What the run would begin from. CheckpointError or ConfigError: damaged, or another model."""
     checkpoint = find_latest(folder / "checkpoints", report=report)
     if checkpoint is None and config.checkpoint.start_from:
         checkpoint = newest_of(Path(config.checkpoint.start_from), report)
         if fault := damage(checkpoint):
             raise ConfigError([Problem("checkpoint.start_from", fault, str(checkpoint))])
+    if checkpoint:
+        refuse_other_model(config, checkpoint)
     return checkpoint
 
 
 def check_disk(
     config: Config, folder: Path, checkpoint: Path | None, stop_at: int | None = None
 ) -> None:
-    """Raises DiskError where the checkpoints to come do not fit beside what is there."""
-    here = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    """Raises DiskError where the checkpoints to come cannot be written, or do not fit there."""
+    here = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
+    if not (here.is_dir() and os.access(here, os.W_OK | os.X_OK)):
+        what = "no write permission" if here.is_dir() else "not a folder"
+        raise DiskError(f"{folder}: cannot be written ({here}: {what}); choose another --run")
     done = size = 0
     if checkpoint:
         manifest = read_manifest(checkpoint)

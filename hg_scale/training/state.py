@@ -15,13 +15,11 @@ from hg_scale.checkpoint.deepspeed_state import (
     needed,
     optimizer_step,
 )
-from hg_scale.checkpoint.find import read_manifest
 from hg_scale.checkpoint.load import Reader
 from hg_scale.checkpoint.rank_file import share
 from hg_scale.checkpoint.save import save
 from hg_scale.checkpoint.source import parameter_shapes
-from hg_scale.config.errors import ConfigError, Problem
-from hg_scale.config.schema import FREE_MODEL_KEYS, Config, ModelConfig
+from hg_scale.config.schema import Config
 from hg_scale.training.progress import Progress
 
 if TYPE_CHECKING:
@@ -91,22 +89,3 @@ def load_state(engine: Engine, checkpoint: Path) -> Progress:
     load_states(engine.deepspeed, engine.slices, reader.read, reader.manifest["optimizer_step"])
     engine.guard.load(reader.manifest.get("guard", {}))
     return Progress(**reader.manifest["progress"])
-
-
-def refuse_other_model(config: Config, checkpoint: Path) -> None:
-    """Raise ConfigError listing the keys in which a checkpoint's model differs."""
-    manifest = read_manifest(checkpoint)
-    ours = config.model.model_dump()
-    # A key that is younger than the checkpoint had its default's meaning.
-    theirs: dict[str, Any] = ModelConfig().model_dump() | manifest["config"]["model"]  # type: ignore[call-arg]
-    problems = [
-        Problem(
-            f"model.{key}",
-            f"the checkpoint {checkpoint} has {theirs.get(key)!r}; set it so, or use another --run",
-            value,
-        )
-        for key, value in ours.items()
-        if key not in FREE_MODEL_KEYS and value != theirs.get(key)
-    ]
-    if problems:
-        raise ConfigError(problems)

@@ -15,7 +15,7 @@ from hg_scale.config import ConfigError, load_config
 from hg_scale.data.errors import DataError
 from hg_scale.training.check import DiskError, check_disk, check_run, checkpoints_to_come
 from tests.manifests import META
-from tests.runs import train
+from tests.runs import TINY, train
 from tests.shared import ROOT
 
 
@@ -35,6 +35,7 @@ def save(folder: Path, step: int, size: int = 100) -> Path:
     name, checksum = "rank-00000.safetensors", f"xxh3_128:{0:032}"
     files = [{"name": name, "bytes": size, "checksum": checksum, "fragments": []}]
     manifest = {"format_version": FORMAT_VERSION, "step": step, **META, "files": files}
+    manifest["config"] = {"model": TINY["model"]}
     (checkpoint / "manifest.json").write_text(json.dumps(seal(manifest)))
     return checkpoint
 
@@ -118,6 +119,21 @@ def test_damaged_checkpoints(config: Path, tmp_path: Path) -> None:
     save(run, 2)
     told = check_run(config, [f"checkpoint.start_from={run}"], tmp_path / "other", 1)
     assert "step-00000002" in " ".join(told)
+
+
+def test_a_checkpoint_of_another_model(config: Path, tmp_path: Path) -> None:
+    checkpoint = save(tmp_path / "run", 3)
+    with pytest.raises(ConfigError, match=rf"model.d_ff = 128: the checkpoint {checkpoint} has 64"):
+        check_run(config, ["model.d_ff=128"], tmp_path / "run", 1)
+
+
+def test_a_run_folder_that_cannot_be_made(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for run in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(DiskError, match="cannot be written .*: not a folder.; choose another"):
+            check_run(config, (), run, 1)
+    with pytest.raises(DiskError, match="cannot be written"):
+        check_run(config, (), Path("/proc/run"), 1)
 
 
 @pytest.mark.parametrize(
