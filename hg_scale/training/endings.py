@@ -17,12 +17,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import FAILED, LOST, starts_again
 from hg_scale.parallel.launch import Launch
 from hg_scale.training.agreement import Stopped
+from hg_scale.training.run_lock import Taken
 
 if TYPE_CHECKING:
     from hg_scale.training.interruption import Interruption
@@ -32,11 +34,17 @@ _PATIENCE = 5.0  # seconds in which a peer's fault may become visible on a share
 # What gloo says, in a plain RuntimeError, of a rank that is gone or does not answer.
 _GLOO = ("/gloo/", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
+_ALLOCATOR = "DefaultCPUAllocator"
+
 
 class Lost(UserError):
     """This rank cannot reach the others any more."""
 
     exit_code = LOST
+
+
+class NoMemory(UserError):
+    """This rank's memory does not hold what it is to compute; the others do not know of it yet."""
 
 
 class End(NamedTuple):
@@ -56,6 +64,19 @@ def lost_connection(error: BaseException) -> str | None:
         ):
             first = text.splitlines()[0].partition(". This is typically caused")[0]
             return re.sub(r"^\[\S*:\d+\] ", "", first).rstrip(".")  # the line of gloo's source
+    return None
+
+
+def no_memory(error: BaseException) -> str | None:
+    """What an error says of memory that cannot be had, in brief; None where it is another fault."""
+    for link in _chain(error):
+        first = (str(link) or type(link).__name__).splitlines()[0]
+        if isinstance(link, torch.OutOfMemoryError):
+            return first.partition(". GPU ")[0].rstrip(".")  # what follows are its other figures
+        if isinstance(link, MemoryError):
+            return first
+        if isinstance(link, RuntimeError) and _ALLOCATOR in first:  # torch's, of the CPU
+            return first[first.index(_ALLOCATOR) :].partition(". Error code")[0]
     return None
 
 
@@ -113,14 +134,18 @@ def _path(folder: Path, rank: int) -> Path:
 def in_a_line(error: Exception, launch: Launch, interruption: Interruption) -> UserError | None:
     """An error as a person is told it; None where that needs a traceback."""
     if why := lost_connection(error):
-        step = interruption.step
-        where = "at the start" if step is None else f"at step {step + 1}"
         return Lost(
-            f"rank {launch.rank} lost its connection to the others {where}: {why}; the job is to "
-            "be started again"
+            f"rank {launch.rank} lost its connection to the others {_when(interruption)}: {why}; "
+            "the job is to be started again"
         )
     if isinstance(error, UserError):
         return error
+    if what := no_memory(error):
+        return NoMemory(
+            f"rank {launch.rank} has not enough memory {_when(interruption)}: {what}; choose a "
+            "smaller training.micro_batch_size, training.activation_checkpointing=true, a higher "
+            "parallel.zero_stage, or more parallel.tensor or parallel.pipeline"
+        )
     if interruption.signals.received and interruption.step is None:
         # Slurm signals all that belongs to a job, compilers too.
         return Lost(
@@ -130,13 +155,19 @@ def in_a_line(error: Exception, launch: Launch, interruption: Interruption) -> U
     return None
 
 
+def _when(interruption: Interruption) -> str:
+    step = interruption.step
+    return "at the start" if step is None else f"at step {step + 1}"
+
+
 def tell(fault: UserError, folder: Path, launch: Launch) -> int:
     """Say what ended the run, where that is this rank's to say; the exit code."""
     if isinstance(fault, Stopped):
         return code_of(fault.__cause__)
     if not isinstance(fault, Lost):
         print(fault, file=sys.stderr)
-        write_end(folder, launch.rank, fault.exit_code, str(fault))
+        if not isinstance(fault, Taken):  # it would be taken for the end of the run that is there
+            write_end(folder, launch.rank, fault.exit_code, str(fault))
         return fault.exit_code
     met = fault_of_another(folder, launch.rank, launch.world_size)
     if met is None:

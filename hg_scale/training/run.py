@@ -27,7 +27,7 @@ from hg_scale.training.begin import agreed_source
 from hg_scale.training.console import Console, quiet_libraries
 from hg_scale.training.corpora import bytes_per_token, open_sources
 from hg_scale.training.device import peak_flops
-from hg_scale.training.endings import Lost, clear_end, in_a_line, tell, write_end
+from hg_scale.training.endings import Lost, NoMemory, clear_end, in_a_line, tell, write_end
 from hg_scale.training.held_out import HeldOut
 from hg_scale.training.interruption import Interruption, end_of_job
 from hg_scale.training.loop import Parts, training_loop
@@ -79,7 +79,8 @@ def train(
             log = folder / "logs" / f"rank-{launch.rank}.log"
             terminal = stack.enter_context(quiet_libraries(log))
         except OSError as error:
-            print(f"{folder}: rank {launch.rank} cannot write there: {error}", file=sys.stderr)
+            why = f"rank {launch.rank} cannot write there: {error.strerror}"
+            print(f"{folder}: {why}; choose another --run", file=sys.stderr)
             return FAILED
         console = Console(config.training.steps, rank=launch.rank, stream=terminal)
         try:
@@ -88,11 +89,13 @@ def train(
                     Run(config, folder, launch, console, interruption, stop_at, profile)
                 )
         except KeyboardInterrupt:
-            fault = UserError("interrupted; started again, the run goes on from its checkpoint")
+            fault = UserError(
+                "interrupted; started again, the run goes on from its last checkpoint"
+            )
             agreed = False
         except Exception as error:
             fault = in_a_line(error, launch, interruption)
-            agreed = not isinstance(fault, Lost)
+            agreed = not isinstance(fault, Lost | NoMemory)
             if fault is None:  # one of ours
                 write_end(folder, launch.rank, FAILED, f"{type(error).__name__}: {error}")
                 raise

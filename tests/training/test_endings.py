@@ -11,12 +11,20 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from hg_scale.checkpoint.find import find_latest
 from hg_scale.exit_codes import FAILED, GAVE_UP, LOST, REQUEUE
 from hg_scale.training import endings
-from hg_scale.training.endings import End, clear_end, fault_of_another, lost_connection, write_end
+from hg_scale.training.endings import (
+    End,
+    clear_end,
+    fault_of_another,
+    lost_connection,
+    no_memory,
+    write_end,
+)
 from tests.forks import KILLED, Forks, finish
 from tests.runs import records, train_here
 from tests.training.test_interruption import Words, words
@@ -120,6 +128,20 @@ def test_what_is_a_lost_connection() -> None:
     assert lost_connection(nccl) == "NCCL error in: /a.cpp:1, remote process exited"
     for other in (RuntimeError("shapes differ"), ConnectionResetError(104, "Connection reset")):
         assert lost_connection(other) is None
+
+
+def test_what_is_a_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError) as met:
+        torch.empty(2**62, dtype=torch.uint8)
+    told = "DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+    assert no_memory(met.value) == f"{told} {2**62} bytes"
+    gpu = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB "
+        "of which 1.00 GiB is free."
+    )
+    assert no_memory(gpu) == "CUDA out of memory. Tried to allocate 2.00 GiB"
+    assert no_memory(MemoryError()) == "MemoryError"
+    assert no_memory(RuntimeError("shapes differ")) is None
 
 
 def test_ends_are_written_found_and_forgotten(tmp_path: Path) -> None:
