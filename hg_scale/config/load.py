@@ -41,15 +41,17 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
     except FileNotFoundError:
-        nearest = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*.json")], 1, 0.4
-        )
+        there = [p.name for p in path.parent.glob("*.json") if p.resolve() not in seen]
+        nearest = difflib.get_close_matches(path.name, there, 1, 0.4)
         hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
-        raise fail(f"no such file{hint}") from None
+        whose = f", which {seen[-1]} extends" if seen else ""
+        raise fail(f"no such file{whose}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise fail(f"cannot be read: {error}") from None
     except json.JSONDecodeError as error:
         raise fail(f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise fail("not a configuration: objects or lists in it nest too deep") from None
     except _Repeated as error:
         raise fail(f"the key {error} stands twice in one object; keep one of the two") from None
     if not isinstance(tree, dict):
@@ -97,6 +99,10 @@ def apply_override(tree: dict[str, Any], text: str) -> Problem | None:
         value = raw
     node = tree
     *parents, last = key.split(".")
+    if key in _FILE_KEYS:
+        return Problem(key, "cannot be set with --set: write it into the file")
+    if not all((*parents, last)):
+        return Problem("--set", f"expected key.path=value, got '{text}'")
     for part in parents:
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
@@ -214,15 +220,22 @@ def _in_words(path: str, items: list[dict[str, Any]], tree: dict[str, Any]) -> P
             else (f"unknown key; known here: {', '.join(known)}")
         )
         return Problem(path, message)
-    messages = []
-    for item in items:
-        message = item["msg"].removeprefix("Value error, ")
-        message = message.removeprefix("Input should be ")
-        messages.append(message)
-    allowed = ", or ".join(dict.fromkeys(messages))
+    allowed = ", or ".join(dict.fromkeys(map(_expected, items)))
     if all(item["type"] == "value_error" for item in items):
         return Problem(path, allowed, value)
     return Problem(path, f"expected {allowed}", value)
+
+
+def _expected(item: dict[str, Any]) -> str:
+    """What pydantic expected, in words of JSON's."""
+    kind, context = item["type"], item.get("ctx", {})
+    if kind in ("dict_type", "model_type"):
+        return 'an object, as in {"key": value}'
+    if kind == "too_short":
+        return f"at least {context['min_length']} entries, got {context['actual_length']}"
+    if kind == "too_long":
+        return f"at most {context['max_length']} entries, got {context['actual_length']}"
+    return item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
 
 
 def _entry_in_words(item: dict[str, Any], depth: int) -> str:

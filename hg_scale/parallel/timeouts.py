@@ -20,7 +20,7 @@ class Timeouts:
 
     def __init__(self, seconds: float, spared: Collection[dist.ProcessGroup] = ()) -> None:
         """`seconds`: the short one."""
-        self._short = min(timedelta(seconds=seconds), LONG)
+        self._short = timedelta(seconds=min(seconds, LONG.total_seconds()))
         self._spared, self._now = spared, LONG
 
     def shorten(self) -> None:

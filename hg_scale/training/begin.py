@@ -20,8 +20,8 @@ from hg_scale.config.errors import ConfigError, Problem
 from hg_scale.config.schema import Config
 from hg_scale.errors import UserError
 from hg_scale.training.agreement import together
-from hg_scale.training.check import refuse_other_model
 from hg_scale.training.console import Console
+from hg_scale.training.same_model import refuse_other_model
 from hg_scale.training.state import layout_in_words
 
 _LONG = 4e9  # bytes for each rank to check; that takes some seconds

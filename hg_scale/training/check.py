@@ -6,10 +6,10 @@ against the number of processes, the shards, the last checkpoint, the disk. It i
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from hg_scale.checkpoint.find import (
     checkpoints_in,
@@ -26,13 +26,14 @@ from hg_scale.config.layouts import (
     largest_fitting,
     load_elastic,
 )
-from hg_scale.config.schema import FREE_MODEL_KEYS, Config, ModelConfig
+from hg_scale.config.schema import Config
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import Index, is_local
 from hg_scale.data.schedule import Source
 from hg_scale.errors import UserError
 from hg_scale.model.costs import parameter_count
 from hg_scale.training.corpora import open_sources
+from hg_scale.training.same_model import refuse_other_model
 
 STATE_BYTES = 12  # a parameter in a checkpoint: fp32 weight and two moments
 
@@ -117,17 +118,14 @@ def check_shards(source: Source) -> int:
 
 
 def _shard_files(index: Index) -> Iterator[tuple[str, int]]:
-    for split in ("train", "validation"):
-        if split in index.splits:
-            for shard in index.split(split).shards:
-                yield index.url(shard), shard.file_bytes
+    """Of what a run reads: a training split there has to be, and a validation split may be."""
+    held_out = index.splits.get("validation")
+    for shard in [*index.split("train").shards, *(held_out.shards if held_out else [])]:
+        yield index.url(shard), shard.file_bytes
 
 
 def check_checkpoint(config: Config, folder: Path, report: Callable[[str], None]) -> Path | None:
-    """What the run would begin from.
-
-    Raises CheckpointError or ConfigError where it is damaged or holds another model.
-    """
+    """What the run would begin from. CheckpointError or ConfigError: damaged, or another model."""
     checkpoint = find_latest(folder / "checkpoints", report=report)
     if checkpoint is None and config.checkpoint.start_from:
         checkpoint = newest_of(Path(config.checkpoint.start_from), report)
@@ -138,30 +136,14 @@ def check_checkpoint(config: Config, folder: Path, report: Callable[[str], None]
     return checkpoint
 
 
-def refuse_other_model(config: Config, checkpoint: Path) -> None:
-    """Raise ConfigError listing the keys in which a checkpoint's model differs."""
-    manifest = read_manifest(checkpoint)
-    ours = config.model.model_dump()
-    # A key that is younger than the checkpoint had its default's meaning.
-    theirs: dict[str, Any] = ModelConfig().model_dump() | manifest["config"]["model"]  # type: ignore[call-arg]
-    problems = [
-        Problem(
-            f"model.{key}",
-            f"the checkpoint {checkpoint} has {theirs.get(key)!r}; set it so, or use another --run",
-            value,
-        )
-        for key, value in ours.items()
-        if key not in FREE_MODEL_KEYS and value != theirs.get(key)
-    ]
-    if problems:
-        raise ConfigError(problems)
-
-
 def check_disk(
     config: Config, folder: Path, checkpoint: Path | None, stop_at: int | None = None
 ) -> None:
-    """Raises DiskError where the checkpoints to come do not fit beside what is there."""
-    here = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    """Raises DiskError where the checkpoints to come cannot be written, or do not fit there."""
+    here = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
+    if not (here.is_dir() and os.access(here, os.W_OK | os.X_OK)):
+        what = "no write permission" if here.is_dir() else "not a folder"
+        raise DiskError(f"{folder}: cannot be written ({here}: {what}); choose another --run")
     done = size = 0
     if checkpoint:
         manifest = read_manifest(checkpoint)

@@ -47,7 +47,7 @@ class Console:
         self._eta = _Eta(total_steps, clock)
         self._live: Progress | None = None
         self._task = TaskID(0)
-        if rank == 0 and (self._stream.isatty() if tty is None else tty):
+        if rank == 0 and (_is_terminal(self._stream) if tty is None else tty):
             self._live = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=16),
@@ -124,6 +124,14 @@ class Console:
         else:
             self._stream.write(line + "\n")
             self._stream.flush()
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    """Whether somebody looks at it: mpirun gives its ranks a terminal of no width for a file."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 class _Terminal(rich.Console):

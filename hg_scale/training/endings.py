@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from hg_scale.errors import UserError
@@ -40,11 +41,17 @@ _GPU = (
     "busy or unavailable",
 )
 
+_ALLOCATOR = "DefaultCPUAllocator"
+
 
 class Lost(UserError):
     """This rank cannot reach the others any more, or its GPU."""
 
     exit_code = LOST
+
+
+class NoMemory(UserError):
+    """This rank's memory does not hold what it is to compute; the others do not know of it yet."""
 
 
 class End(NamedTuple):
@@ -73,6 +80,19 @@ def lost_gpu(error: BaseException) -> str | None:
         first = (str(link).splitlines() or [""])[0]
         if isinstance(link, RuntimeError) and "CUDA" in first and any(w in first for w in _GPU):
             return first
+    return None
+
+
+def no_memory(error: BaseException) -> str | None:
+    """What an error says of memory that cannot be had, in brief; None where it is another fault."""
+    for link in _chain(error):
+        first = (str(link) or type(link).__name__).splitlines()[0]
+        if isinstance(link, torch.OutOfMemoryError):
+            return first.partition(". GPU ")[0].rstrip(".")  # what follows are its other figures
+        if isinstance(link, MemoryError):
+            return first
+        if isinstance(link, RuntimeError) and _ALLOCATOR in first:  # torch's, of the CPU
+            return first[first.index(_ALLOCATOR) :].partition(". Error code")[0]
     return None
 
 
@@ -129,17 +149,19 @@ def _path(folder: Path, rank: int) -> Path:
 
 def in_a_line(error: Exception, launch: Launch, interruption: Interruption) -> UserError | None:
     """An error as a person is told it; None where that needs a traceback."""
-    step = interruption.step
-    where = "at the start" if step is None else f"at step {step + 1}"
-    if why := lost_gpu(error):
-        what = f"lost its GPU on {socket.gethostname()}"
-    elif why := lost_connection(error):
-        what = "lost its connection to the others"
-    if why:
-        rank = f"rank {launch.rank}"
-        return Lost(f"{rank} {what} {where}: {why}; the job is to be started again")
+    gpu = lost_gpu(error)
+    if why := gpu or lost_connection(error):
+        what = f"its GPU on {socket.gethostname()}" if gpu else "its connection to the others"
+        when = _when(interruption)
+        return Lost(f"rank {launch.rank} lost {what} {when}: {why}; the job is to be started again")
     if isinstance(error, UserError):
         return error
+    if lack := no_memory(error):
+        return NoMemory(
+            f"rank {launch.rank} has not enough memory {_when(interruption)}: {lack}; choose a "
+            "smaller training.micro_batch_size, training.activation_checkpointing=true, a higher "
+            "parallel.zero_stage, or more parallel.tensor or parallel.pipeline"
+        )
     if interruption.signals.received and interruption.step is None:
         # Slurm signals all that belongs to a job, compilers too.
         return Lost(
@@ -147,6 +169,11 @@ def in_a_line(error: Exception, launch: Launch, interruption: Interruption) -> U
             f"({type(error).__name__}); the job is to be started again"
         )
     return None
+
+
+def _when(interruption: Interruption) -> str:
+    step = interruption.step
+    return "at the start" if step is None else f"at step {step + 1}"
 
 
 def tell(fault: UserError, folder: Path, launch: Launch) -> int:

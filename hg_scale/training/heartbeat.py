@@ -46,7 +46,7 @@ class Place(NamedTuple):
 class Beat:
     """What a rank's file says; times in seconds since 1970, durations in seconds.
 
-    `hung`: its watchdog is ending it. `ended`: it left by itself.
+    `hung`: its watchdog is ending it. `ended`: it left by itself. `pid_space`: where `pid` counts.
     """
 
     rank: int
@@ -64,6 +64,13 @@ class Beat:
     forward_seconds: float | None = None
     hung: bool = False
     ended: bool = False
+    pid_space: str = ""
+
+    @property
+    def killed(self) -> bool:
+        """Whether its process is no more and did not say so, as far as one can see from here."""
+        seen = not self.ended and self.pid_space and self.pid_space == pid_space()
+        return bool(seen) and not Path(f"/proc/{self.pid}").exists()
 
     @property
     def doing(self) -> str:
@@ -135,6 +142,7 @@ class Heartbeat:
             step_seconds=self.durations[-1] if self.durations else None,
             hung=self.hung,
             ended=self.ended,
+            pid_space=pid_space(),
             **self.own,
         )
         with self._writing:
@@ -171,6 +179,14 @@ class Heartbeat:
         self.ended = True
         if not self._thread.is_alive():
             self.beat()
+
+
+def pid_space() -> str:
+    """What differs between two places where one number means two processes: hosts, containers."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return ""
 
 
 def clear_ranks(run: Path) -> None:

@@ -29,13 +29,13 @@ from hg_scale.training.begin import agreed_source
 from hg_scale.training.console import Console, quiet_libraries
 from hg_scale.training.corpora import bytes_per_token, open_sources
 from hg_scale.training.device import peak_flops
-from hg_scale.training.endings import Lost, clear_end, in_a_line, tell, write_end
+from hg_scale.training.endings import Lost, NoMemory, clear_end, in_a_line, tell, write_end
 from hg_scale.training.held_out import HeldOut
 from hg_scale.training.interruption import Interruption, end_of_job
 from hg_scale.training.loop import Parts, training_loop
 from hg_scale.training.profiling import StepProfiler
 from hg_scale.training.progress import Progress
-from hg_scale.training.run_lock import RunLock
+from hg_scale.training.run_lock import RunLock, Taken
 from hg_scale.training.run_log import RunLog
 from hg_scale.training.saver import Saver
 from hg_scale.training.schedule import Schedule
@@ -81,7 +81,8 @@ def train(
             log = folder / "logs" / f"rank-{launch.rank}.log"
             terminal = stack.enter_context(quiet_libraries(log))
         except OSError as error:
-            print(f"{folder}: rank {launch.rank} cannot write there: {error}", file=sys.stderr)
+            why = f"rank {launch.rank} cannot write there: {error.strerror}"
+            print(f"{folder}: {why}; choose another --run", file=sys.stderr)
             return FAILED
         console = Console(config.training.steps, rank=launch.rank, stream=terminal)
         try:
@@ -90,17 +91,20 @@ def train(
                     Run(config, folder, launch, console, interruption, stop_at, profile)
                 )
         except KeyboardInterrupt:
-            fault = UserError("interrupted; started again, the run goes on from its checkpoint")
+            fault = UserError(
+                "interrupted; started again, the run goes on from its last checkpoint"
+            )
             agreed = False
         except Exception as error:
             fault = in_a_line(error, launch, interruption)
-            agreed = not isinstance(fault, Lost)
+            agreed = not isinstance(fault, Lost | NoMemory)
             if fault is None:  # one of ours
                 write_end(folder, launch.rank, FAILED, f"{type(error).__name__}: {error}")
                 raise
             if fault is not error:
                 traceback.print_exc()  # into the rank's log
-        if fault and not isinstance(fault, (Lost, Stopped)):
+        # The end of one that found the folder taken would pass for that of the run that is there.
+        if fault and not isinstance(fault, Lost | Stopped | Taken):
             write_end(folder, launch.rank, fault.exit_code, str(fault))
         if dist.is_initialized() and agreed:
             dist.destroy_process_group()

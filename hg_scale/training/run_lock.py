@@ -13,6 +13,10 @@ from hg_scale.errors import UserError
 _PERIOD = 3.0  # seconds between two signs of life; another host waits for one for 15
 
 
+class Taken(DataError):
+    """Another run has the folder, and so nothing in it is this one's to write."""
+
+
 class RunLock:
     """The right of this run to write to its folder, held by the first rank; a context manager.
 
@@ -21,7 +25,7 @@ class RunLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Take it. Raises UserError, naming the run that has it, or why it cannot be taken."""
+        """Take it. Raises Taken, naming the run that has it, or UserError: why it cannot be."""
         self._lock = FolderLock(
             folder, what=f"{folder}", advice="is training there; end it, or choose another --run"
         )
@@ -30,7 +34,7 @@ class RunLock:
         except (OSError, DataError) as error:
             self._lock.release(remove=False)
             if isinstance(error, DataError):
-                raise
+                raise Taken(str(error)) from None
             raise UserError(f"{folder}: cannot be written: {error}") from None
         self._one_at_a_time = threading.Lock()
         self._leave = threading.Event()

@@ -21,11 +21,11 @@ from hg_scale.checkpoint.find import find_latest
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import meaning
 from hg_scale.training.console import duration, short_number
-from hg_scale.training.heartbeat import STALE, Beat, read_beats
+from hg_scale.training.heartbeat import PERIOD, STALE, Beat, read_beats
 from hg_scale.training.late import describe_late
 
 QUIET_LINES, QUIET_SECONDS = 10, 600  # a run that logs nothing for both is taken for dead
-_SLOW_SHOWN = 4  # slow ranks named
+_SHOWN = 4  # ranks named in a line
 _TAIL_BYTES = 64 * 1024
 _BAD_WORDS = ("error", "Traceback", "warning", "exit code", "Killed", "CANCELLED", "not saved")
 
@@ -42,8 +42,9 @@ class Status:
 def status_of(run: Path, now: float | None = None, last_errors: int = 5) -> Status:
     """Raises UserError where `run` is no run folder. `now`: seconds since 1970."""
     now = time.time() if now is None else now
-    if not any((run / name).exists() for name in ("config.json", "jobs.jsonl", "metrics.jsonl")):
-        raise UserError(f"{run} is not a run folder: no config.json, metrics.jsonl or jobs.jsonl")
+    names = ("config.json", "metrics.jsonl", "jobs.jsonl", "ranks")  # the last from the start on
+    if not any((run / name).exists() for name in names):
+        raise UserError(f"{run} is not a run folder: no {', '.join(names[:-1])} or {names[-1]}")
     records = list(_lines_of(run / "metrics.jsonl"))
     jobs = list(_lines_of(run / "jobs.jsonl"))
     steps = [record for record in records if "loss" in record]
@@ -68,7 +69,8 @@ def status_of(run: Path, now: float | None = None, last_errors: int = 5) -> Stat
         lines["restarts"] = _restarts(jobs)
         if alive and (ends := jobs[-1].get("ends")):
             lines["job ends"] = f"in {duration(max(0, ends - now))}"
-    return Status(alive, lines, [*_errors(run, jobs), *_hangs(run, now)][-last_errors:])
+    ends = [] if alive else _ends(run, beats)
+    return Status(alive, lines, [*_errors(run, jobs), *_hangs(run, now), *ends][-last_errors:])
 
 
 def liveness(
@@ -79,21 +81,32 @@ def liveness(
     beats: Mapping[int, Beat] = MappingProxyType({}),
 ) -> tuple[bool | None, str]:
     """Whether the run is at work, and how one knows: Slurm's word, heartbeats, or the last line."""
-    if steps and total and steps[-1]["step"] >= total:
+    at_work = [beat for beat in beats.values() if not beat.ended and not beat.killed]
+    pulse = max((beat.time for beat in at_work), default=None)
+    beating = pulse is not None and now - pulse < STALE
+    # After the last step there is still a save and a validation.
+    if steps and total and steps[-1]["step"] >= total and not beating:
         return False, "trained to the last step"
     last_job = jobs[-1] if jobs else None
-    if last_job and last_job["event"] == "end":
+    # A heartbeat since then is of another job, beside which that one was refused.
+    outlived = pulse is not None and last_job is not None and pulse > last_job["time"] + PERIOD
+    if last_job and last_job["event"] == "end" and not outlived:
         # Requeued by its script, or since by Slurm itself, as after a node failed.
         waits = last_job.get("requeued") or queue_state(last_job["job"]) == "PENDING"
         again = ", waiting to start again" if waits else ""
         return False, f"job {last_job['job']} ended: {meaning(last_job['code'])}{again}"
     if last_job and (state := queue_state(last_job["job"])):
         return state == "RUNNING", f"job {last_job['job']} is {state}"
-    if pulse := max((beat.time for beat in beats.values() if not beat.ended), default=None):
+    if pulse is not None:
         ago = f"last heartbeat {duration(max(0, now - pulse))} ago"
-        return now - pulse < STALE, ago if now - pulse < STALE else f"{ago}, which is too long"
+        return beating, ago if beating else f"{ago}, which is too long"
     if beats:
-        return False, f"all ranks ended, {duration(now - max(b.time for b in beats.values()))} ago"
+        ago = duration(max(0, now - max(beat.time for beat in beats.values())))
+        killed = [_name(rank, beats) for rank, beat in beats.items() if beat.killed]
+        if not killed:
+            return False, f"all ranks ended, {ago} ago"
+        how = "by the watchdog" if any(beat.hung for beat in beats.values()) else "without a word"
+        return False, f"{_some(killed)} ended {how}, last heartbeat {ago} ago"
     last = max((r["time"] for r in (*steps[-1:], *jobs[-1:]) if "time" in r), default=None)
     if last is None:
         return None, "nothing logged yet"
@@ -128,17 +141,22 @@ def slow_ranks(run: Path, beats: Mapping[int, Beat]) -> str | None:
         said = [
             f"{_name(row['rank'], beats)} {row['ratio']:.2f} x the median (data "
             f"{row['data_seconds']:.3g} s, forward {row['forward_seconds']:.3g} s a step)"
-            for row in slow[:_SLOW_SHOWN]
+            for row in slow
         ]
-        more = f" and {len(slow) - _SLOW_SHOWN} more" if len(slow) > _SLOW_SHOWN else ""
         first = rows[0]
         none = f"none; {_name(first['rank'], beats)} takes {first['ratio']:.2f} x the median"
-        return (", ".join(said) + more or none) + f", at step {table['step']:,}"
+        return (_some(said) or none) + f", at step {table['step']:,}"
     return None
 
 
 def _name(rank: int, beats: Mapping[int, Beat]) -> str:
     return f"rank {rank} ({beats[rank].host})" if rank in beats else f"rank {rank}"
+
+
+def _some(names: list[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def queue_state(job: str) -> str | None:
@@ -204,6 +222,16 @@ def _hangs(run: Path, now: float) -> list[str]:
     """What the watchdog said last."""
     said = list(_lines_of(run / "watchdog.jsonl"))[-1:]
     return [f"watchdog, {duration(max(0, now - s['time']))} ago: {s['line']}" for s in said]
+
+
+def _ends(run: Path, beats: Mapping[int, Beat]) -> list[str]:
+    """What ranks of the last start said that ended by a fault of their own."""
+    said = []
+    for rank in sorted(beats):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            end = json.loads((run / "ranks" / f"rank-{rank:05}.end").read_text())
+            said.append(f"rank {rank} ended with exit code {int(end['code'])}: {end['line']}")
+    return said
 
 
 def _stages(run: Path) -> int:

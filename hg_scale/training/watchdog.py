@@ -28,6 +28,7 @@ from hg_scale.training.late import describe_late
 FIRST_STEPS = 3  # whose time says nothing of the others'
 _GATHER = 5.0  # seconds to wait for the other ranks' words, and then for the line
 _POLL = 0.1
+_LONGEST = 1e8  # seconds that a timer in C may be set to; a user's "never" may be more
 _MOST = 10.0  # seconds that count as passed between two looks: more means that all stood still
 
 
@@ -114,7 +115,8 @@ class Watchdog:
         with self._arming:
             if self._file and not self._ending.is_set():
                 left = self._limit(self._heart.place).seconds - self._waited
-                faulthandler.dump_traceback_later(max(left, 0) + 2, file=self._file.fileno())
+                left = min(max(left, 0), _LONGEST)
+                faulthandler.dump_traceback_later(left + 2, file=self._file.fileno())
         if self._alarm.read_bytes():
             self._alarmed.set()
 

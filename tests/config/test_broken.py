@@ -23,7 +23,7 @@ BROKEN: list[tuple[str, str, dict[str, Any]]] = [
     ("model.bias", "boolean", {"model": {"bias": "yes"}}),
     ("model.dropout", "number", {"model": {"dropout": "0.1"}}),
     ("model.window", "integer", {"model": {"window": "all"}}),
-    ("model", "dictionary|object", {"model": 3}),
+    ("model", "an object", {"model": 3}),
     ("data.path", "string", {"data": {"path": 5}}),
     ("data.sources", "list", {"data": {"sources": {"path": "a"}}}),
     ("data.sources", "at least 1", {"data": {"sources": []}}),
@@ -44,7 +44,7 @@ BROKEN: list[tuple[str, str, dict[str, Any]]] = [
     ("training.steps", "integer", {"training": {"steps": 1e5 + 0.5}}),
     ("training.activation_checkpointing", "boolean", {"training": {"activation_checkpointing": 1}}),
     ("logging.wandb_project", "string", {"logging": {"wandb_project": True}}),
-    ("deepspeed", "dictionary|object", {"deepspeed": []}),
+    ("deepspeed", "an object", {"deepspeed": []}),
     ("notes", "string", {"notes": ["a"]}),
     # wrong range
     ("model.d_model", "greater", {"model": {"d_model": 0}}),
@@ -57,7 +57,9 @@ BROKEN: list[tuple[str, str, dict[str, Any]]] = [
     ("model.window", "greater", {"model": {"window": 0}}),
     ("optimizer.learning_rate", "greater", {"optimizer": {"learning_rate": 0.0}}),
     ("optimizer.betas", "less", {"optimizer": {"betas": [0.9, 1.0]}}),
-    ("optimizer.betas", "at least 2", {"optimizer": {"betas": [0.9]}}),
+    ("optimizer.betas", "expected at least 2 entries, got 1", {"optimizer": {"betas": [0.9]}}),
+    ("optimizer.betas", "expected at most 2 entries, got 3",
+     {"optimizer": {"betas": [0.9, 0.9, 0.9]}}),
     ("optimizer.weight_decay", "greater", {"optimizer": {"weight_decay": -1.0}}),
     ("parallel.zero_stage", "less", {"parallel": {"zero_stage": 4}}),
     ("parallel.tensor", "greater", {"parallel": {"tensor": 0}}),
@@ -195,6 +197,22 @@ def test_all_faults_are_listed_at_once(tmp_path: Path) -> None:
         assert f"\n  {key}" in text
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("extends=base.json", "extends: cannot be set with --set"),
+        ("model.=3", "--set: expected key.path=value, got 'model.=3'"),
+        ("model..heads=3", "--set: expected key.path=value, got 'model..heads=3'"),
+        ("model.heads.first=3", "'heads' is not a section"),
+    ],
+)
+def test_overrides_that_cannot_be_applied(tmp_path: Path, override: str, words: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"model": {"heads": 2}}')
+    with pytest.raises(ConfigError, match=words):
+        load_config(path, [override])
+
+
 def test_extends_lays_one_file_over_another(tmp_path: Path) -> None:
     (tmp_path / "base.json").write_text('{"model": {"d_model": 64, "sequence_length": 30}}')
     (tmp_path / "over.json").write_text('{"extends": "base.json", "model": {"heads": 4}}')
@@ -210,10 +228,12 @@ def test_extends_lays_one_file_over_another(tmp_path: Path) -> None:
         ('{"extends": "a.json"}', "extends itself"),
         ('{"extends": 3}', "file name"),
         ('{"model": {"heads": 2, "heads": 4}}', "'heads' stands twice"),
-        ('{"extends": "b.json"}', "no such file; did you mean"),
+        ('{"extends": "b.json"}', "no such file, which .*a.json extends; did you mean .*base.json"),
+        ('{"a":' * 9999 + "1" + "}" * 9999, "nest too deep"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "base.json").touch()
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=words):

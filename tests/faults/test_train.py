@@ -44,3 +44,14 @@ def test_parses() -> None:
 def test_an_error_of_ours_ends_in_a_traceback(forks: Forks, config: Path, tmp_path: Path) -> None:
     found = run_with_fault(forks, "raise step=2", config, tmp_path, size=1)
     assert found.codes == [1] and "RuntimeError: a planted fault" in found.all_told
+
+
+def test_a_rank_without_memory_says_so_in_a_line(
+    forks: Forks, config: Path, tmp_path: Path
+) -> None:
+    found = run_with_fault(forks, "memory rank=1 step=2", config, tmp_path)
+    assert found.codes == [1, 1] and "Traceback" not in found.all_told
+    line = "rank 1 has not enough memory at step 2: CUDA out of memory. Tried to allocate 2.00 GiB"
+    assert found.told[1].splitlines()[-1].startswith(f"{line}; choose a smaller ")
+    assert f"rank 1 ended by itself, and all with it: {line}" in found.told[0]
+    assert "OutOfMemoryError" in (tmp_path / "run" / "logs" / "rank-1.log").read_text()

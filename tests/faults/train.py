@@ -136,6 +136,13 @@ def fail() -> None:
     raise RuntimeError("a planted fault")
 
 
+def run_out_of_memory() -> None:
+    """As torch says it of a GPU."""
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 80 GiB")
+
+
 def keep_interpreter() -> None:
     """Hang in C without giving other threads a turn, once these have seen the step begin."""
     import ctypes
@@ -151,6 +158,7 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "hold": before_step(keep_interpreter),
     "die": before_step(lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "raise": before_step(fail),
+    "memory": before_step(run_out_of_memory),
     "nan": spoiled(math.nan),
     "nan_from": spoiled(math.nan, ends=False),
     "spike": spoiled(1e3),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import sysconfig
 import threading
 from pathlib import Path
@@ -55,6 +57,26 @@ def test_that_of_a_living_one_is_not(folder: Path, monkeypatch: pytest.MonkeyPat
     for thread in threads:
         thread.join(10)
     assert seen == [True, "second"]
+
+
+def test_another_program_at_work_is_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without our lock, as any that uses DeepSpeed: it would fail when it removes its file."""
+    folder.mkdir()
+    lock, there = folder / "lock", []
+    hold = "import sys; file = open(sys.argv[1], 'w'); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(lock)]
+    monkeypatch.setattr(extensions, "build_shm_op", lambda: there.append(lock.exists()))
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        thread = threading.Thread(target=load_extensions)
+        thread.start()
+        thread.join(0.5)
+        assert lock.exists() and not there
+        other.kill()
+    thread.join(10)
+    assert there == [False]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

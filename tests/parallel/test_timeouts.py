@@ -52,3 +52,7 @@ def spared() -> str:
 
 def test_groups_that_wait_for_the_disk_are_spared(worlds: Worlds) -> None:
     assert worlds.run(2, spared) == ["", ""]
+
+
+def test_a_time_beyond_all_clocks_is_the_long_one() -> None:
+    assert Timeouts(1e300)._short == LONG

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -90,6 +91,22 @@ def test_shards_are_counted_and_measured(
         check_run(config, [f"data.path={copy}"], tmp_path / "run", 1)
 
 
+def test_a_corpus_needs_no_validation_split(config: Path, corpus: Path, tmp_path: Path) -> None:
+    """`prepare_bytes.py` leaves it empty where no document fell into it; training goes without."""
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    index = json.loads((copy / "index.json").read_text())
+    empty = {"tokens": 0, "text_bytes": 0, "documents": 0, "shards": []}
+    for name, fits in (("validation", True), ("train", False)):
+        splits = index["splits"] | {name: empty}
+        (copy / "index.json").write_text(json.dumps(index | {"splits": splits}))
+        if fits:
+            check_run(config, [f"data.path={copy}"], tmp_path / "run", 1)
+            continue
+        with pytest.raises(DataError, match="'train' is empty"):
+            check_run(config, [f"data.path={copy}"], tmp_path / "run", 1)
+
+
 def test_damaged_checkpoints(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     older, newer = save(run, 3), save(run, 5)
@@ -113,6 +130,18 @@ def test_a_checkpoint_of_another_model(config: Path, tmp_path: Path) -> None:
     start = f"checkpoint.start_from={checkpoint}"
     with pytest.raises(ConfigError, match="model.d_ff"):
         check_run(config, ["model.d_ff=128", start], tmp_path / "other", 1)
+
+
+def test_a_run_folder_that_cannot_be_made(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for run in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(DiskError, match="cannot be written .*: not a folder.; choose another"):
+            check_run(config, (), run, 1)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write nearly anywhere
+    with pytest.raises(DiskError, match="cannot be written .*: no write permission.; choose"):
+        check_run(config, (), tmp_path / "run", 1)
 
 
 @pytest.mark.parametrize(

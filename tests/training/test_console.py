@@ -226,3 +226,12 @@ def test_a_restart_appends_to_the_file(tmp_path):
     log = tmp_path / "rank-0.log"
     quiet(log), quiet(log)
     assert log.read_text().count("noise: print") == 2
+
+
+def test_a_terminal_of_no_width_gets_lines() -> None:
+    """mpirun gives its ranks one where its own output goes to a file."""
+    code = (
+        "from hg_scale.training.console import Console\n"
+        "with Console(40) as console: console.step({'step': 20, 'loss': 1.5})\n"
+    )
+    assert in_terminal(code, columns=0) == "step 20/40  loss 1.5000\r\n"

@@ -26,6 +26,7 @@ from hg_scale.training.endings import (
     fault_of_another,
     in_a_line,
     lost_connection,
+    no_memory,
     write_end,
 )
 from hg_scale.training.interruption import Interruption
@@ -183,6 +184,20 @@ def test_what_is_a_lost_gpu(kind: type[RuntimeError]) -> None:
     assert "at the start: " in str(told("CUDA-capable device(s) is/are busy or unavailable", None))
     for of_the_code in ("an illegal memory access was encountered", "device-side assert triggered"):
         assert told(of_the_code) is None
+
+
+def test_what_is_a_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError) as met:
+        torch.empty(2**62, dtype=torch.uint8)
+    told = "DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+    assert no_memory(met.value) == f"{told} {2**62} bytes"
+    gpu = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB "
+        "of which 1.00 GiB is free."
+    )
+    assert no_memory(gpu) == "CUDA out of memory. Tried to allocate 2.00 GiB"
+    assert no_memory(MemoryError()) == "MemoryError"
+    assert no_memory(RuntimeError("shapes differ")) is None
 
 
 def test_ends_are_written_found_and_forgotten(tmp_path: Path) -> None:

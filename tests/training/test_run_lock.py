@@ -43,6 +43,7 @@ def test_a_second_run_is_told_of_the_first(worlds: Worlds, config: Path, tmp_pat
             assert line.startswith(where)
             assert line.endswith("is training there; end it, or choose another --run")
             assert half.is_dir()
+            assert not list((run / "ranks").glob("*.end"))  # with it the first would end, too
         finally:
             os.kill(first.pid, signal.SIGKILL)
     assert (run / "owner.json").exists()

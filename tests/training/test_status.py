@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from hg_scale.commands.main import main
 from hg_scale.errors import UserError
 from hg_scale.training import status
-from hg_scale.training.heartbeat import replace_json
+from hg_scale.training.endings import write_end
+from hg_scale.training.heartbeat import pid_space, replace_json
 from hg_scale.training.status import status_of
 from tests.training.beats import NOW, make_beats, write_beats
 from tests.training.test_check import save
@@ -152,6 +154,49 @@ def test_heartbeats_say_more_than_silence(run: Path) -> None:
     assert status_of(run, NOW).lines["state"] == "not running: all ranks ended, 0:00:02 ago"
 
 
+def test_processes_that_are_no_more_are_missed_at_once(run: Path) -> None:
+    """Where one can see them: on another host, or in a container, silence tells it later."""
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    here = {"pid": gone.pid, "pid_space": pid_space()}
+    write_beats(run, make_beats(here, here))
+    found = status_of(run, NOW)
+    assert found.alive is False
+    words = "rank 0 (n0), rank 1 (n1) ended without a word, last heartbeat 0:00:02 ago"
+    assert found.lines["state"] == f"not running: {words}"
+    write_beats(run, make_beats(*[{**here, "hung": True}] * 2))
+    assert "rank 1 (n1) ended by the watchdog, " in status_of(run, NOW).lines["state"]
+    write_beats(run, make_beats(here, {**here, "pid_space": "elsewhere"}))
+    assert status_of(run, NOW).alive is True
+    write_beats(run, make_beats(here, {**here, "pid": os.getpid()}))
+    assert status_of(run, NOW).alive is True
+    write_beats(run, make_beats(*[{**here, "ended": True}] * 2))
+    assert status_of(run, NOW).lines["state"].startswith("not running: all ranks ended, ")
+
+
+def test_what_ended_a_run(run: Path) -> None:
+    write_beats(run, make_beats(*[{"ended": True}] * 2))
+    write_end(run, 1, 77, "gave up after step 9")
+    write_end(run, 2, 1, "of an earlier start with more ranks")
+    assert status_of(run, NOW).errors == ["rank 1 ended with exit code 77: gave up after step 9"]
+    write_beats(run, make_beats({}, {}))
+    assert status_of(run, NOW).errors == []
+
+
+def test_a_run_that_starts(tmp_path: Path) -> None:
+    write_beats(tmp_path, make_beats(*[{"step": 0, "phase": "start"}] * 2))
+    found = status_of(tmp_path, NOW)
+    assert found.alive is True and found.lines["ranks"] == "2 of 2 starting, for 0:00:10"
+
+
+def test_a_job_that_was_refused_beside_one_at_work(run: Path) -> None:
+    end = {"job": 8, "start": 1, "event": "end", "log": "", "code": 1, "requeued": False}
+    write_beats(run, make_beats({}, {}))
+    for ago, alive in ((60, True), (1, False)):
+        write(run, "jobs.jsonl", [{**end, "time": NOW - ago}])
+        assert status_of(run, NOW).alive is alive
+
+
 def test_slow_ranks_and_what_the_watchdog_said(run: Path) -> None:
     write_beats(run, make_beats({}, {}))
     assert "slow ranks" not in status_of(run, NOW).lines
@@ -173,6 +218,12 @@ def test_slow_ranks_and_what_the_watchdog_said(run: Path) -> None:
 
 def test_a_finished_run_and_a_damaged_one(run: Path) -> None:
     write(run, "metrics.jsonl", [step(130, NOW - 50_000)])
+    assert status_of(run, NOW).lines["state"] == "not running: trained to the last step"
+    write_beats(run, make_beats({"step": 130, "phase": "validation"}))
+    found = status_of(run, NOW)
+    assert found.lines["state"].startswith("alive: ")
+    assert found.lines["ranks"] == "1 of 1 validating after step 130, for 0:00:10"
+    write_beats(run, make_beats({"step": 130, "phase": "end", "ended": True}))
     assert status_of(run, NOW).lines["state"] == "not running: trained to the last step"
     (save(run, 130) / "rank-00000.safetensors").unlink()
     assert "none of the checkpoints here is whole" in status_of(run, NOW).lines["checkpoint"]

@@ -37,6 +37,15 @@ def test_limits() -> None:
     assert period_of(config(at_least=2.0, factor=0.0)) == 5.0
 
 
+def test_a_limit_beyond_all_timers(tmp_path: Path) -> None:
+    """As a person writes `never`: the heartbeat's thread, which sets the timer, lives on."""
+    clear_ranks(tmp_path)
+    clear_alarm(tmp_path)
+    heart = Heartbeat(tmp_path, 0, 1, print)
+    with Watchdog(heart, config(pause=1e300), tmp_path, 1, print):
+        heart.each_tick()
+
+
 def test_reading_with_all_retries_is_no_hang() -> None:
     data = DataConfig()  # type: ignore[call-arg]
     assert config().at_least > data.timeout * (data.retries + 1)
