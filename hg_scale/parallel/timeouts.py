@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from datetime import timedelta
+from math import ceil
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 LONG = timedelta(minutes=30)  # compilation, loading, saving, validating
+_SAYING = 30.0  # seconds in which the watchdog has told who is late
 
 
 class Timeouts:
@@ -23,9 +25,14 @@ class Timeouts:
         self._short = timedelta(seconds=min(seconds, LONG.total_seconds()))
         self._spared, self._now = spared, LONG
 
-    def shorten(self) -> None:
-        """A step is done on all ranks, after nothing but another step."""
-        self._set(self._short)
+    def shorten(self, watched: float = 0.0) -> None:
+        """A step is done on all ranks, after nothing but another step.
+
+        `watched`: seconds after which the watchdog ends a step. It says who is late, so it goes
+        first: the groups then wait that multiple of the short time which is longer. 0: never.
+        """
+        times = ceil((watched + _SAYING) / self._short.total_seconds()) if watched else 1
+        self._set(min(LONG, times * self._short))
 
     def lengthen(self) -> None:
         """What comes may take its time on some ranks, also while others begin the next step."""

@@ -80,7 +80,7 @@ def training_loop(config: Config, parts: Parts, progress: Progress, last_step: i
             seconds = perf_counter() - start
             interrupted = parts.interruption.agreed(step, device, seconds, ahead)
         last = last or interrupted is not None
-        parts.timeouts.shorten()
+        parts.timeouts.shorten(parts.watch.patience)
 
         if result.why:
             parts.log(skipped_step(progress, result))

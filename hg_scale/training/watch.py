@@ -14,7 +14,7 @@ from hg_scale.parallel.launch import Launch
 from hg_scale.training.agreement import together
 from hg_scale.training.heartbeat import Heartbeat, Phase, clear_ranks
 from hg_scale.training.stragglers import OwnTime, Stragglers
-from hg_scale.training.watchdog import Watchdog, clear_alarm, period_of
+from hg_scale.training.watchdog import Watchdog, clear_alarm, limit_of, period_of
 
 if TYPE_CHECKING:
     from hg_scale.training.console import Console
@@ -24,8 +24,22 @@ if TYPE_CHECKING:
 class Watch:
     """What training tells those who watch it; a few microseconds a step."""
 
-    def __init__(self, heart: Heartbeat, own: OwnTime, stragglers: Stragglers) -> None:
+    def __init__(
+        self, config: Config, heart: Heartbeat, own: OwnTime, stragglers: Stragglers
+    ) -> None:
+        self._config = config
         self._heart, self._own, self._stragglers = heart, own, stragglers
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which the next step is ended as hanging, with the names of who is late.
+
+        0: never, or not before `parallel.timeout`, which is set below all limits.
+        """
+        watchdog = self._config.watchdog
+        if not watchdog.factor or self._config.parallel.timeout < watchdog.at_least:
+            return 0.0
+        return limit_of(watchdog, "step", list(self._heart.durations)).seconds
 
     def enter(self, phase: Phase, step: int) -> None:
         """A step begins, or a pause after one."""
@@ -74,4 +88,4 @@ def watching(
     own = OwnTime(heart, device)
     stragglers = Stragglers(heart, own, device, per_stage, config.watchdog.slow_rank, warn)
     with heart, Watchdog(heart, config.watchdog, run, per_stage, console.last_words):
-        yield Watch(heart, own, stragglers)
+        yield Watch(config, heart, own, stragglers)

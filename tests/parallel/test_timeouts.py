@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -52,6 +53,24 @@ def spared() -> str:
 
 def test_groups_that_wait_for_the_disk_are_spared(worlds: Worlds) -> None:
     assert worlds.run(2, spared) == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("watched", "expected"),
+    [(0, 600), (300, 600), (569, 600), (571, 1200), (900, 1200), (1175, 1800), (1800, 1800)],
+)
+def test_groups_wait_until_the_watchdog_has_spoken(
+    worlds: Worlds, watched: float, expected: float
+) -> None:
+    assert worlds.run(1, shortened, watched) == [expected]
+
+
+def shortened(watched: float) -> float:
+    timeouts = Timeouts(600)
+    timeouts.shorten(watched)
+    seconds = timeouts._now.total_seconds()
+    timeouts.lengthen()
+    return seconds
 
 
 def test_a_time_beyond_all_clocks_is_the_long_one() -> None:
