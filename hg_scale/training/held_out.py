@@ -66,6 +66,11 @@ class HeldOut:
     def tokens(self) -> int:
         return sum(part.tokens for part in self.parts)
 
+    def count(self, part: Part) -> int:
+        """Batches of a part, on every rank."""
+        length, rows = self.config.model.sequence_length, self.config.training.micro_batch_size
+        return -(-part.tokens // (length * rows * self.mesh.data))
+
     def batches(self, part: Part) -> Iterator[tuple[Tensor, Tensor] | None]:
         """(ids, labels), each (micro_batch_size, L), as many on every rank.
 
@@ -73,7 +78,7 @@ class HeldOut:
         place of what is missing, so that no rank waits for this one: then call `settle`.
         """
         length, rows = self.config.model.sequence_length, self.config.training.micro_batch_size
-        count = -(-part.tokens // (length * rows * self.mesh.data))
+        count = self.count(part)
         if not (self.mesh.is_first_stage or self.mesh.is_last_stage):
             yield from [None] * count
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from math import log, nan
 from pathlib import Path
 from time import perf_counter
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from hg_scale.training.saver import Saver
 
 LN2 = log(2)
+STRETCH = 16  # batches of a validation from one question whether to go on to the next
 Record = dict[str, Any]
 
 
@@ -88,20 +90,24 @@ def training_loop(config: Config, parts: Parts, progress: Progress, last_step: i
         if step == 1 or due(step, config.logging.every, last):
             parts.log(meter.record(progress, result, rate))
         with timer.measure("paused"):
-            if due(step, config.checkpoint.every, last):  # first: a validation may meet bad data
-                parts.watch.enter("save", step)
-                parts.timeouts.lengthen()
-                progress.data = parts.batches.state()
-                parts.saver.save(progress, last)
-            if interrupted:
-                return interrupted
+            saved = due(step, config.checkpoint.every, last)
+            if saved:  # first: a validation may meet bad data
+                save(parts, progress, last)
             finished = step == config.training.steps
-            if parts.held_out and due(step, config.training.validate_every, finished):
+            validates = due(step, config.training.validate_every, finished) and not interrupted
+            if parts.held_out and validates:
                 parts.watch.enter("validation", step)
                 parts.timeouts.lengthen()
-                record = validate(parts.engine, parts.held_out)
-                validation_seconds = record["validation_seconds"]
-                parts.log({"step": step} | record)
+                # The last one is not cut short: no start would make up for it.
+                then = None if finished else parts.saver.seconds
+                record, interrupted = validate(parts, parts.held_out, step, then)
+                if record:
+                    validation_seconds = record["validation_seconds"]
+                    parts.log({"step": step} | record)
+                elif not saved:
+                    save(parts, progress, last=True)
+            if interrupted:
+                return interrupted
     return None
 
 
@@ -110,13 +116,34 @@ def due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
 
 
-def validate(engine: Engine, held_out: HeldOut) -> Record:
-    """Loss over held-out text, each token scored once."""
-    start, nats = perf_counter(), []
+def save(parts: Parts, progress: Progress, last: bool) -> None:
+    """Save a checkpoint; the `last` one is waited for."""
+    parts.watch.enter("save", progress.step)
+    parts.timeouts.lengthen()
+    progress.data = parts.batches.state()
+    parts.saver.save(progress, last)
+
+
+def validate(
+    parts: Parts, held_out: HeldOut, step: int, then: float | None
+) -> tuple[Record | None, str | None]:
+    """Loss over held-out text, each token scored once; or what ended it before, on all ranks alike.
+
+    `then`: seconds that a save takes, should it be interrupted; None: nothing interrupts it.
+    """
+    engine, start, nats = parts.engine, perf_counter(), []
+    length = engine.config.model.sequence_length
     for part in held_out.parts:
-        nats.append(engine.evaluate(held_out.batches(part), engine.config.model.sequence_length))
+        batches, total = held_out.batches(part), 0.0
+        for _ in range(0, held_out.count(part), STRETCH):
+            total += engine.evaluate(islice(batches, STRETCH), length)
+            if then is not None:
+                interrupted = parts.interruption.agreed(step, engine.device, ahead=then)
+                if interrupted:
+                    return None, interrupted
+        nats.append(total)
         held_out.settle()
-    return held_out.record(nats) | {"validation_seconds": perf_counter() - start}
+    return held_out.record(nats) | {"validation_seconds": perf_counter() - start}, None
 
 
 def skipped_step(progress: Progress, result: StepResult) -> Record:

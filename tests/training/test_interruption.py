@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -74,6 +76,40 @@ def test_a_signal_to_one_rank_saves_and_ends_all(
     whole = train_in(worlds, size, tmp_path, *words(config, tmp_path / "whole", *sets))
     assert whole.code == DONE
     assert [point for point in curve(run) if point[0] != 3] == curve(tmp_path / "whole")
+
+
+def signalled_in_validation(arguments: Words, output: Path, of: int) -> tuple[int, int]:
+    """Train; the last rank gets a signal in its `of`-th stretch of validation. And: stretches."""
+    from hg_scale.training import loop
+
+    stretches = 0
+
+    def stretch(batches: Any, number: int) -> Any:
+        nonlocal stretches
+        stretches += 1
+        if stretches == of and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return islice(batches, number)
+
+    with mock.patch.object(loop, "STRETCH", 2), mock.patch.object(loop, "islice", stretch):
+        return train_here(arguments, output), stretches
+
+
+def test_a_signal_in_a_validation_ends_it(worlds: Worlds, config: Path, tmp_path: Path) -> None:
+    """Saved if it was not before. But the last validation goes on: none would make up for it."""
+    sets = ("training.validate_every=2", "checkpoint.every=4", "parallel.pipeline=2")
+    output, run = tmp_path / "told", tmp_path / "run"
+    alone = words(config, tmp_path / "whole", *sets)
+    (code, stretches), _ = worlds.run(2, signalled_in_validation, alone, output, 0)
+    each = stretches // 3
+    assert code == DONE and each >= 2
+    for step, expected in ((2, (REQUEUE, 2)), (4, (REQUEUE, 2)), (6, (DONE, each))):
+        done = worlds.run(2, signalled_in_validation, words(config, run, *sets), output, 2)
+        assert done == [expected] * 2
+        assert (run / "checkpoints" / "latest").read_text() == f"step-{step:08}\n"
+        told = output.with_name("told-0").read_text()
+        assert (f"signal TERM: saved at step {step}, to be" in told) == (step < 6)
+    assert curve(run) == curve(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("at", "code"), [(0, REQUEUE), (6, DONE)])
