@@ -83,6 +83,8 @@ def test_ctrl_c_ends_all_processes_in_a_line(run: Path) -> None:
     with subprocess.Popen(
         [*command, "48", "--stride", "1", "--processes", "2"],
         start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        # What runs in the background of a script has it ignored, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:  # fmt: skip
         workers: list[psutil.Process] = []
         while len(workers) < 2:  # these begin with seconds of imports

@@ -27,12 +27,21 @@ LAYOUTS: dict[str, tuple[int, int, int, tuple[int, ...], tuple[int, ...]]] = {
     "pp2_dp2": (4, 1, 2, (1,), (1,)),
     "tp2_pp2_dp2": (8, 2, 2, (1,), (1,)),
 }
-BOTH_IN_BF16 = {("tp2_pp2_dp2", 1), ("tp2_dp2", 3)}
-"""Precision and model hardly touch each other: else the second model in bf16 is for test-all."""
+# Where every test run takes the second model, too; layout and model hardly touch each other.
+BOTH = {
+    ("one", "fp32", 0),
+    ("tp2", "fp32", 1),
+    ("pp4", "fp32", 1),
+    ("dp2", "fp32", 3),
+    ("tp2_pp2", "fp32", 1),
+    ("tp2_dp2", "bf16", 3),
+    ("tp2_pp2_dp2", "fp32", 1),
+    ("tp2_pp2_dp2", "bf16", 1),
+}
 
 
 def marks(name: str, model: str, precision: str, stage: int) -> list[pytest.MarkDecorator]:
-    often = (precision, model) != ("bf16", "by_level") or (name, stage) in BOTH_IN_BF16
+    often = model == "paper" or (name, precision, stage) in BOTH
     return [] if often else [pytest.mark.slow]
 
 
@@ -99,10 +108,20 @@ def test_same_curve(
 
 
 @pytest.mark.parametrize(
-    ("world", "tensor", "pipeline", "stage"),
-    [(2, 2, 1, 1), (2, 1, 2, 1), (2, 1, 1, 3), (4, 2, 2, 1), (4, 2, 1, 2)],
+    ("model", "world", "tensor", "pipeline", "stage"),
+    [
+        ("paper", 2, 2, 1, 1),
+        ("paper", 2, 1, 2, 1),
+        ("paper", 2, 1, 1, 3),
+        ("paper", 4, 2, 1, 2),
+        ("by_level", 4, 2, 2, 1),
+        pytest.param("by_level", 2, 2, 1, 1, marks=pytest.mark.slow),
+        pytest.param("by_level", 2, 1, 2, 1, marks=pytest.mark.slow),
+        pytest.param("by_level", 2, 1, 1, 3, marks=pytest.mark.slow),
+        pytest.param("by_level", 4, 2, 1, 2, marks=pytest.mark.slow),
+        pytest.param("paper", 4, 2, 2, 1, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("model", MODELS)
 def test_same_curve_with_dropout(
     worlds: Worlds,
     undisturbed: Any,
