@@ -351,7 +351,7 @@ class GuardConfig(Section):
         "of the last losses is skipped, as one with a loss or gradients that are not finite "
         "always is. null: no loss is too high.",
     )
-    window: Annotated[int, Field(ge=4)] = Field(
+    window: Annotated[int, Field(ge=4, le=1_000_000)] = Field(
         128,
         description="Steps to look back on: the losses that `guard.spike_sigma` judges by, from "
         "the time there are half as many, and the steps in which `guard.max_skipped` counts.",
