@@ -7,8 +7,6 @@ from contextlib import contextmanager
 
 from hg_scale.errors import UserError
 
-_SIGNS = ("out of memory", "can't allocate memory")  # of torch on a GPU, and on a CPU
-
 
 @contextmanager
 def told_in_a_line() -> Iterator[None]:
@@ -16,7 +14,9 @@ def told_in_a_line() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(s in str(error) for s in _SIGNS):
+        from hg_scale.training.endings import no_memory
+
+        if no_memory(error) is None:
             raise
         raise UserError(
             "out of memory; a smaller --batch, shorter windows (--context, --window) or fewer "

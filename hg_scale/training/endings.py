@@ -89,7 +89,7 @@ def no_memory(error: BaseException) -> str | None:
         first = (str(link) or type(link).__name__).splitlines()[0]
         if isinstance(link, torch.OutOfMemoryError):
             return first.partition(". GPU ")[0].rstrip(".")  # what follows are its other figures
-        if isinstance(link, MemoryError):
+        if isinstance(link, MemoryError) or "CUDA error: out of memory" in first:
             return first
         if isinstance(link, RuntimeError) and _ALLOCATOR in first:  # torch's, of the CPU
             return first[first.index(_ALLOCATOR) :].partition(". Error code")[0]

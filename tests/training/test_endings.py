@@ -197,6 +197,8 @@ def test_what_is_a_lack_of_memory() -> None:
     )
     assert no_memory(gpu) == "CUDA out of memory. Tried to allocate 2.00 GiB"
     assert no_memory(MemoryError()) == "MemoryError"
+    runtime = RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+    assert no_memory(runtime) == "CUDA error: out of memory"
     assert no_memory(RuntimeError("shapes differ")) is None
 
 
