@@ -11,6 +11,7 @@ from hg_scale.data.errors import DataError
 from hg_scale.data.index import Index, is_local, read_index
 from hg_scale.data.schedule import Source
 from hg_scale.data.shards import Patience
+from hg_scale.data.tokenizer import ByteTokenizer
 
 
 def open_sources(config: Config) -> list[Source]:
@@ -25,7 +26,7 @@ def open_sources(config: Config) -> list[Source]:
     key = "data.path" if config.data.sources is None else "data.sources"
     sources = []
     for corpus in config.data.corpora:
-        index = _open(corpus, key, patience(config))
+        index = _open(corpus, key, config)
         _check(config, corpus, key, index)
         again = corpus.when_exhausted == "repeat"
         sources.append(Source(corpus.label, index, corpus.weight, again))
@@ -52,19 +53,16 @@ def bytes_per_token(sources: list[Source]) -> float:
     return sum(weight * split.text_bytes / split.tokens for weight, split in splits) / weights
 
 
-def _open(corpus: SourceConfig, key: str, patience: Patience) -> Index:
-    path, retries, pause = corpus.path, patience.retries, 0.5
+def _open(corpus: SourceConfig, key: str, config: Config) -> Index:
+    path, retries, pause = corpus.path, config.data.retries, 0.5
     if is_local(path) and not Path(path).is_dir():
-        problem = Problem(
-            key,
-            "no such folder; make it with data_prep/prepare_bytes.py --input CORPUS --output "
-            f"{path}",
-            path,
-        )
-        raise ConfigError([problem])
+        bytes_alone = config.model.vocab_size <= ByteTokenizer(documents=True).vocab_size
+        script = "prepare_bytes.py" if bytes_alone else "prepare_text.py --tokenizer MODEL"
+        advice = f"make it with data_prep/{script} --input CORPUS --output {path}"
+        raise ConfigError([Problem(key, f"no such folder; {advice}", path)])
     while True:
         try:
-            return read_index(path, patience.timeout)
+            return read_index(path, config.data.timeout)
         except DataError:
             if is_local(path) or not retries:
                 raise
