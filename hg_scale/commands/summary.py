@@ -26,11 +26,13 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--sample: expected 0 or more")
     from rich.console import Console
 
+    from hg_scale.evaluation.generation import TEMPERATURE
     from hg_scale.evaluation.summary import comparison, sample_text
 
     console = Console(highlight=False)
     console.print(comparison(options.run, with_compressors=options.compare))
     if options.sample:
-        console.print(f"\na sample of {options.sample} tokens (temperature 0.8):", style="bold")
+        head = f"\na sample of {options.sample} tokens (temperature {TEMPERATURE}):"
+        console.print(head, style="bold")
         console.print(sample_text(options.run, options.sample, options.seed), markup=False)
     return 0

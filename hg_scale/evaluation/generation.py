@@ -16,6 +16,7 @@ from hg_scale.evaluation.trained import Trained
 from hg_scale.model.decoding import generate
 from hg_scale.model.sampling import Sampling
 
+TEMPERATURE = 0.8  # of samples that a summary or a report shows
 GRAY = 128  # of what is not given of an image
 
 Image = NDArray[np.uint8]  # (height, width, channels)
@@ -89,6 +90,12 @@ def write_after(
             last = token == tokenizer.eod or not left[row]
             text = "" if token == tokenizer.eod else characters[row].add(token)
             yield Piece(first + row, text + (characters[row].end() if last else ""), last)
+
+
+def write_sample(trained: Trained, tokens: int, seed: int) -> str:
+    """Text from the beginning of a document, at TEMPERATURE."""
+    how = Writing(Sampling(TEMPERATURE), tokens, seed)
+    return "".join(piece.text for piece in write_texts(trained, [b""], how))
 
 
 def in_order(pieces: Iterable[Piece]) -> Iterator[Piece]:

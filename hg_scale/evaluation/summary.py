@@ -8,13 +8,10 @@ import numpy as np
 from rich.table import Table
 
 from hg_scale.errors import UserError
-from hg_scale.evaluation.generation import Writing, write_texts
+from hg_scale.evaluation.generation import write_sample
 from hg_scale.evaluation.report.baselines import find_baselines
 from hg_scale.evaluation.report.run_folder import read_runs
-from hg_scale.evaluation.trained import Trained, load_trained
-from hg_scale.model.sampling import Sampling
-
-TEMPERATURE = 0.8
+from hg_scale.evaluation.trained import load_trained
 
 
 def comparison(run: Path, with_compressors: bool) -> Table:
@@ -50,9 +47,3 @@ def comparison(run: Path, with_compressors: bool) -> Table:
 def sample_text(run: Path, tokens: int, seed: int) -> str:
     """Text that the last checkpoint writes from the beginning of a document."""
     return write_sample(load_trained(run), tokens, seed)
-
-
-def write_sample(trained: Trained, tokens: int, seed: int) -> str:
-    """Text from the beginning of a document."""
-    how = Writing(Sampling(TEMPERATURE), tokens, seed)
-    return "".join(piece.text for piece in write_texts(trained, [b""], how))

@@ -9,10 +9,9 @@ import numpy as np
 
 from hg_scale.data.inspection import printable
 from hg_scale.errors import UserError
-from hg_scale.evaluation.generation import Writing, draw_images
+from hg_scale.evaluation.generation import TEMPERATURE, Writing, draw_images, write_sample
 from hg_scale.evaluation.pictures import grid_png
 from hg_scale.evaluation.report.run_folder import RunFolder
-from hg_scale.evaluation.summary import TEMPERATURE, write_sample
 from hg_scale.evaluation.trained import Trained, load_trained
 from hg_scale.model.sampling import Sampling
 
