@@ -34,9 +34,10 @@ def load_extensions() -> None:
             folder = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
             file = stack.enter_context((folder / "hg_scale.lock").open("w"))
             fcntl.flock(file, fcntl.LOCK_EX)
-            while is_open_somewhere(folder / "lock"):
+            theirs = folder / "lock"
+            while theirs.exists() and is_open_somewhere(theirs):
                 time.sleep(_PAUSE)
-            (folder / "lock").unlink(missing_ok=True)
+            theirs.unlink(missing_ok=True)
         ours = sysconfig.get_path("scripts")
         places = os.environ.get("PATH", os.defpath).split(os.pathsep)
         if places[0] != ours:

@@ -155,6 +155,7 @@ def _train_alone(run: Run, device: torch.device, lock: RunLock | None, watch: Wa
         return False
     if profile is not None and not progress.step < profile <= last:
         console.print(f"no profile: step {profile} is not among {progress.step + 1} to {last}")
+    together(lambda: _keep_tokenizer(run, sources) if mesh.rank == 0 else None, device)
     batches = together(
         lambda: Batches(
             config,
@@ -170,7 +171,6 @@ def _train_alone(run: Run, device: torch.device, lock: RunLock | None, watch: Wa
         device,
     )
     damaged = beginning.damaged
-    together(lambda: _keep_tokenizer(run, sources) if mesh.rank == 0 else None, device)
     with (
         batches,
         together(lambda: RunLog(config, folder, console, progress.step, mesh.rank), device) as log,
