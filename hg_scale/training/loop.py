@@ -94,8 +94,8 @@ def training_loop(config: Config, parts: Parts, progress: Progress, last_step: i
             if saved:  # first: a validation may meet bad data
                 save(parts, progress, last)
             finished = step == config.training.steps
-            validates = due(step, config.training.validate_every, finished) and not interrupted
-            if parts.held_out and validates:
+            validates = due(step, config.training.validate_every, finished)
+            if parts.held_out and validates and not interrupted:
                 parts.watch.enter("validation", step)
                 parts.timeouts.lengthen()
                 # The last one is not cut short: no start would make up for it.
