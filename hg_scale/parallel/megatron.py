@@ -24,6 +24,8 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 with warnings.catch_warnings():  # it warns of Transformer Engine and Apex, which are not used
     warnings.simplefilter("ignore")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    # From 0.19 on it makes torch look for a CUDA compiler, and say so where there is no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from megatron.core import ModelParallelConfig, parallel_state
     from megatron.core.tensor_parallel import (
         ColumnParallelLinear,
