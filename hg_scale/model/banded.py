@@ -9,6 +9,7 @@ the probabilities are kept for the backward pass.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -38,7 +39,8 @@ class _Banded(torch.autograd.Function):
         y, kept = torch.empty_like(q), []
         for rows, keys in _blocks(q, window):
             scores = q[:, rows] @ k[:, keys].mT
-            probabilities = scores.add_(_mask(rows, keys, window, q.dtype)).softmax(-1)
+            _hide(scores, rows, keys, window)
+            probabilities = scores.softmax(-1)
             torch.bmm(probabilities, v[:, keys], out=y[:, rows])
             kept.append(probabilities)
         ctx.window = window
@@ -53,11 +55,11 @@ class _Banded(torch.autograd.Function):
         dk, dv = (torch.zeros_like(t, dtype=wide) for t in (k, v))
         blocks = zip(_blocks(q, ctx.window), kept, strict=True)
         for (rows, keys), probabilities in blocks:
-            dv[:, keys] += probabilities.mT @ dy[:, rows]
+            _add_product(dv[:, keys], probabilities.mT, dy[:, rows])
             dp = dy[:, rows] @ v[:, keys].mT
             ds = torch._softmax_backward_data(dp, probabilities, -1, dp.dtype)
             torch.bmm(ds, k[:, keys], out=dq[:, rows])
-            dk[:, keys] += ds.mT @ q[:, rows]
+            _add_product(dk[:, keys], ds.mT, q[:, rows])
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
 
@@ -70,10 +72,26 @@ def _blocks(q: Tensor, window: int | None) -> Iterator[tuple[slice, slice]]:
         yield slice(start, stop), slice(first, stop)
 
 
-def _mask(rows: slice, keys: slice, window: int | None, dtype: torch.dtype) -> Tensor:
-    """(rows, keys): 0 where a query sees a key, minus infinity elsewhere."""
-    distance = torch.arange(rows.start, rows.stop)[:, None] - torch.arange(keys.start, keys.stop)
-    hidden = distance < 0
-    if window:
-        hidden |= distance >= window
-    return torch.zeros(distance.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+def _hide(scores: Tensor, rows: slice, keys: slice, window: int | None) -> None:
+    """Minus infinity where a query does not see a key: two corners of scores (.., rows, keys)."""
+    size = scores.shape[1]
+    scores[..., -size:] += _corner(size, scores.dtype)  # keys after the query
+    if window and rows.stop > window:  # keys too far back for some query
+        hidden = rows.stop - window - keys.start  # of the last query
+        corner = torch.full((size, hidden), float("-inf"), dtype=scores.dtype)
+        scores[..., :hidden] += corner.tril(hidden - size)
+
+
+@lru_cache(maxsize=16)
+def _corner(size: int, dtype: torch.dtype) -> Tensor:
+    """(size, size): minus infinity above the diagonal, 0 on and below it."""
+    with torch.inference_mode(False):
+        return torch.full((size, size), float("-inf"), dtype=dtype).triu(1)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, without the product in memory where it has the type of the total."""
+    if total.dtype == a.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total += a @ b
