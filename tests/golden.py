@@ -25,6 +25,7 @@ import torch.multiprocessing as mp
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.reference import (
     Array,
+    kind_of,
     read_entries,
     reference_config,
     reference_weights,
@@ -60,19 +61,17 @@ def read_golden(path: Path, tensor: int = 1) -> Golden:
     weights = under(entries, "weight/")
     ids, logits = entries["input/tokens_shifted"], entries["output/logits"]
     if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
-        raise CheckpointError(f"input/tokens_shifted: expected ids (B, L), got {_kind(ids)}")
+        raise CheckpointError(f"input/tokens_shifted: expected ids (B, L), got {kind_of(ids)}")
     if ids.min() < 0 or ids.max() >= model.vocab_size:
-        raise CheckpointError(f"input/tokens_shifted: expected ids under {model.vocab_size}")
+        raise CheckpointError(
+            f"input/tokens_shifted: expected ids from 0 to {model.vocab_size - 1}"
+        )
     if logits.shape != (*ids.shape, model.vocab_size):
         expected = (*ids.shape, model.vocab_size)
-        raise CheckpointError(f"output/logits: expected {expected}, got {_kind(logits)}")
+        raise CheckpointError(f"output/logits: expected {expected}, got {kind_of(logits)}")
     ids = torch.from_numpy(ids.astype(np.int64))
     ours = reference_weights(weights, model)
     return Golden(model, ours, ids, logits, under(entries, "act/"))
-
-
-def _kind(array: np.ndarray) -> str:
-    return f"{array.dtype} {array.shape}"
 
 
 def load_model(golden: Golden, layers: PlainLayers | None = None) -> Hourglass:
@@ -113,21 +112,22 @@ def differences(path: Path, layers: PlainLayers | None = None) -> tuple[float, s
 
 
 def _difference(name: str, ours: torch.Tensor, theirs: Array) -> float:
-    if ours.shape != theirs.shape:
-        raise CheckpointError(f"{name}: expected {tuple(ours.shape)}, got {_kind(theirs)}")
+    if ours.shape != theirs.shape or theirs.dtype.kind not in "fiu":
+        expected = f"numbers {tuple(ours.shape)}"
+        raise CheckpointError(f"{name}: expected {expected}, got {kind_of(theirs)}")
     return float(np.abs(ours.numpy() - theirs).max())
 
 
 def _first_off(off: dict[str, float], failed: bool) -> str:
     """The first activation that differs, in the order of the forward pass; "" where none does.
 
-    Rounding moves an activation by more than a logit: it counts from twice the bound, or from the
-    bound where logits that are off have no other cause.
+    Where the logits are right it counts from twice the bound: rounding moves an activation by more
+    than a logit.
     """
-    for bound in (2 * BOUND, BOUND) if failed else (2 * BOUND,):
-        for name, difference in off.items():
-            if not difference <= bound:
-                return f"first activation off: {name} by {difference:.2e}"
+    bound = BOUND if failed else 2 * BOUND
+    for name, difference in off.items():
+        if not difference <= bound:
+            return f"first activation off: {name} by {difference:.2e}"
     if failed:
         return "no activation off" if off else "no activation in the file"
     return ""
@@ -172,7 +172,7 @@ def compare(paths: list[Path], layers: PlainLayers | None = None, report: bool =
             line = f"largest difference of the logits {worst:.2e}  {verdict}  {first}".rstrip()
         failed += not ok
         if report:
-            print(f"{path.name}: {line}", flush=True)
+            print(f"{path}: {line}", flush=True)
     return failed
 
 
@@ -204,7 +204,7 @@ def main() -> int:
 
 
 def _size(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of processes, got '{text}'")
     return int(text)
 

@@ -7,13 +7,11 @@ linear weights (out, in) and queries, keys and values fused head by head.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from math import lcm
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +25,21 @@ from hg_scale.model.plan import LayerPlan, layer_plan, model_scales
 
 Array = NDArray[np.float32]
 
-_KINDS = {"avg": "average", "attention+avg": "attention+average"}
+_KINDS = {  # theirs and ours of a resampling
+    "pooling": {
+        "avg": "average",
+        "linear": "linear",
+        "attention+avg": "attention+average",
+        "attention+linear": "attention+linear",
+    },
+    "upsampling": {
+        "repeat": "repeat",
+        "linear": "linear",
+        "attention+repeat": "attention+repeat",
+        "attention+linear": "attention+linear",
+        "attention+none": "attention+none",
+    },
+}
 _ONLY = {"activation": "gelu_tanh", "attention": "relative"}  # what the format can say of these
 _SIZES = {"d_model": "d_model", "heads": "heads", "d_ff": "d_ff", "vocab": "vocab_size"}
 
@@ -39,12 +51,17 @@ def read_entries(path: Path, *needed: str) -> dict[str, Any]:
             entries: dict[str, Any] = {name: file[name] for name in file.files}
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror or error}") from None
-    except (AttributeError, BadZipFile, EOFError, TypeError, ValueError, zlib.error):
+    except Exception:  # a damaged one raises nearly any
         raise CheckpointError("not a golden file: expected numpy's .npz, without pickles") from None
     for name in needed:
         if name not in entries:
             raise CheckpointError(f"not a golden file: has no {name}")
     return entries
+
+
+def kind_of(array: NDArray[Any]) -> str:
+    """Its type and shape, in words."""
+    return f"{array.dtype} {array.shape}"
 
 
 def under(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -75,16 +92,24 @@ def reference_config(text: str, tensor: int = 1) -> ModelConfig:
         "shared_position_bias": True,
         "vocab_multiple": lcm(64, tensor),
     }
-    for key in ("pooling", "upsampling"):
-        if config.get(key) not in (None, "none"):
-            model[key] = _KINDS.get(config[key], config[key])
     with suppress(ValueError, AttributeError):  # a faulty hierarchy is told of below
-        model["sequence_length"] = Hierarchy.parse(hierarchy).total_factor  # the files' may be any
+        parsed = Hierarchy.parse(hierarchy)
+        model["sequence_length"] = parsed.total_factor  # the files' may be any
+        if parsed.levels:
+            model |= {key: _resampling(config, key) for key in _KINDS}
     try:
         return parse_config({"model": model, "parallel": {"tensor": tensor}}).model
     except ConfigError as error:
         by_key = {problem.key: str(problem) for problem in reversed(error.problems)}
         raise CheckpointError("config: " + "; ".join(reversed(by_key.values()))) from None
+
+
+def _resampling(config: dict[str, Any], key: str) -> str:
+    kinds, kind = _KINDS[key], config.get(key)
+    if not isinstance(kind, str) or kind not in kinds:
+        expected = ", ".join(map(repr, kinds))
+        raise CheckpointError(f"config: {key} is {kind!r}, expected one of {expected}")
+    return kinds[kind]
 
 
 def reference_weights(weights: Mapping[str, Array], model: ModelConfig) -> dict[str, Array]:
@@ -115,8 +140,8 @@ class _Reader:
         if name not in self.weights:
             raise CheckpointError(f"weight/{name} is missing")
         value = self.weights[name]
-        if value.shape != shape:
-            raise CheckpointError(f"weight/{name} has shape {value.shape}, expected {shape}")
+        if value.shape != shape or value.dtype.kind not in "fiu":
+            raise CheckpointError(f"weight/{name} is {kind_of(value)}, expected numbers {shape}")
         self.used.add(name)
         return value
 
