@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -63,7 +65,7 @@ def parse_config(
         raise ConfigError(found, source)
     for problem in cross_checks(config, world_size):
         if not any(_related(key, b) for key in (problem.key, *problem.others) for b in bad):
-            found.append(problem)
+            found.append(_with_others(problem, config))
     if found:
         raise ConfigError(found, source)
     return config
@@ -71,6 +73,23 @@ def parse_config(
 
 def _related(a: str, b: str) -> bool:
     return a == b or a.startswith(b + ".") or b.startswith(a + ".")
+
+
+def _with_others(problem: Problem, config: Config) -> Problem:
+    """The problem, with those of its other keys that the message leaves without path or value."""
+    values = config.model_dump()
+    told = {key: short(_lookup(values, key.split("."))) for key in problem.others}
+    left = [
+        f"{key} = {value}"
+        for key, value in told.items()
+        if key != problem.key and not _tells(problem.message, key, value.strip('"'))
+    ]
+    message = f"{problem.message} (with {', '.join(left)})" if left else problem.message
+    return dataclasses.replace(problem, message=message)
+
+
+def _tells(message: str, key: str, value: str) -> bool:
+    return bool(re.search(rf"{re.escape(key)}\b.*(?<!\w){re.escape(value)}(?!\w)", message))
 
 
 def _set_aside(

@@ -106,10 +106,12 @@ BROKEN: list[tuple[str, str, dict[str, Any]]] = [
     ("model.hierarchy", "empty", {"model": {"hierarchy": ""}}),
     # wrong combination
     ("model.heads", "6 or 8", {"model": {"heads": 7, "d_model": 48}}),
+    ("model.heads", "(with model.d_model = [512, 500], model.positions = ",
+     {"model": {"d_model": [512, 500]}}),
     ("model.d_model", "needs 2 entries", {"model": {"d_model": [512, 512, 512]}}),
     ("model.sequence_length", "2046 or 2049", {"model": {"sequence_length": 2048}}),
     ("parallel.zero_stage", "pipeline", {"parallel": {"pipeline": 2, "zero_stage": 2}}),
-    ("parallel.zero_stage", "stage 1", {"parallel": {"zero_stage": 0}}),
+    ("parallel.zero_stage", '(with training.precision = "bf16")', {"parallel": {"zero_stage": 0}}),
     ("parallel.pipeline", "12 blocks", {"parallel": {"pipeline": 13}}),
     ("model.heads", "parallel.tensor 3", {"parallel": {"tensor": 3}}),
     ("model.vocab_multiple", "multiple", {"parallel": {"tensor": 8}, "model": {"vocab_multiple": 4,
@@ -125,7 +127,7 @@ BROKEN: list[tuple[str, str, dict[str, Any]]] = [
     ("schedule.decay_steps", "at most", {"schedule": {"kind": "wsd", "decay_steps": 2000}}),
     ("schedule.decay_steps", "tenth", {"schedule": {"kind": "wsd"}}),
     ("schedule.cycle_steps", "cosine", {"schedule": {"kind": "rsqrt", "cycle_steps": 5}}),
-    ("optimizer.weight_decay", "adamw", {"optimizer": {"name": "adam"}}),
+    ("optimizer.weight_decay", '(with optimizer.name = "adam")', {"optimizer": {"name": "adam"}}),
     ("model.shorten_factor_choices", "at least 1", {"model": {"shorten_factor_choices": []}}),
     ("model.pooling", "even head width", {"model": {"hierarchy": "1@1 1@2 1@1",
         "d_model": [32, 30], "heads": [4, 2], "positions": ["rotary", "relative"],
@@ -167,6 +169,28 @@ def test_it_names_the_key_and_the_remedy(key: str, words: str, tree: dict[str, A
     about = [line for line in lines if line.startswith((f"{key}:", f"{key} ="))]
     assert about, lines
     assert any(word in line for line in about for word in words.split("|")), lines
+
+
+@pytest.mark.parametrize(("key", "words", "tree"), BROKEN)
+def test_it_names_all_keys_involved_once(key: str, words: str, tree: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree)
+    for problem in caught.value.problems:
+        line = str(problem)
+        assert "\n" not in line
+        for other in (problem.key, *problem.others):
+            assert other in line
+            assert line.count(f"{other} = ") <= 1, line
+
+
+def test_a_key_whose_value_is_told_is_not_told_again() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"schedule": {"warmup_steps": 1000, "kind": "wsd"}})
+    assert [str(problem) for problem in caught.value.problems] == [
+        "schedule.warmup_steps = 1000: must be less than training.steps 1000",
+        "schedule.decay_steps = 0: warm-up, stable, decay needs a decay; about a tenth of "
+        'training.steps, 100 (with schedule.kind = "wsd", training.steps = 1000)',
+    ]
 
 
 def test_long_values_are_cut_and_text_is_not() -> None:
@@ -311,7 +335,7 @@ def test_the_world_must_hold_the_mesh(world: int, fits: bool) -> None:
     if fits:
         assert parse_config(tree, world_size=world).data_parallel(world) == world // 4
         return
-    with pytest.raises(ConfigError, match="4 or 8"):
+    with pytest.raises(ConfigError, match=r"4 or 8 \(with parallel.pipeline = 2\)"):
         parse_config(tree, world_size=world)
 
 
