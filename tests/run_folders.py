@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hg_scale.checkpoint.versions import FORMAT_VERSION, seal
-from hg_scale.config.load import merge, parse_config
+from hg_scale.config.load import parse_config
+from hg_scale.config.read import merge
 from tests.manifests import META
 from tests.runs import TINY
 

@@ -13,6 +13,13 @@ from hg_scale.exit_codes import CONFIG_ERROR
 _ABSENT = object()
 
 
+def short(value: Any) -> str:
+    """A value as a file spells it; lists and objects only as far as a line can hold them."""
+    text = json.dumps(value, default=str)
+    cut = isinstance(value, list | dict) and len(text) > 80
+    return f"{text[:76]} ..." if cut else text
+
+
 @dataclass(frozen=True)
 class Problem:
     """One fault: the dotted `key` it is about, what was expected, what to do.
@@ -29,7 +36,7 @@ class Problem:
     def __str__(self) -> str:
         if self.value is _ABSENT:
             return f"{self.key}: {self.message}"
-        return f"{self.key} = {json.dumps(self.value, default=str)}: {self.message}"
+        return f"{self.key} = {short(self.value)}: {self.message}"
 
 
 class ConfigError(UserError):

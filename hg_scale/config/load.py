@@ -1,9 +1,12 @@
-"""From files and `--set` overrides to a checked `Config`: every fault found in one pass."""
+"""From what was read to a checked `Config`: every fault found in one pass."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import difflib
-import json
+import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -11,10 +14,11 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from hg_scale.config.checks import cross_checks
-from hg_scale.config.errors import ConfigError, Problem
-from hg_scale.config.schema import Config
+from hg_scale.config.errors import ConfigError, Problem, short
+from hg_scale.config.read import FILE_KEYS, apply_override, read_tree
+from hg_scale.config.schema import Config, SourceConfig
 
-_FILE_KEYS = ("extends", "$schema")  # keys of a file that are not keys of a configuration
+_Path = tuple[str, ...]  # keys from the top; a key may hold a dot itself
 
 
 def load_config(
@@ -26,90 +30,13 @@ def load_config(
     faults at once.
     """
     tree = read_tree(Path(path))
-    problems = [p for p in (apply_override(tree, text) for text in overrides) if p]
+    problems: list[Problem] = []
+    for text in overrides:
+        try:
+            apply_override(tree, text)
+        except ConfigError as error:
+            problems += error.problems
     return parse_config(tree, source=str(path), world_size=world_size, problems=problems)
-
-
-def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The JSON object in `path`, merged over the file that it extends (relative to itself)."""
-
-    def fail(message: str) -> ConfigError:
-        return ConfigError([Problem("file", message)], str(path))
-
-    if path.resolve() in seen:
-        raise fail("it extends itself: " + " -> ".join(p.name for p in (*seen, path)))
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
-    except FileNotFoundError:
-        there = [p.name for p in path.parent.glob("*.json") if p.resolve() not in seen]
-        nearest = difflib.get_close_matches(path.name, there, 1, 0.4)
-        hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
-        whose = f", which {seen[-1]} extends" if seen else ""
-        raise fail(f"no such file{whose}{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise fail(f"cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
-        raise fail(f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except RecursionError:
-        raise fail("not a configuration: objects or lists in it nest too deep") from None
-    except _Repeated as error:
-        raise fail(f"the key {error} stands twice in one object; keep one of the two") from None
-    if not isinstance(tree, dict):
-        raise fail('expected an object, as in {"model": {...}}')
-    base = tree.pop("extends", None)
-    tree.pop("$schema", None)
-    if base is None:
-        return tree
-    if not isinstance(base, str):
-        raise ConfigError([Problem("extends", "expected a file name", base)], str(path))
-    return merge(read_tree(path.parent / base, (*seen, path.resolve())), tree)
-
-
-class _Repeated(Exception):
-    """A key that stands twice; JSON would silently take the last one."""
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in tree:
-            raise _Repeated(f"'{key}'")
-        tree[key] = value
-    return tree
-
-
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, object by object; lists and plain values are replaced."""
-    result = dict(base)
-    for key, value in over.items():
-        old = result.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        result[key] = merge(old, value) if both else value  # type: ignore[arg-type]
-    return result
-
-
-def apply_override(tree: dict[str, Any], text: str) -> Problem | None:
-    """Set `section.key=value` in `tree`; the value is JSON, or else a string."""
-    key, equals, raw = text.partition("=")
-    if not equals or not key:
-        return Problem("--set", f"expected key.path=value, got '{text}'")
-    try:
-        value = json.loads(raw)
-    except json.JSONDecodeError:
-        value = raw
-    node = tree
-    *parents, last = key.split(".")
-    if key in _FILE_KEYS:
-        return Problem(key, "cannot be set with --set: write it into the file")
-    if not all((*parents, last)):
-        return Problem("--set", f"expected key.path=value, got '{text}'")
-    for part in parents:
-        child = node.setdefault(part, {})
-        if not isinstance(child, dict):
-            return Problem(key, f"cannot be set with --set: '{part}' is not a section")
-        node = child
-    node[last] = value
-    return None
 
 
 def parse_config(
@@ -124,21 +51,21 @@ def parse_config(
     Faulty keys are set back to their defaults to let the cross checks look at the rest; a cross
     check that involves a faulty key is left out, since it may only echo the fault.
     """
-    found = list(problems)
-    rest, bad = tree, set()
+    found, bad = list(problems), {problem.key for problem in problems}
+    rest = tree
     for _ in range(20):  # a default may bring up the next fault; each round removes at least one
         try:
             config = Config.model_validate(rest)
             break
         except ValidationError as error:
-            rest, round_bad, round_found = _set_aside(rest, error)
-            bad |= round_bad
+            rest, round_found = _set_aside(rest, error)
+            bad |= {problem.key for problem in round_found}
             found += round_found
     else:
         raise ConfigError(found, source)
     for problem in cross_checks(config, world_size):
         if not any(_related(key, b) for key in (problem.key, *problem.others) for b in bad):
-            found.append(problem)
+            found.append(_with_others(problem, config))
     if found:
         raise ConfigError(found, source)
     return config
@@ -148,28 +75,42 @@ def _related(a: str, b: str) -> bool:
     return a == b or a.startswith(b + ".") or b.startswith(a + ".")
 
 
+def _with_others(problem: Problem, config: Config) -> Problem:
+    """The problem, with those of its other keys that the message leaves without path or value."""
+    values = config.model_dump()
+    told = {key: short(_lookup(values, key.split("."))) for key in problem.others}
+    left = [
+        f"{key} = {value}"
+        for key, value in told.items()
+        if key != problem.key and not _tells(problem.message, key, value.strip('"'))
+    ]
+    message = f"{problem.message} (with {', '.join(left)})" if left else problem.message
+    return dataclasses.replace(problem, message=message)
+
+
+def _tells(message: str, key: str, value: str) -> bool:
+    return bool(re.search(rf"{re.escape(key)}\b.*(?<!\w){re.escape(value)}(?!\w)", message))
+
+
 def _set_aside(
     tree: dict[str, Any], error: ValidationError
-) -> tuple[dict[str, Any], set[str], list[Problem]]:
-    """The tree without its faulty keys, their dotted paths, and the faults in words."""
-    rest = json.loads(json.dumps(tree))
-    by_key: dict[str, list[dict[str, Any]]] = {}
+) -> tuple[dict[str, Any], list[Problem]]:
+    """The tree without its faulty keys, and the faults in words."""
+    rest = copy.deepcopy(tree)
+    by_path: dict[_Path, list[dict[str, Any]]] = {}
     for item in error.errors():
-        path = _key_path(item["loc"])
-        by_key.setdefault(path, []).append(item)  # type: ignore[arg-type]
+        by_path.setdefault(_key_path(item["loc"]), []).append(item)  # type: ignore[arg-type]
     problems = []
-    for path, items in by_key.items():
+    for path, items in by_path.items():
         problems.append(_in_words(path, items, tree))
-        node, parts = rest, path.split(".")
-        for part in parts[:-1]:
-            node = node.get(part, {}) if isinstance(node, dict) else {}
+        node = _lookup(rest, path[:-1])
         if isinstance(node, dict):
-            node.pop(parts[-1], None)
-    return rest, set(by_key), problems
+            node.pop(path[-1], None)
+    return rest, problems
 
 
-def _key_path(loc: tuple[int | str, ...]) -> str:
-    """The dotted key of a pydantic location, without list positions and union branches."""
+def _key_path(loc: tuple[int | str, ...]) -> _Path:
+    """The keys of a pydantic location, without list positions and union branches."""
     model: Any = Config
     parts: list[str] = []
     for part in loc:
@@ -180,50 +121,73 @@ def _key_path(loc: tuple[int | str, ...]) -> str:
         model = field.annotation if field else None
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             break
-    return ".".join(parts)
+    return tuple(parts)
 
 
-def _lookup(tree: Any, path: str) -> Any:
-    for part in path.split("."):
-        tree = tree[part]
+def _lookup(tree: Any, path: Sequence[str]) -> Any:
+    """What stands at `path`; None where nothing does."""
+    for part in path:
+        tree = tree.get(part) if isinstance(tree, dict) else None
     return tree
 
 
-def _in_words(path: str, items: list[dict[str, Any]], tree: dict[str, Any]) -> Problem:
-    *parents, last = path.split(".")
-    value = _lookup(tree, path)
-    entries = [item for item in items if len(item["loc"]) > len(parents) + 2]
+def _in_words(path: _Path, items: list[dict[str, Any]], tree: dict[str, Any]) -> Problem:
+    key, value = ".".join(path) or '""', _lookup(tree, path)
+    # Inside an object of a list, its number comes next; in a union, the name of a branch.
+    entries = [
+        item
+        for item in items
+        if len(item["loc"]) > len(path) + 1 and isinstance(item["loc"][len(path)], int)
+    ]
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value) and entries:
-        return Problem(path, "; ".join(_entry_in_words(i, len(parents) + 1) for i in entries))
+        return Problem(key, "; ".join(_entry_in_words(i, len(path)) for i in entries))
     kinds = {item["type"] for item in items}
     if "extra_forbidden" in kinds:
-        model: Any = Config
-        for part in parents:
-            model = model.model_fields[part].annotation
-        known = keys_of(model) + (list(_FILE_KEYS) if model is Config else [])
-        nearest = difflib.get_close_matches(last, known, 1, 0.5)
-        elsewhere = [
-            f"{name}.{last}"
-            for name, field in Config.model_fields.items()
-            if isinstance(field.annotation, type)
-            and issubclass(field.annotation, BaseModel)
-            and last in keys_of(field.annotation)
-        ]
-        hint = nearest[0] if nearest else None
-        if elsewhere:
-            hint = elsewhere[0]
-        elif hint and parents:
-            hint = ".".join((*parents, hint))
-        message = (
-            f"unknown key; did you mean {hint}?"
-            if hint
-            else (f"unknown key; known here: {', '.join(known)}")
-        )
-        return Problem(path, message)
+        return Problem(key, f"unknown key; {_hint(path, value)}", value)
     allowed = ", or ".join(dict.fromkeys(map(_expected, items)))
     if all(item["type"] == "value_error" for item in items):
-        return Problem(path, allowed, value)
-    return Problem(path, f"expected {allowed}", value)
+        return Problem(key, allowed, value)
+    return Problem(key, f"expected {allowed}", value)
+
+
+def _hint(path: _Path, value: Any) -> str:
+    """What may have been meant by a key that is not known."""
+    *section, key = path
+    homes = _homes(Config)
+    homes[()] += FILE_KEYS
+    here = homes[tuple(section)]
+    parts = [part for part in key.split(".") if part]
+    if len(parts) > 1 and parts[0] in here:
+        nested = functools.reduce(lambda inner, part: {part: inner}, reversed(parts), value)
+        return f"write an object, {short(nested)}; only --set takes dots"
+    word = parts[-1].lower() if parts else ""
+    elsewhere = [
+        ".".join((*home, known)) if home else f"{known} at the top of the file"
+        for home, keys in homes.items()
+        for known in keys
+        if word in (known, _initials(known))
+    ]
+    nearest = [known for known in here if word in (known, _initials(known))]
+    if not (nearest or elsewhere):
+        nearest = difflib.get_close_matches(word, here, 1, 0.5)
+    meant = [".".join((*section, known)) for known in nearest] or elsewhere
+    return f"did you mean {' or '.join(meant)}?" if meant else f"known here: {', '.join(here)}"
+
+
+def _homes(model: type[BaseModel], path: _Path = ()) -> dict[_Path, list[str]]:
+    """The keys of a section, and of those inside it, by the path of each."""
+    homes = {path: keys_of(model)}
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            homes |= _homes(inner, (*path, name))
+    return homes
+
+
+def _initials(key: str) -> str | None:
+    """As people shorten a key of several words: lr, wd."""
+    words = key.split("_")
+    return "".join(word[:1] for word in words) if len(words) > 1 else None
 
 
 def _expected(item: dict[str, Any]) -> str:
@@ -241,9 +205,16 @@ def _expected(item: dict[str, Any]) -> str:
 def _entry_in_words(item: dict[str, Any], depth: int) -> str:
     """A fault of one key of an object in a list, whose location starts after `depth` keys."""
     number, key = item["loc"][depth], item["loc"][-1]
-    messages = {"extra_forbidden": "unknown key", "missing": "missing"}
-    message = messages.get(item["type"], item["msg"].replace("Input should be", "expected"))
-    return f"entry {number + 1}, {key}: {message}"
+    where = f"entry {number + 1}, {key}"
+    if item["type"] == "missing":
+        return f"{where}: missing"
+    where += f" = {short(item['input'])}"
+    if item["type"] == "extra_forbidden":
+        known = keys_of(SourceConfig)
+        nearest = difflib.get_close_matches(key.lower(), known, 1, 0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
+    return f"{where}: {item['msg'].replace('Input should be', 'expected')}"
 
 
 def keys_of(model: type[BaseModel]) -> list[str]:

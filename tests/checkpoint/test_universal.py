@@ -18,7 +18,8 @@ from hg_scale.checkpoint.load import Reader
 from hg_scale.checkpoint.open import open_checkpoint, open_source
 from hg_scale.checkpoint.universal import cut_dimensions, to_deepspeed
 from hg_scale.checkpoint.write import write_checkpoint
-from hg_scale.config.load import merge, parse_config
+from hg_scale.config.load import parse_config
+from hg_scale.config.read import merge
 from hg_scale.data.progress import Progress
 from tests.checkpoint.test_export import assert_bit_equal, whole
 from tests.checkpoint.trained import AFTER, LAYOUTS, RATE, STEPS, Trained, engine_of, train

@@ -19,6 +19,7 @@ BROKEN: list[tuple[str, str, dict[str, Any]]] = [
     ("model.d_model", "integer", {"model": {"d_model": 51.5}}),
     ("model.heads", "integer", {"model": {"heads": None}}),
     ("model.heads", "integer", {"model": {"heads": [8, "8"]}}),
+    ("model.heads", "integer", {"model": {"heads": [{"path": "a"}]}}),
     ("model.hierarchy", "string", {"model": {"hierarchy": 6}}),
     ("model.bias", "boolean", {"model": {"bias": "yes"}}),
     ("model.dropout", "number", {"model": {"dropout": "0.1"}}),
@@ -27,12 +28,12 @@ BROKEN: list[tuple[str, str, dict[str, Any]]] = [
     ("data.path", "string", {"data": {"path": 5}}),
     ("data.sources", "list", {"data": {"sources": {"path": "a"}}}),
     ("data.sources", "at least 1", {"data": {"sources": []}}),
-    ("data.sources", "entry 1, weight: expected a valid number",
+    ("data.sources", 'entry 1, weight = "3": expected a valid number',
      {"data": {"sources": [{"path": "a", "weight": "3"}]}}),
-    ("data.sources", "entry 2, wieght: unknown key",
+    ("data.sources", "entry 2, wieght = 3.0: unknown key; did you mean weight?",
      {"data": {"sources": [{"path": "a"}, {"path": "b", "wieght": 3.0}]}}),
     ("data.sources", "entry 1, path: missing", {"data": {"sources": [{"weight": 3.0}]}}),
-    ("data.sources", "entry 1, when_exhausted: expected 'repeat' or 'retire'",
+    ("data.sources", "entry 1, when_exhausted = \"stop\": expected 'repeat' or 'retire'",
      {"data": {"sources": [{"path": "a", "when_exhausted": "stop"}]}}),
     ("data.sources", "are called 'a'", {"data": {"sources": [{"path": "x/a"}, {"path": "y/a/"}]}}),
     ("data.path", "data.sources", {"data": {"path": "a", "sources": [{"path": "b"}]}}),
@@ -74,6 +75,22 @@ BROKEN: list[tuple[str, str, dict[str, Any]]] = [
     ("model.learning_rate", "optimizer.learning_rate", {"model": {"learning_rate": 1e-3}}),
     ("parallel.zero", "parallel.zero_stage", {"parallel": {"zero": 1}}),
     ("optimiser", "did you mean optimizer?", {"optimiser": {}}),
+    ("MODEL", "did you mean model?", {"MODEL": {}}),
+    ("model.", "did you mean model?", {"model.": {}}),
+    ("optimizer.lr", "did you mean optimizer.learning_rate?", {"optimizer": {"lr": 1e-3}}),
+    ("training.every", "did you mean checkpoint.every or logging.every?",
+     {"training": {"every": 5}}),
+    ("model.extends", "did you mean extends at the top of the file?",
+     {"model": {"extends": "a.json"}}),
+    ("model.notes", "did you mean notes at the top of the file?", {"model": {"notes": "a"}}),
+    ("model.qqq", "known here: hierarchy, vocab_size", {"model": {"qqq": 1}}),
+    ('""', "known here: schema_version, notes", {"": 1}),
+    # dots inside a key
+    ("model.d_model", 'write an object, {"model": {"d_model": 3}}; only --set takes',
+     {"model.d_model": 3}),
+    ("deepspeed.bf16", 'write an object, {"deepspeed": {"bf16": 1}}', {"deepspeed.bf16": 1}),
+    ("model.a.b", "known here", {"model": {"a.b": 1}}),
+    ("model.model.heads", "did you mean model.heads?", {"model": {"model.heads": 1}}),
     ("model.pooling", "'average'", {"model": {"pooling": "max"}}),
     ("model.upsampling", "'repeat'", {"model": {"upsampling": "nearest"}}),
     ("model.norm", "'rmsnorm'", {"model": {"norm": "batchnorm"}}),
@@ -89,10 +106,12 @@ BROKEN: list[tuple[str, str, dict[str, Any]]] = [
     ("model.hierarchy", "empty", {"model": {"hierarchy": ""}}),
     # wrong combination
     ("model.heads", "6 or 8", {"model": {"heads": 7, "d_model": 48}}),
+    ("model.heads", "(with model.d_model = [512, 500], model.positions = ",
+     {"model": {"d_model": [512, 500]}}),
     ("model.d_model", "needs 2 entries", {"model": {"d_model": [512, 512, 512]}}),
     ("model.sequence_length", "2046 or 2049", {"model": {"sequence_length": 2048}}),
     ("parallel.zero_stage", "pipeline", {"parallel": {"pipeline": 2, "zero_stage": 2}}),
-    ("parallel.zero_stage", "stage 1", {"parallel": {"zero_stage": 0}}),
+    ("parallel.zero_stage", '(with training.precision = "bf16")', {"parallel": {"zero_stage": 0}}),
     ("parallel.pipeline", "12 blocks", {"parallel": {"pipeline": 13}}),
     ("model.heads", "parallel.tensor 3", {"parallel": {"tensor": 3}}),
     ("model.vocab_multiple", "multiple", {"parallel": {"tensor": 8}, "model": {"vocab_multiple": 4,
@@ -108,7 +127,7 @@ BROKEN: list[tuple[str, str, dict[str, Any]]] = [
     ("schedule.decay_steps", "at most", {"schedule": {"kind": "wsd", "decay_steps": 2000}}),
     ("schedule.decay_steps", "tenth", {"schedule": {"kind": "wsd"}}),
     ("schedule.cycle_steps", "cosine", {"schedule": {"kind": "rsqrt", "cycle_steps": 5}}),
-    ("optimizer.weight_decay", "adamw", {"optimizer": {"name": "adam"}}),
+    ("optimizer.weight_decay", '(with optimizer.name = "adam")', {"optimizer": {"name": "adam"}}),
     ("model.shorten_factor_choices", "at least 1", {"model": {"shorten_factor_choices": []}}),
     ("model.pooling", "even head width", {"model": {"hierarchy": "1@1 1@2 1@1",
         "d_model": [32, 30], "heads": [4, 2], "positions": ["rotary", "relative"],
@@ -150,6 +169,36 @@ def test_it_names_the_key_and_the_remedy(key: str, words: str, tree: dict[str, A
     about = [line for line in lines if line.startswith((f"{key}:", f"{key} ="))]
     assert about, lines
     assert any(word in line for line in about for word in words.split("|")), lines
+
+
+@pytest.mark.parametrize(("key", "words", "tree"), BROKEN)
+def test_it_names_all_keys_involved_once(key: str, words: str, tree: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree)
+    for problem in caught.value.problems:
+        line = str(problem)
+        assert "\n" not in line
+        for other in (problem.key, *problem.others):
+            assert other in line
+            assert line.count(f"{other} = ") <= 1, line
+
+
+def test_a_key_whose_value_is_told_is_not_told_again() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"schedule": {"warmup_steps": 1000, "kind": "wsd"}})
+    assert [str(problem) for problem in caught.value.problems] == [
+        "schedule.warmup_steps = 1000: must be less than training.steps 1000",
+        "schedule.decay_steps = 0: warm-up, stable, decay needs a decay; about a tenth of "
+        'training.steps, 100 (with schedule.kind = "wsd", training.steps = 1000)',
+    ]
+
+
+def test_long_values_are_cut_and_text_is_not() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"modle": list(range(99)), "title": "a" * 200})
+    first, second = map(str, caught.value.problems)
+    assert first == f"modle = {str(list(range(99)))[:76]} ...: unknown key; did you mean model?"
+    assert second.startswith(f'title = "{"a" * 200}": unknown key')
 
 
 def test_there_are_sixty() -> None:
@@ -197,6 +246,15 @@ def test_all_faults_are_listed_at_once(tmp_path: Path) -> None:
         assert f"\n  {key}" in text
 
 
+def test_a_refused_override_has_no_echo(tmp_path: Path) -> None:
+    """7 heads do not divide the default width, but another width was asked for."""
+    path = tmp_path / "a.json"
+    path.write_text('{"model": {"heads": 7}}')
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ['model.d_model={"a": 1, "a": 2}'])
+    assert [problem.key for problem in caught.value.problems] == ["model.d_model.a"]
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -204,6 +262,14 @@ def test_all_faults_are_listed_at_once(tmp_path: Path) -> None:
         ("model.=3", "--set: expected key.path=value, got 'model.=3'"),
         ("model..heads=3", "--set: expected key.path=value, got 'model..heads=3'"),
         ("model.heads.first=3", "'heads' is not a section"),
+        ("model.heads=" + "[" * 2000, "model.heads: objects or lists nest too deep"),
+        ("model.heads=" + "[" * 64 + "]" * 64, r"model.heads\[0\]\[0\]: .* at most 64"),
+        ("a" + ".a" * 64 + "=1", "a.a.a.a: objects or lists nest too deep"),
+        ("model.heads=" + "1" * 4301, "model.heads: an integer of 4301 digits; at most 20"),
+        ('model={"heads": 2, "heads": 4}', "model.heads: stands twice"),
+        ("\udcff=1", r'--set: NUL or half a character .* in "\\udcff=1"'),
+        ("notes=\udcff", r'--set: NUL or half a character .* in "notes=\\udcff"'),
+        (r'notes="\ud800"', r'notes: NUL or half a character .* in "\\ud800"'),
     ],
 )
 def test_overrides_that_cannot_be_applied(tmp_path: Path, override: str, words: str) -> None:
@@ -227,7 +293,12 @@ def test_extends_lays_one_file_over_another(tmp_path: Path) -> None:
         ("[]", "object"),
         ('{"extends": "a.json"}', "extends itself"),
         ('{"extends": 3}', "file name"),
-        ('{"model": {"heads": 2, "heads": 4}}', "'heads' stands twice"),
+        ('{"model": {"heads": 2, "heads": 4}}', "model.heads: stands twice"),
+        ('{"data": {"sources": [{}, {"a": 1, "a": 2}]}}', r"data.sources\[1\].a: stands twice"),
+        ('{"model": {"d_model": %s}}' % ("1" * 21), "model.d_model: an integer of 21 digits"),
+        (r'{"model": {"hierarchy": "\ud800"}}', r'model.hierarchy: NUL or half .* in "\\ud800"'),
+        (r'{"model": {"\udfff": 1}}', r'model: NUL or half a character .* in "\\udfff"'),
+        (r'{"extends": "a\u0000"}', r'extends: NUL or half a character .* in "a\\u0000"'),
         ('{"extends": "b.json"}', "no such file, which .*a.json extends; did you mean .*base.json"),
         ('{"a":' * 9999 + "1" + "}" * 9999, "nest too deep"),
     ],
@@ -240,13 +311,31 @@ def test_files_that_cannot_be_read(tmp_path: Path, text: str, words: str) -> Non
         load_config(path)
 
 
+def test_a_loop_of_links_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.json").symlink_to("a.json")
+    (tmp_path / "b.json").write_text('{"extends": "c.json"}')
+    with pytest.raises(ConfigError, match="cannot be read: .*symbolic links"):
+        load_config(tmp_path / "a.json")
+    with pytest.raises(ConfigError, match="no such file, which .*b.json extends"):
+        load_config(tmp_path / "b.json")
+
+
+def test_a_chain_of_files_may_be_long(tmp_path: Path) -> None:
+    for number in range(1200):
+        tree = {"extends": f"{number + 1}.json", "training": {"steps": number + 1}}
+        (tmp_path / f"{number}.json").write_text(json.dumps(tree))
+    (tmp_path / "1200.json").write_text('{"training": {"steps": 5, "seed": 3}}')
+    config = load_config(tmp_path / "0.json")
+    assert (config.training.steps, config.training.seed) == (1, 3)
+
+
 @pytest.mark.parametrize(("world", "fits"), [(8, True), (4, True), (6, False)])
 def test_the_world_must_hold_the_mesh(world: int, fits: bool) -> None:
     tree = {"parallel": {"tensor": 2, "pipeline": 2}}
     if fits:
         assert parse_config(tree, world_size=world).data_parallel(world) == world // 4
         return
-    with pytest.raises(ConfigError, match="4 or 8"):
+    with pytest.raises(ConfigError, match=r"4 or 8 \(with parallel.pipeline = 2\)"):
         parse_config(tree, world_size=world)
 
 

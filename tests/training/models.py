@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hg_scale.config.load import merge, parse_config
+from hg_scale.config.load import parse_config
+from hg_scale.config.read import merge
 
 PAPER: dict[str, Any] = {
     "model": {

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from hg_scale.config.load import merge, parse_config
+from hg_scale.config.load import parse_config
+from hg_scale.config.read import merge
 from hg_scale.data.index import Index
 from hg_scale.errors import UserError
 from tests.data.conftest import prepare

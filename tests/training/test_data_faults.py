@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hg_scale.config.load import merge
+from hg_scale.config.read import merge
 from hg_scale.data.index import Index
 from tests.data.conftest import prepare
 from tests.training.test_batches import TREE
