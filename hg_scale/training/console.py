@@ -35,7 +35,6 @@ class Console:
     def __init__(
         self,
         total_steps: int,
-        start_step: int = 0,
         *,
         rank: int = 0,
         tty: bool | None = None,
@@ -63,7 +62,7 @@ class Console:
                 redirect_stdout=False,
                 redirect_stderr=False,
             )
-            self._task = self._live.add_task("", total=total_steps, completed=start_step)
+            self._task = self._live.add_task("", total=total_steps)
 
     def __enter__(self) -> Console:
         if self._live:

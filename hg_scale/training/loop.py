@@ -63,7 +63,8 @@ def training_loop(config: Config, parts: Parts, progress: Progress, last_step: i
     meter = Meter(config, parts, timer)
     for step in range(progress.step + 1, last_step + 1):
         parts.watch.enter("step", step)
-        last = step == last_step
+        last, finished = step == last_step, step == config.training.steps
+        validates = due(step, config.training.validate_every, finished)
         rate, start = parts.learning_rate(step), perf_counter()
         with parts.profiler.step(step):
             with timer.measure("data"):
@@ -74,12 +75,10 @@ def training_loop(config: Config, parts: Parts, progress: Progress, last_step: i
         progress.skipped += result.skipped
         timer.count_step(meter.tokens)
         parts.advance(step)
-        validates = parts.held_out and due(step, config.training.validate_every, last)
-        saves = 1 + due(step, config.checkpoint.every, last)
-        ahead = parts.saver.seconds * saves + validation_seconds * bool(validates)
-        interrupted = None
+        interrupted, seconds = None, perf_counter() - start
         if not last:
-            seconds = perf_counter() - start
+            saves = 1 + due(step, config.checkpoint.every, last)
+            ahead = parts.saver.seconds * saves + validation_seconds * validates
             interrupted = parts.interruption.agreed(step, device, seconds, ahead)
         last = last or interrupted is not None
         parts.timeouts.shorten(parts.watch.patience)
@@ -93,11 +92,7 @@ def training_loop(config: Config, parts: Parts, progress: Progress, last_step: i
             saved = due(step, config.checkpoint.every, last)
             if saved:  # first: a validation may meet bad data
                 save(parts, progress, last)
-            finished = step == config.training.steps
-            validates = due(step, config.training.validate_every, finished)
             if parts.held_out and validates and not interrupted:
-                parts.watch.enter("validation", step)
-                parts.timeouts.lengthen()
                 # The last one is not cut short: no start would make up for it.
                 then = None if finished else parts.saver.seconds
                 record, interrupted = validate(parts, parts.held_out, step, then)
@@ -131,6 +126,8 @@ def validate(
 
     `then`: seconds that a save takes, should it be interrupted; None: nothing interrupts it.
     """
+    parts.watch.enter("validation", step)
+    parts.timeouts.lengthen()
     engine, start, nats = parts.engine, perf_counter(), []
     length = engine.config.model.sequence_length
     for part in held_out.parts:
