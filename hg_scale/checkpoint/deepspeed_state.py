@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps fp32 weights and moments: the only file that reads its private state.
+"""Where DeepSpeed keeps fp32 weights and moments (its gradients: `training/gradients.py`).
 
 `tests/checkpoint/test_deepspeed_state.py` is the contract: it names the attribute that moved when
 a version changes. Tried with DeepSpeed 0.19.8.

@@ -68,7 +68,7 @@ def _layers(config: Config) -> Table:
 def _print_cut(config: Config, world_size: int, console: Console) -> None:
     cut = cut_pipeline(config.model, config.parallel.pipeline)
     costs = layer_costs(config.model)
-    table = Table(title="pipeline stages")
+    table = Table(title="pipeline stages, training FLOPs of one window")
     for column in ("stage", "layers"):
         table.add_column(column)
     for column in ("GFLOPs", "share", "elements in"):

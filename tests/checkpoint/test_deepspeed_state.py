@@ -1,7 +1,8 @@
 """The contract with DeepSpeed: what of its private state is read, and that it is still there.
 
 When one of these fails after an update, DeepSpeed has moved that attribute; `deepspeed_state.py`,
-`training/engine.py` and `parallel/pipeline.py` are the files to mend.
+`training/engine.py` and `parallel/pipeline.py` are the files to mend. Its gradients, which
+`training/gradients.py` finds, are held by `tests/training/test_skipped_steps.py`.
 """
 
 from __future__ import annotations
