@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
+from hg_scale.config.arithmetic import divisors, nearest
 from hg_scale.config.errors import Problem
 from hg_scale.config.schema import Config
 
@@ -50,7 +51,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def deepspeed_problems(config: Config) -> Iterator[Problem]:
+def deepspeed_problems(config: Config, world_size: int | None = None) -> Iterator[Problem]:
     """Expert keys that contradict ours, or that DeepSpeed refuses in this layout."""
     keys, stage = config.deepspeed, config.parallel.zero_stage
     same = {
@@ -71,6 +72,15 @@ def deepspeed_problems(config: Config) -> Iterator[Problem]:
                 value,
                 (source,),
             )
+    parts = keys.zero_optimization.zero_hpz_partition_size
+    if world_size and stage == 3 and parts and world_size % min(parts, world_size):
+        yield Problem(
+            "deepspeed.zero_optimization.zero_hpz_partition_size",
+            f"must divide the {world_size} processes; nearest: "
+            f"{' or '.join(map(str, nearest(divisors(world_size), parts, 2)))}",
+            parts,
+            ("parallel.zero_stage",),
+        )
     scaled = {
         "prescale_gradients": keys.prescale_gradients or None,
         "gradient_predivide_factor": keys.gradient_predivide_factor,

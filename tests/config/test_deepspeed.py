@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from hg_scale.config import ConfigError
-from hg_scale.config.deepspeed import deepspeed_config, generated
+from hg_scale.config.deepspeed import deepspeed_config, generated, quantized_keys
 from hg_scale.config.expert_keys import ExpertKeys
 from hg_scale.config.load import parse_config
 
@@ -159,6 +159,26 @@ def test_scattered_gradients_are_scaled_after_the_sum(change: dict[str, Any]) ->
         parse_config(tree)
     parse_config({"deepspeed": change})
     parse_config({**tree, "deepspeed": {**change, "zero_optimization": {"reduce_scatter": False}}})
+
+
+def test_the_second_copy_is_shared_out_over_equal_groups() -> None:
+    tree = {
+        "parallel": {"zero_stage": 3},
+        "training": {"global_batch_size": 12},
+        "deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 5}},
+    }
+    with pytest.raises(ConfigError, match="must divide the 12 processes; nearest: 4 or 6"):
+        parse_config(tree, world_size=12)
+    assert parse_config(tree, world_size=4).data_parallel(4) == 4  # all of them
+
+
+def test_a_cpu_cannot_quantize() -> None:
+    zero = {"zero_quantized_weights": True, "zero_quantized_gradients": False}
+    tree = {"parallel": {"zero_stage": 3}, "deepspeed": {"zero_optimization": zero}}
+    (problem,) = quantized_keys(parse_config(tree))
+    assert problem.key == "deepspeed.zero_optimization.zero_quantized_weights"
+    tree["parallel"] = {"zero_stage": 1}  # which has no use for them
+    assert quantized_keys(parse_config(tree)) == []
 
 
 def test_what_is_written_is_what_was_set() -> None:
