@@ -82,12 +82,12 @@ def deepspeed_problems(config: Config, world_size: int | None = None) -> Iterato
             ("parallel.zero_stage",),
         )
     scaled = {
-        "prescale_gradients": keys.prescale_gradients or None,
-        "gradient_predivide_factor": keys.gradient_predivide_factor,
+        "prescale_gradients": (keys.prescale_gradients, False),
+        "gradient_predivide_factor": (keys.gradient_predivide_factor, 1.0),
     }
     if stage >= 2 and keys.zero_optimization.reduce_scatter is not False:
-        for name, value in scaled.items():
-            if value is not None:
+        for name, (value, plain) in scaled.items():
+            if value not in (None, plain):
                 yield Problem(
                     f"deepspeed.{name}",
                     f"ZeRO {stage} scatters gradients as they are; remove it, or set "

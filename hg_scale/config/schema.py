@@ -1,7 +1,7 @@
 """The one schema of `configs/*.json`. Each section is one pydantic model and one part of the code.
 
 Every field carries its meaning: `docs/config.md` and the JSON Schema for editors are generated
-from here. What involves more than one key is checked in `checks.py`.
+from here. What involves more than one key is checked in `checks.py` and the files it names.
 """
 
 from __future__ import annotations

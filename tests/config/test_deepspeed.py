@@ -158,6 +158,8 @@ def test_scattered_gradients_are_scaled_after_the_sum(change: dict[str, Any]) ->
     with pytest.raises(ConfigError, match="reduce_scatter = false"):
         parse_config(tree)
     parse_config({"deepspeed": change})
+    plain = {"prescale_gradients": False, "gradient_predivide_factor": 1.0}
+    parse_config({**tree, "deepspeed": plain})
     parse_config({**tree, "deepspeed": {**change, "zero_optimization": {"reduce_scatter": False}}})
 
 
