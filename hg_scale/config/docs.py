@@ -46,8 +46,9 @@ def markdown() -> str:
         )
         for key, field in model.model_fields.items():
             parts[-1] += "\n" + _row(f"{name}.{field.alias or key}", field)
+            listed = "[]" if get_args(field.annotation) else ""  # an object, or a list of them
             for inner, of in _entries(field.annotation).items():
-                parts[-1] += "\n" + _row(f"{name}.{key}[].{inner}", of)
+                parts[-1] += "\n" + _row(f"{name}.{key}{listed}.{inner}", of)
         parts[-1] += "\n"
     rest = [_row(k, f) for k, f in Config.model_fields.items() if k not in section_models()]
     head = "## Outside the sections\n\n| key | type | default | meaning |\n| - | - | - | - |\n"
@@ -56,7 +57,7 @@ def markdown() -> str:
 
 
 def _entries(annotation: Any) -> dict[str, FieldInfo]:
-    """The keys of the objects in a list of sections; of other types, none."""
+    """The keys of an object, or of those in a list; of other types, none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation.model_fields
     return {key: of for inner in get_args(annotation) for key, of in _entries(inner).items()}
@@ -64,6 +65,8 @@ def _entries(annotation: Any) -> dict[str, FieldInfo]:
 
 def _row(path: str, field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True, validated_data={})
+    if isinstance(default, BaseModel):
+        default = default.model_dump()
     shown = "" if default is PydanticUndefined else f"`{json.dumps(default)}`"
     kind = " or ".join(dict.fromkeys(_kinds(field.annotation, field.metadata)))
     cells = (f"`{path}`", kind, shown, field.description or "")
@@ -90,14 +93,18 @@ def _kinds(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> list[
 
 
 def _limits(metadata: list[Any] | tuple[Any, ...]) -> str:
-    signs = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
-    found = [
-        f"{sign} {getattr(limit, name)}"
+    names = ("ge", "gt", "le", "lt", "multiple_of")
+    found = {
+        name: f"{value:,}" if isinstance(value, int) else f"{value:g}"
         for limit in metadata
-        for name, sign in signs
-        if getattr(limit, name, None) is not None
-    ]
-    return f" {', '.join(found)}" if found else ""
+        for name in names
+        if (value := getattr(limit, name, None)) is not None
+    }
+    if "ge" in found and "le" in found:
+        found = {"from": f"{found.pop('ge')} to {found.pop('le')}"} | found
+    signs = dict(zip(names, (">=", ">", "<=", "<", "a multiple of"), strict=True))
+    words = (f"{signs.get(name, name)} {value}" for name, value in found.items())
+    return f" {', '.join(words)}" if found else ""
 
 
 def json_schema() -> str:

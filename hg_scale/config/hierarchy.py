@@ -14,7 +14,8 @@ from functools import cached_property
 from itertools import accumulate
 from operator import mul
 
-_ENTRY = re.compile(r"(\d+)@(\d+)")
+_ENTRY = re.compile(r"(\d{1,12})@(\d{1,12})")
+MAX_BLOCKS, MAX_LEVELS = 1000, 32
 _EXAMPLE = "write it like '2@1 8@3 2@1'"
 
 
@@ -53,6 +54,10 @@ class Hierarchy:
             entries.append((int(match[1]), int(match[2])))
         if not entries:
             raise ValueError(f"it is empty; {_EXAMPLE}")
+        if (blocks := sum(blocks for blocks, _ in entries)) > MAX_BLOCKS:
+            raise ValueError(f"{blocks:,} blocks are too many; at most {MAX_BLOCKS:,}")
+        if len(entries) > 2 * MAX_LEVELS + 1:
+            raise ValueError(f"{len(entries)} entries are too many; at most {2 * MAX_LEVELS + 1}")
         if entries[0][1] != 1 or entries[-1][1] != 1:
             raise ValueError(f"the first and the last entry must have factor 1; {_EXAMPLE}")
         if len(entries) == 1:

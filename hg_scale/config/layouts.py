@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hg_scale.config.arithmetic import divisors
 from hg_scale.config.checks import cross_checks
 from hg_scale.config.errors import ConfigError
 from hg_scale.config.load import load_config
@@ -122,8 +123,3 @@ def _with_batch(config: Config, tensor: int, pipeline: int, data: int) -> Layout
     each = training.global_batch_size // data
     micro = max(m for m in divisors(each) if m <= training.micro_batch_size)
     return Layout(tensor, pipeline, data, micro)
-
-
-def divisors(number: int) -> Iterator[int]:
-    """In ascending order."""
-    return (n for n in range(1, number + 1) if number % n == 0)

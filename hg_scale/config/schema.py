@@ -1,7 +1,7 @@
 """The one schema of `configs/*.json`. Each section is one pydantic model and one part of the code.
 
 Every field carries its meaning: `docs/config.md` and the JSON Schema for editors are generated
-from here. What involves more than one key is checked in `checks.py`.
+from here. What involves more than one key is checked in `checks.py` and the files it names.
 """
 
 from __future__ import annotations
@@ -9,32 +9,29 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
+from hg_scale.config.expert_keys import ExpertKeys
 from hg_scale.config.hierarchy import Hierarchy
+from hg_scale.config.section import (
+    Fraction,
+    NonNegative,
+    Positive,
+    Ratio,
+    Seconds,
+    Section,
+    Width,
+)
 
 SCHEMA_VERSION = 1
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-
 # A value for every scale, or one value for all; lists run from the outermost scale inwards.
-PositiveByLevel = Positive | Annotated[list[Positive], Field(min_length=1)]
+WidthByLevel = Width | Annotated[list[Width], Field(min_length=1)]
 
 Pooling = Literal["average", "linear", "attention+average", "attention+linear"]
 Upsampling = Literal["repeat", "linear", "attention+repeat", "attention+linear", "attention+none"]
 Positions = Literal["relative", "rotary"]
 Precision = Literal["fp32", "bf16"]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys refused, no silent conversion, immutable."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, serialize_by_alias=True
-    )
 
 
 # Keys of the model that its weights do not depend on: they may change from run to run.
@@ -52,16 +49,18 @@ class ModelConfig(Section):
         "2 blocks at full length, 8 on a sequence three times shorter, 2 at full length. `6@1` is "
         "a flat Transformer.",
     )
-    vocab_size: Positive = Field(256, description="Token ids run from 0 to vocab_size - 1.")
-    vocab_multiple: Positive = Field(
+    vocab_size: Annotated[int, Field(ge=1, le=100_000_000)] = Field(
+        256, description="Token ids run from 0 to vocab_size - 1."
+    )
+    vocab_multiple: Width = Field(
         64,
         description="Embedding and head are padded to a multiple of this, so that every "
         "`parallel.tensor` gives the same model; padded logits are masked.",
     )
     sequence_length: Positive = Field(2046, description="Tokens in a training window.")
-    d_model: PositiveByLevel = Field(512, description="Width of the activations, by level.")
-    heads: PositiveByLevel = Field(8, description="Attention heads, by level.")
-    d_ff: PositiveByLevel = Field(2048, description="Width inside the feed-forward, by level.")
+    d_model: WidthByLevel = Field(512, description="Width of the activations, by level.")
+    heads: WidthByLevel = Field(8, description="Attention heads, by level.")
+    d_ff: WidthByLevel = Field(2048, description="Width inside the feed-forward, by level.")
     window: Positive | list[Positive | None] | None = Field(
         None,
         description="Sliding attention window, by level, in positions of that level: a position "
@@ -92,9 +91,14 @@ class ModelConfig(Section):
         description="One pair of relative-position biases for the whole model, as in the paper, "
         "instead of one pair a layer.",
     )
-    rotary_base: PositiveFloat = Field(10_000.0, description="Base of the rotary frequencies.")
+    rotary_base: Annotated[float, Field(ge=1, le=1e12)] = Field(
+        10_000.0, description="Base of the rotary frequencies."
+    )
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Kind of every norm.")
-    norm_eps: PositiveFloat = Field(1e-6, description="Epsilon of every norm.")
+    # Of a smaller one the backward pass takes powers that fp32 cannot hold.
+    norm_eps: Annotated[float, Field(ge=1e-20, le=1)] = Field(
+        1e-6, description="Epsilon of every norm."
+    )
     activation: Literal["gelu", "swiglu"] = Field(
         "gelu", description="Feed-forward: GELU in its tanh form, or gated SiLU (three matrices)."
     )
@@ -108,8 +112,8 @@ class ModelConfig(Section):
         "and after the feed-forward.",
     )
     shorten_factor_choices: (
-        Annotated[list[Positive], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Positive], Field(min_length=1)]], Field(min_length=1)]
+        Annotated[list[Width], Field(min_length=1)]
+        | Annotated[list[Annotated[list[Width], Field(min_length=1)]], Field(min_length=1)]
         | None
     ) = Field(
         None,
@@ -174,7 +178,7 @@ class SourceConfig(Section):
     """One of several corpora."""
 
     path: str = Field(description="As `data.path`.")
-    weight: PositiveFloat = Field(
+    weight: Annotated[float, Field(ge=1e-6, le=1e15)] = Field(
         1.0, description="Share of the windows, in proportion to the other sources' weights."
     )
     when_exhausted: Literal["repeat", "retire"] = Field(
@@ -210,7 +214,7 @@ class DataConfig(Section):
         description="What the data must have been made with: the tokenizer's name in the index, or "
         "the beginning of its checksum. null: whatever the index says.",
     )
-    workers: NonNegative = Field(
+    workers: Annotated[int, Field(ge=0, le=1000)] = Field(
         0, description="Processes that read ahead for each rank that reads; 0: a thread."
     )
     prefetch_mb: NonNegative = Field(
@@ -221,7 +225,7 @@ class DataConfig(Section):
     retries: NonNegative = Field(
         3, description="How often a read that fails is tried again, after longer and longer pauses."
     )
-    timeout: PositiveFloat = Field(
+    timeout: Seconds = Field(
         60.0, description="Seconds without a byte after which a read from a URL or pipe has failed."
     )
     on_fault: Literal["stop", "skip"] = Field(
@@ -241,24 +245,31 @@ class DataConfig(Section):
         return [] if self.path is None else [SourceConfig(path=self.path)]  # type: ignore[call-arg]
 
 
+RateFactor = Annotated[float, Field(ge=1e-6, le=1_000_000)]
+
+
 class OptimizerConfig(Section):
     """The optimizer; AdamW decays matrices only."""
 
     name: Literal["adamw", "adam"] = Field(
         "adamw", description="`adamw`, or the `adam` of the paper (which has no weight decay)."
     )
-    learning_rate: PositiveFloat = Field(4e-4, description="Peak learning rate.")
-    learning_rate_by_level: PositiveFloat | list[PositiveFloat] = Field(
+    learning_rate: Annotated[float, Field(ge=1e-30, le=1000)] = Field(
+        4e-4, description="Peak learning rate."
+    )
+    learning_rate_by_level: RateFactor | list[RateFactor] = Field(
         1.0, description="Factor on the learning rate, by level; embedding and head are level 0."
     )
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
         [0.9, 0.95], description="Decay of the first and the second moment."
     )
-    eps: PositiveFloat = Field(1e-8, description="Added to the root of the second moment.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
+    eps: Annotated[float, Field(ge=1e-30, le=1)] = Field(  # fp32 ends at 1e-38
+        1e-8, description="Added to the root of the second moment."
+    )
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = Field(
         0.1, description="Decoupled weight decay of all matrices (not of norms and biases)."
     )
-    gradient_clipping: Annotated[float, Field(ge=0)] = Field(
+    gradient_clipping: Annotated[float, Field(ge=0, le=1e30)] = Field(
         1.0, description="Largest global gradient norm; 0 switches clipping off."
     )
 
@@ -296,7 +307,7 @@ class ParallelConfig(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
         1, description="DeepSpeed ZeRO stage. Pipelines allow 0 and 1, bf16 allows 1 to 3."
     )
-    timeout: PositiveFloat = Field(
+    timeout: Seconds = Field(
         600.0,
         description="Seconds that ranks wait for each other within a step before the run ends as "
         "lost; half an hour at the start, and around saves and validations.",
@@ -319,7 +330,7 @@ class TrainingConfig(Section):
     precision: Precision = Field(
         "bf16", description="`bf16` (fp32 master weights under ZeRO) or `fp32`."
     )
-    seed: NonNegative = Field(
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(
         1, description="Fixes initial weights, order of the data, and dropout in every layout."
     )
     activation_checkpointing: bool | list[bool] = Field(
@@ -335,7 +346,7 @@ class TrainingConfig(Section):
         ["TERM", "USR1", "USR2"],
         description="Signals on which a run finishes its step, saves and ends with exit code 75.",
     )
-    stop_margin: Annotated[float, Field(ge=0)] = Field(
+    stop_margin: Annotated[float, Field(ge=0, le=10_000_000)] = Field(
         60.0,
         description="Where the end of the job is known (`slurm/*.sh`): seconds to spare when the "
         "run ends by itself, beside those of a step, a save and a validation that is due.",
@@ -345,7 +356,7 @@ class TrainingConfig(Section):
 class GuardConfig(Section):
     """Bad steps, which are skipped: their update is not made."""
 
-    spike_sigma: PositiveFloat | None = Field(
+    spike_sigma: Annotated[float, Field(ge=0.001, le=1_000_000)] | None = Field(
         None,
         description="A step whose loss lies more than so many standard deviations above the mean "
         "of the last losses is skipped, as one with a loss or gradients that are not finite "
@@ -394,24 +405,24 @@ class CheckpointConfig(Section):
 class WatchdogConfig(Section):
     """A run that hangs is ended, so that it is started again; slow ranks are named."""
 
-    factor: Annotated[float, Field(ge=0)] = Field(
+    factor: Ratio = Field(
         10.0,
         description="A step that takes so many times the median of the recent ones hangs: the "
         "ranks write their stacks to `RUN/stacks`, name who had not arrived, and end with 76. "
         "0: nothing is ended.",
     )
-    at_least: PositiveFloat = Field(
+    at_least: Seconds = Field(
         300.0,
         description="Seconds below which no step hangs, however short the others are. More than "
         "reading data may take with all its retries (`data.timeout`, `data.retries`).",
     )
-    first: PositiveFloat = Field(
+    first: Seconds = Field(
         1800.0, description="Seconds that each of a start's first three steps may take."
     )
-    pause: PositiveFloat = Field(
+    pause: Seconds = Field(
         3600.0, description="Seconds that the start, a validation, a save or the end may take."
     )
-    slow_rank: Annotated[float, Field(ge=0)] = Field(
+    slow_rank: Ratio = Field(
         1.3,
         description="A rank that needs so many times the median by itself, in five logged steps "
         "in a row, says so. 0: never.",
@@ -445,11 +456,14 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)  # type: ignore[arg-type]
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)  # type: ignore[arg-type]
     logging: LoggingConfig = Field(default_factory=LoggingConfig)  # type: ignore[arg-type]
-    deepspeed: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Expert keys handed to DeepSpeed as they stand, beside those generated from "
-        "the rest, which they may not contradict.",
-    )
+    deepspeed: ExpertKeys = Field(default_factory=ExpertKeys)  # type: ignore[arg-type]
+
+    @field_validator("schema_version", mode="before")
+    @classmethod
+    def _version_is_a_number(cls, value: Any) -> Any:
+        if type(value) is not int:  # true and 1.0 are equal to 1
+            raise ValueError("expected 1")
+        return value
 
     def data_parallel(self, world_size: int) -> int:
         """Data-parallel size in a world of `world_size` processes."""

@@ -50,7 +50,7 @@ def _draw(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> T
         return whole.normal_(0.0, 1.0, generator=generator)
     std = 1 / sqrt(shape[-1])  # fan-in; 0.02 of GPT-2 at its widths, larger at narrow levels
     if name.endswith(("out.weight", "down.weight")):  # the last matrix of a residual branch
-        std /= sqrt(2 * model.parsed.blocks)
+        std /= sqrt(2 * max(1, model.parsed.blocks))  # attention that resamples needs none
     return whole.normal_(0.0, std, generator=generator)
 
 

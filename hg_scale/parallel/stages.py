@@ -7,8 +7,7 @@ the valley also carries every open skip, whose traffic is counted. Pure Python: 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import inf, prod
 
 from hg_scale.config.schema import ModelConfig
@@ -54,33 +53,40 @@ def cut_pipeline(model: ModelConfig, stages: int, bytes_per_element: int = 2) ->
     for i in range(1, len(plan)):
         shapes = boundary_shapes(model, plan, i, model.sequence_length, model.parsed.factors)
         traffic[i] = sum(prod(shape) for shape in shapes)
-    blocks = [int(layer.kind == "block") for layer in plan]
+    layers = len(plan)
+    flops_before = list(accumulate(flops, initial=0))
+    blocks_before = list(accumulate((layer.kind == "block" for layer in plan), initial=0))
 
     def stage_cost(a: int, b: int) -> float:
-        if not any(blocks[a:b]):
+        if blocks_before[a] == blocks_before[b]:
             return inf
         # Activations come in and go out, their gradients the other way.
-        crossing = 2 * (traffic[a] + (traffic[b] if b < len(plan) else 0))
-        return sum(flops[a:b]) + crossing * bytes_per_element * FLOPS_PER_BYTE
+        crossing = 2 * (traffic[a] + (traffic[b] if b < layers else 0))
+        return flops_before[b] - flops_before[a] + crossing * bytes_per_element * FLOPS_PER_BYTE
 
-    @cache
-    def best(start: int, left: int) -> tuple[float, int, tuple[int, ...]]:
-        """(cost of the slowest, traffic, ends) of the layers from `start` in `left` stages."""
-        if left == 1:
-            return stage_cost(start, len(plan)), 0, (len(plan),)
-        options = []
-        for end in range(start + 1, len(plan) - left + 2):
-            cost, crossing, ends = best(end, left - 1)
-            slowest = max(stage_cost(start, end), cost)
-            options.append((slowest, crossing + traffic[end], (end, *ends)))
-        return min(options)
+    # rows[n][start]: the best cut of the layers from `start` into n + 1 stages, as (cost of the
+    # slowest, traffic, end of the first).
+    rows = [[(stage_cost(start, layers), 0, layers) for start in range(layers)]]
+    for left in range(2, stages + 1):
+        row = []
+        for start in range(layers - left + 1):
+            best = (inf, 0, layers)
+            for end in range(start + 1, layers - left + 2):
+                if flops_before[end] - flops_before[start] > best[0]:
+                    break  # further ends make the first stage slower still
+                cost, crossing, _ = rows[-1][end]
+                slowest = max(stage_cost(start, end), cost)
+                best = min(best, (slowest, crossing + traffic[end], end))
+            row.append(best)
+        rows.append(row)
 
-    slowest, _, ends = best(0, stages)
-    if slowest == inf:
-        raise ValueError(f"{stages} pipeline stages need as many blocks, got {sum(blocks)}")
-    parts = (0, *ends)
+    if stages > layers or rows[-1][0][0] == inf:
+        raise ValueError(f"{stages} pipeline stages need as many blocks, got {blocks_before[-1]}")
+    parts = [0]
+    for row in reversed(rows):
+        parts.append(row[parts[-1]][2])
     return Cut(
-        parts,
+        tuple(parts),
         tuple(sum(flops[a:b]) for a, b in pairwise(parts)),
         tuple(traffic[a] for a in parts[:-1]),
         tuple(stage_cost(a, b) for a, b in pairwise(parts)),

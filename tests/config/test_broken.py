@@ -148,9 +148,9 @@ BROKEN: list[tuple[str, str, dict[str, Any]]] = [
      {"deepspeed": {"zero_optimization": {"overlap_com": True}}}),
     ("deepspeed.comms_logger.enabledd", "comms_logger.enabled",
      {"deepspeed": {"comms_logger": {"enabledd": True}}}),
-    ("deepspeed.zero_optimization.offload_optimizer", "not one of the keys",
+    ("deepspeed.zero_optimization.offload_optimizer", "unknown key",
      {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}),
-    ("deepspeed.bf16.check_grad_overflow", "not one of the keys",
+    ("deepspeed.bf16.check_grad_overflow", "unknown key",
      {"deepspeed": {"bf16": {"check_grad_overflow": False}}}),
     ("model.shared_position_bias", "false", {"model": {"shared_position_bias": True,
      "positions": "rotary"}}),
@@ -158,6 +158,51 @@ BROKEN: list[tuple[str, str, dict[str, Any]]] = [
     ("deepspeed.optimizer", "section optimizer", {"deepspeed": {"optimizer": {"type": "Adam"}}}),
     ("deepspeed.zero_optimization.stage", "zero_stage",
      {"deepspeed": {"zero_optimization": {"stage": 3}}}),
+    # out of bounds
+    ("model.vocab_size", "less", {"model": {"vocab_size": 10**12}}),
+    ("model.d_ff", "less", {"model": {"d_ff": 10**12}}),
+    ("model.norm_eps", "greater than or equal to", {"model": {"norm_eps": 1e-320}}),
+    ("model.hierarchy", "1,000,000,002 blocks are too many; at most 1,000",
+     {"model": {"hierarchy": "1@1 1000000000@2 1@1"}, "parallel": {"pipeline": 2}}),
+    ("model.hierarchy", "67 entries are too many; at most 65",
+     {"model": {"hierarchy": " ".join(["1@1"] * 67)}}),
+    ("model.hierarchy", "blocks@factor", {"model": {"hierarchy": "1@" + "9" * 5000}}),
+    ("model.shorten_factor_choices", "100,000,000 draws, whose products have",
+     {"model": {"hierarchy": " ".join(f"1@{f}" for f in [1, 2, 4, 8, 16, 32, 64, 128, 256, 128,
+      64, 32, 16, 8, 4, 2, 1]), "sequence_length": 2048,
+      "shorten_factor_choices": [*range(1, 11)]}}),
+    ("training.steps", "less than or equal to 1000000000", {"training": {"steps": 10**400}}),
+    ("training.global_batch_size", "less", {"training": {"global_batch_size": 10**400}}),
+    ("optimizer.learning_rate", "less", {"optimizer": {"learning_rate": 1e308}}),
+    ("optimizer.learning_rate_by_level", "less|greater",
+     {"optimizer": {"learning_rate_by_level": [1e300, 1e-300]}}),
+    ("optimizer.weight_decay", "less", {"optimizer": {"weight_decay": 1e308}}),
+    ("optimizer.eps", "greater than or equal to", {"optimizer": {"eps": 1e-320}}),
+    ("data.sources", "entry 1, weight: expected less than or equal to",
+     {"data": {"sources": [{"path": "a", "weight": 1e308}, {"path": "b", "weight": 1e308}]}}),
+    ("data.sources", "entry 2, weight: expected greater than or equal to",
+     {"data": {"sources": [{"path": "a"}, {"path": "b", "weight": 1e-320}]}}),
+    ("watchdog.first", "less than or equal to 10000000", {"watchdog": {"first": 1e14}}),
+    ("watchdog.factor", "less", {"watchdog": {"factor": 1e300}}),
+    ("parallel.timeout", "greater", {"parallel": {"timeout": 1e-9}}),
+    ("schema_version", "expected 1", {"schema_version": True}),
+    ("schema_version", "expected 1", {"schema_version": 1.0}),
+    # remedies that do
+    ("model.heads", "nearest that do: 256 or 512", {"model": {"heads": 500, "d_model": 1024}}),
+    ("model.heads", "nearest that do: 3 or 6",
+     {"model": {"heads": 5, "d_model": 36, "positions": "rotary"}}),
+    ("model.heads", "nearest that do: 4 or 8",
+     {"model": {"heads": 6, "d_model": 64}, "parallel": {"tensor": 4}}),
+    ("model.heads", "parallel.tensor 4, got 2 at level 0; nearest that do: 4 or 8",
+     {"model": {"heads": 2, "d_model": 64}, "parallel": {"tensor": 4}}),
+    ("model.heads", "none do with this d_model",
+     {"model": {"heads": 5, "d_model": 35, "positions": "rotary"}}),
+    *(("parallel.tensor", "can be cut for 1, 2, 4, 8, 16, 32, 64 only",
+       {"model": {"activation": "swiglu"}, "parallel": {"tensor": size}})
+      for size in (3, 5, 6, 7, 12, 128)),
+    ("schedule.decay_shape", "belongs to kind wsd", {"schedule": {"decay_shape": "sqrt"}}),
+    ("schedule.decay_shape", "with rsqrt leave it out",
+     {"schedule": {"kind": "rsqrt", "decay_shape": "sqrt"}}),
 ]  # fmt: skip
 
 
@@ -344,3 +389,24 @@ def test_data_parallel_sizes_that_fit_are_named() -> None:
     tree = {"training": {"global_batch_size": 24, "micro_batch_size": 2}}
     with pytest.raises(ConfigError, match="data-parallel sizes that fit: 1, 2, 3, 4, 6, 12"):
         parse_config(tree, world_size=5)
+
+
+def test_of_many_sizes_that_fit_the_nearest_are_named() -> None:
+    tree = {"training": {"global_batch_size": 720_720, "micro_batch_size": 1}}
+    with pytest.raises(
+        ConfigError, match="that fit: 10, 11, 12, 13, 14, 15, 16, 18, 20, 21, 22, 24$"
+    ):
+        parse_config(tree, world_size=17)
+
+
+def test_a_large_prime_batch_is_told_at_once() -> None:
+    tree = {"training": {"global_batch_size": 999_999_937}}
+    with pytest.raises(ConfigError, match="data-parallel sizes that fit: 1, 999999937"):
+        parse_config(tree, world_size=2)
+
+
+def test_scores_are_no_fault_beside_a_faulty_key_that_they_depend_on() -> None:
+    for key, value in (("dropout", 2.0), ("positions", "none"), ("upsampling", "none")):
+        with pytest.raises(ConfigError) as caught:
+            parse_config({"model": {"sequence_length": 30_000, key: value}})
+        assert [problem.key for problem in caught.value.problems] == [f"model.{key}"]

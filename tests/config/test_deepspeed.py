@@ -1,31 +1,54 @@
-"""The names of DeepSpeed's own keys, held against the version that is installed."""
+"""The section `deepspeed`: its names and types against the DeepSpeed installed, and its faults."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 
-from hg_scale.config.deepspeed import EXPERT_KEYS, generated
+from hg_scale.config import ConfigError
+from hg_scale.config.deepspeed import deepspeed_config, generated, quantized_keys
+from hg_scale.config.expert_keys import ExpertKeys
 from hg_scale.config.load import parse_config
 
 
-def names(model: Any) -> set[str]:
-    return {field.alias or name for name, field in model.model_fields.items()}
+def fields(model: Any) -> dict[str, Any]:
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def ours(key: str) -> dict[str, Any]:
+    return fields(ExpertKeys.model_fields[key].annotation)
 
 
 def test_nested_keys_are_known_to_deepspeed() -> None:
+    from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    found = {
-        "zero_optimization": names(DeepSpeedZeroConfig),
-        "bf16": names(DeepSpeedBF16Config),
-        "flops_profiler": set(vars(DeepSpeedFlopsProfilerConfig({}))),
+    assert ours("flops_profiler").keys() <= vars(DeepSpeedFlopsProfilerConfig({})).keys()
+    for key, model in (
+        ("zero_optimization", DeepSpeedZeroConfig),
+        ("bf16", DeepSpeedBF16Config),
+        ("comms_logger", CommsLoggerConfig),
+    ):
+        theirs = fields(model)
+        assert ours(key).keys() <= theirs.keys(), key
+        for name, field in ours(key).items():
+            for kind in (bool, int):
+                assert (kind in plain(field)) == (kind in plain(theirs[name])), name
+
+
+def plain(field: Any) -> set[Any]:
+    """The types of a field, without its limits; an enumeration of numbers is a number."""
+    kinds = [field.annotation, *get_args(field.annotation)]
+    kinds += [inner for kind in kinds for inner in get_args(kind)]
+    return {
+        int if isinstance(kind, type) and issubclass(kind, int) and kind is not bool else kind
+        for kind in kinds
     }
-    for key, known in found.items():
-        assert EXPERT_KEYS[key] is not None and EXPERT_KEYS[key] <= known, key
 
 
 @pytest.mark.parametrize(
@@ -36,3 +59,135 @@ def test_bf16_adds_up_gradients_in_fp32(precision: str, stage: int, dtype: str |
         {"training": {"precision": precision}, "parallel": {"zero_stage": stage}}
     )  # fmt: skip
     assert generated(config, 4).get("data_types", {}).get("grad_accum_dtype") == dtype
+
+
+# (dotted key below `deepspeed`, its value, what the message says)
+FAULTS: list[tuple[str, Any, str]] = [
+    ("bf16", 3, "expected an object"),
+    ("zero_optimization", True, "expected an object"),
+    ("data_types", ["fp32"], "expected an object"),
+    ("bf16.enabled", 1, "expected a valid boolean"),
+    ("bf16.immediate_grad_update", "x", "expected a valid boolean"),
+    ("checkpoint.load_universal", "x", "expected a valid boolean"),
+    ("comms_logger.enabled", "maybe", "expected a valid boolean"),
+    ("comms_logger.prof_ops", 5, "expected a valid list"),
+    ("comms_logger.prof_ops", [5], "expected a valid string"),
+    ("communication_data_type", "garbage", "expected 'fp32', 'bf16' or 'fp16'"),
+    ("communication_data_type", 5, "expected 'fp32', 'bf16' or 'fp16'"),
+    ("data_types.grad_accum_dtype", "garbage", "expected 'fp32'"),
+    ("data_types.grad_accum_dtype", "bf16", "expected 'fp32'"),
+    ("disable_allgather", "x", "expected a valid boolean"),
+    ("dump_state", "x", "expected a valid boolean"),
+    ("flops_profiler.profile_step", "x", "expected a valid integer"),
+    ("gradient_clipping", True, "expected a valid number"),
+    ("gradient_predivide_factor", 0, "expected greater than or equal to"),
+    ("gradient_predivide_factor", "x", "expected a valid number"),
+    ("train_micro_batch_size_per_gpu", True, "expected a valid integer"),
+    ("wall_clock_breakdown", "yes", "expected a valid boolean"),
+    ("zero_optimization.stage", True, "expected a valid integer"),
+    ("zero_optimization.stage", 1.0, "expected a valid integer"),
+    ("zero_optimization.overlap_comm", "x", "expected a valid boolean"),
+    ("zero_optimization.reduce_bucket_size", "big", "expected a valid integer"),
+    ("zero_optimization.reduce_bucket_size", 0, "expected greater than or equal to 1"),
+    ("zero_optimization.reduce_bucket_size", -1, "expected greater than or equal to 1"),
+    ("zero_optimization.allgather_bucket_size", 3, "expected a multiple of 2"),
+    ("zero_optimization.allgather_bucket_size", 0, "expected greater than or equal to 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value", "words"), FAULTS)
+def test_a_fault_is_one_line(key: str, value: Any, words: str) -> None:
+    tree: Any = value
+    for name in reversed(key.split(".")):
+        tree = {name: tree}
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"deepspeed": tree})
+    (line,) = map(str, caught.value.problems)
+    assert line.startswith(f"deepspeed.{key} = {json.dumps(value)}: ") and words in line
+
+
+def test_contradictions_are_no_faults_beside_a_faulty_key() -> None:
+    """What they contradict is then the default only."""
+    tree: dict[str, Any] = {
+        "deepspeed": {
+            "bf16": {"enabled": False},
+            "zero_optimization": {"stage": 2},
+            "gradient_clipping": 3.0,
+            "train_micro_batch_size_per_gpu": 2,
+        }
+    }
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree)
+    assert {problem.key.removeprefix("deepspeed.") for problem in caught.value.problems} == {
+        "bf16.enabled",
+        "zero_optimization.stage",
+        "gradient_clipping",
+        "train_micro_batch_size_per_gpu",
+    }
+    tree |= {
+        "training": {"precision": "fp16", "micro_batch_size": 0},
+        "parallel": {"zero_stage": 9},
+        "optimizer": {"gradient_clipping": -1},
+    }
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree)
+    assert {problem.key for problem in caught.value.problems} == {
+        "training.precision",
+        "training.micro_batch_size",
+        "parallel.zero_stage",
+        "optimizer.gradient_clipping",
+    }
+
+
+def test_no_clipping_may_be_said_twice() -> None:
+    """Without ZeRO it is generated as a norm that never clips, which stays."""
+    config = parse_config(
+        {
+            "training": {"precision": "fp32"},
+            "parallel": {"zero_stage": 0},
+            "optimizer": {"gradient_clipping": 0},
+            "deepspeed": {"gradient_clipping": 0.0, "zero_optimization": {"overlap_comm": None}},
+        }
+    )
+    assert deepspeed_config(config, 1) == generated(config, 1)
+
+
+@pytest.mark.parametrize("change", [{"prescale_gradients": True}, {"gradient_predivide_factor": 2}])
+def test_scattered_gradients_are_scaled_after_the_sum(change: dict[str, Any]) -> None:
+    tree = {"parallel": {"zero_stage": 2}, "deepspeed": change}
+    with pytest.raises(ConfigError, match="reduce_scatter = false"):
+        parse_config(tree)
+    parse_config({"deepspeed": change})
+    plain = {"prescale_gradients": False, "gradient_predivide_factor": 1.0}
+    parse_config({**tree, "deepspeed": plain})
+    parse_config({**tree, "deepspeed": {**change, "zero_optimization": {"reduce_scatter": False}}})
+
+
+def test_the_second_copy_is_shared_out_over_equal_groups() -> None:
+    tree = {
+        "parallel": {"zero_stage": 3},
+        "training": {"global_batch_size": 12},
+        "deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 5}},
+    }
+    with pytest.raises(ConfigError, match="must divide the 12 processes; nearest: 4 or 6"):
+        parse_config(tree, world_size=12)
+    assert parse_config(tree, world_size=4).data_parallel(4) == 4  # all of them
+
+
+def test_a_cpu_cannot_quantize() -> None:
+    zero = {"zero_quantized_weights": True, "zero_quantized_gradients": False}
+    tree = {"parallel": {"zero_stage": 3}, "deepspeed": {"zero_optimization": zero}}
+    (problem,) = quantized_keys(parse_config(tree))
+    assert problem.key == "deepspeed.zero_optimization.zero_quantized_weights"
+    tree["parallel"] = {"zero_stage": 1}  # which has no use for them
+    assert quantized_keys(parse_config(tree)) == []
+
+
+def test_what_is_written_is_what_was_set() -> None:
+    assert parse_config({}).model_dump()["deepspeed"] == {}
+    tree = {"dump_state": False, "zero_optimization": {"overlap_comm": True, "stage": 1}}
+    config = parse_config({"deepspeed": tree})
+    assert config.model_dump()["deepspeed"] == tree
+    assert json.loads(config.model_dump_json())["deepspeed"] == tree
+    assert parse_config(config.model_dump()) == config
+    assert isinstance(config.deepspeed, BaseModel)

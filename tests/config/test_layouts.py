@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hg_scale.config import ConfigError, load_config
+from hg_scale.config.arithmetic import divisors
 from hg_scale.config.checks import cross_checks
 from hg_scale.config.layouts import (
-    divisors,
     elastic_line,
     fitting_layouts,
     largest_fitting,
@@ -90,6 +90,6 @@ def test_other_faults_are_refused_with_all_of_them(tmp_path: Path) -> None:
 
 @given(st.integers(1, 500))
 def test_divisors(number: int) -> None:
-    found = list(divisors(number))
+    found = divisors(number)
     assert found == sorted(set(found)) and all(number % n == 0 for n in found)
     assert found[0] == 1 and found[-1] == number

@@ -72,6 +72,14 @@ def test_a_drawn_factor_is_the_model_with_that_factor() -> None:
     assert not torch.equal(model(ids), other(ids))
 
 
+def test_a_model_of_resampling_alone_is_initialised() -> None:
+    config = small(hierarchy="0@1 0@2 0@1", initialization="scaled_normal")
+    model = Hourglass(config)
+    initialize(list(model.named_parameters()), config, 1)
+    out = model.get_parameter("level0.shorten.attend.attention.out.weight")
+    assert float(out.std()) == pytest.approx((2 * out.shape[1]) ** -0.5, rel=0.2)
+
+
 def test_mix_spreads() -> None:
     seeds = {mix(a, b) for a in range(40) for b in range(40)}
     assert len(seeds) == 1600

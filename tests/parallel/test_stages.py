@@ -78,3 +78,9 @@ def test_bubble_of_one_forward_one_backward() -> None:
 def test_more_stages_than_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match="5 pipeline stages"):
         cut_pipeline(model("4@1"), 5)
+
+
+def test_a_thousand_blocks_are_cut_in_many_stages() -> None:
+    cut = cut_pipeline(model("1000@1"), 64)
+    assert len(cut.flops) == 64 and cut.parts[-1] == 1003
+    assert 1 < cut.imbalance < 1.04  # 16 blocks are 1.024 of the mean, 15.6

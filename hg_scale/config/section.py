@@ -1,0 +1,26 @@
+"""What sections of the configuration are made of: their base, and numbers within bounds.
+
+Every number has bounds. They are far from anything of use, and keep what is computed from it finite
+and quick: a fault is then told here, not by an overflow once the processes are up.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
+NonNegative = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Width = Annotated[int, Field(ge=1, le=1_000_000)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Ratio = Annotated[float, Field(ge=0, le=1_000_000)]
+Seconds = Annotated[float, Field(ge=0.001, le=10_000_000)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys refused, no silent conversion, immutable."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, serialize_by_alias=True
+    )
