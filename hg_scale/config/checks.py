@@ -24,7 +24,7 @@ def cross_checks(config: Config, world_size: int | None = None) -> list[Problem]
         *_data(config),
         *_checkpoint(config),
         *_schedule(config),
-        *deepspeed_problems(config, world_size),
+        *deepspeed_problems(config),
     ]
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
-from hg_scale.config.arithmetic import divisors, nearest
 from hg_scale.config.errors import Problem
+from hg_scale.config.read import merge
 from hg_scale.config.schema import Config
 
 
@@ -39,19 +39,10 @@ def generated(config: Config, micro_batches: int) -> dict[str, Any]:
 
 def deepspeed_config(config: Config, micro_batches: int) -> dict[str, Any]:
     """What `deepspeed.initialize` gets: the expert keys, and the generated part over them."""
-    return _merge(config.deepspeed.model_dump(), generated(config, micro_batches))
+    return merge(config.deepspeed.model_dump(), generated(config, micro_batches))
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in over.items():
-        old = result.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        result[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
-    return result
-
-
-def deepspeed_problems(config: Config, world_size: int | None = None) -> Iterator[Problem]:
+def deepspeed_problems(config: Config) -> Iterator[Problem]:
     """Expert keys that contradict ours, or that DeepSpeed refuses in this layout."""
     keys, stage = config.deepspeed, config.parallel.zero_stage
     same = {
@@ -72,15 +63,6 @@ def deepspeed_problems(config: Config, world_size: int | None = None) -> Iterato
                 value,
                 (source,),
             )
-    parts = keys.zero_optimization.zero_hpz_partition_size
-    if world_size and stage == 3 and parts and world_size % min(parts, world_size):
-        yield Problem(
-            "deepspeed.zero_optimization.zero_hpz_partition_size",
-            f"must divide the {world_size} processes; nearest: "
-            f"{' or '.join(map(str, nearest(divisors(world_size), parts, 2)))}",
-            parts,
-            ("parallel.zero_stage",),
-        )
     scaled = {
         "prescale_gradients": (keys.prescale_gradients, False),
         "gradient_predivide_factor": (keys.gradient_predivide_factor, 1.0),
@@ -95,19 +77,3 @@ def deepspeed_problems(config: Config, world_size: int | None = None) -> Iterato
                     value,
                     ("parallel.zero_stage", "deepspeed.zero_optimization.reduce_scatter"),
                 )
-
-
-def quantized_keys(config: Config) -> list[Problem]:
-    """Expert keys that a CPU cannot obey: DeepSpeed has no kernels for it."""
-    zero = (
-        config.deepspeed.zero_optimization.model_dump() if config.parallel.zero_stage == 3 else {}
-    )
-    return [
-        Problem(
-            f"deepspeed.zero_optimization.{key}",
-            "DeepSpeed cannot quantize on a CPU; use false, or a GPU",
-            value,
-        )
-        for key, value in zero.items()
-        if key.startswith("zero_quantized_") and value
-    ]

@@ -1,8 +1,9 @@
 """The section `deepspeed`: keys of DeepSpeed 0.19 that may be set beside the generated ones.
 
 Others it ignores, at the top, or refuses, deeper down, once the processes are up; and it has some
-that nothing here is made for, as offloading. All these are refused before. null leaves a key to
-DeepSpeed's own default.
+that nothing here is made for: offloading, or weights laid out in a way that checkpoints do not know
+(`round_robin_gradients`, hpZ and quantized ZeRO). All these are refused before. null leaves a key
+to DeepSpeed's own default.
 """
 
 from __future__ import annotations
@@ -112,13 +113,6 @@ class ZeroKeys(ExpertSection):
     contiguous_gradients: bool | None = Field(None, description="Copy them to one buffer.")
     reduce_scatter: bool | None = Field(None, description="Each rank gets its share only.")
     reduce_bucket_size: Bucket | None = Field(None, description="Reduced at a time.")
-    round_robin_gradients: bool | None = Field(None, description="Spread copies over ranks.")
-    use_multi_rank_bucket_allreduce: bool | None = Field(
-        None, description="One operation for the shares of several ranks."
-    )
-    ignore_unused_parameters: bool | None = Field(
-        None, description="Weights without a gradient are no fault."
-    )
     allgather_partitions: bool | None = Field(None, description="Gather weights, or broadcast.")
     # Stages 1 and 2 assert that buckets begin at 4 bytes.
     allgather_bucket_size: Annotated[int, Field(ge=2, le=100_000_000_000, multiple_of=2)] | None = (
@@ -141,21 +135,6 @@ class ZeroKeys(ExpertSection):
     stage3_prefetch_bucket_size: Threshold | None = Field(None, description="Gathered ahead.")
     stage3_use_all_reduce_for_fetch_params: bool | None = Field(
         None, description="Gather by all-reduce."
-    )
-    zero_hpz_partition_size: Positive | None = Field(
-        None, description="Ranks that share out a second copy of the weights."
-    )
-    zero_quantized_gradients: bool | None = Field(
-        None, description="Stage 3: reduce gradients in few bits. Not on CPUs."
-    )
-    zero_quantized_nontrainable_weights: bool | None = Field(
-        None, description="Stage 3: keep frozen weights in few bits. Not on CPUs."
-    )
-    zero_quantized_weights: bool | None = Field(
-        None, description="Stage 3: gather weights in few bits. Not on CPUs."
-    )
-    memory_efficient_linear: bool | None = Field(
-        None, description="Stage 3: linear layers that keep no gathered weights."
     )
     log_trace_cache_warnings: bool | None = Field(
         None, description="Stage 3: say when the order of the modules has changed."
@@ -184,7 +163,6 @@ class ExpertKeys(ExpertSection):
         default_factory=DataTypeKeys,  # type: ignore[arg-type]
         description="Types of numbers.",
     )
-    disable_allgather: bool | None = Field(None, description="Accepted, without effect.")
     dump_state: bool | None = Field(None, description="Print its configuration at the start.")
     flops_profiler: FlopsProfilerKeys = Field(
         default_factory=FlopsProfilerKeys,  # type: ignore[arg-type]

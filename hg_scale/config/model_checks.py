@@ -114,7 +114,7 @@ def _shapes(config: Config) -> Iterator[Problem]:
                     True,
                     ("model.heads", "model.d_model", "model.positions"),
                 )
-            if not shapes:
+            if not relative:
                 yield Problem(
                     "model.shared_position_bias",
                     "no level has relative positions; use false",

@@ -19,8 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hg_scale.checkpoint.fragments import Slice
-from hg_scale.config.deepspeed import deepspeed_config, quantized_keys
-from hg_scale.config.errors import ConfigError
+from hg_scale.config.deepspeed import deepspeed_config
 from hg_scale.config.schema import Config, by_level
 from hg_scale.model.context import Context, draw_factors
 from hg_scale.model.hourglass import Hourglass
@@ -63,8 +62,6 @@ def make_engine(
     # Adopts the process group that is there; a PipelineModule needs it before `initialize`.
     if device.type == "cpu":
         load_extensions()
-        if faults := quantized_keys(config):
-            raise ConfigError(faults)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     recompute = by_level(config.training.activation_checkpointing, config.model.parsed.scales)
     kind: type[ModuleEngine] | type[PipelineEngine]

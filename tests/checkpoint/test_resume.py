@@ -11,6 +11,7 @@ import torch
 
 from hg_scale.checkpoint.fragments import KINDS
 from hg_scale.checkpoint.load import Reader
+from hg_scale.config.read import merge
 from tests.checkpoint.verified import verify
 from tests.training.resumable import Layout, Run, parse
 from tests.world import Worlds
@@ -102,3 +103,54 @@ def test_goes_on_in_another_layout(
     again, continued = worlds.run(here.world, resumed, here.tree(), path, tmp_path)[0]
     assert_same_contents(path, again)
     np.testing.assert_allclose(continued, curve, rtol=BOUND[here.precision])
+
+
+SIZES = {
+    "reduce_bucket_size": 1000,
+    "allgather_bucket_size": 1000,
+    "sub_group_size": 3000,
+    "stage3_max_live_parameters": 5000,
+    "stage3_max_reuse_distance": 100,
+    "stage3_model_persistence_threshold": 2000,
+    "stage3_param_persistence_threshold": 100,
+    "stage3_prefetch_bucket_size": 500,
+}
+OVERLAPPING: dict[str, Any] = {"zero_optimization": SIZES | {"overlap_comm": True}}
+PLAINLY: dict[str, Any] = {
+    "zero_optimization": SIZES
+    | {
+        "contiguous_gradients": False,
+        "reduce_scatter": False,
+        "allgather_partitions": False,
+        "stage3_use_all_reduce_for_fetch_params": True,
+    },
+    "communication_data_type": "fp32",
+    "prescale_gradients": True,
+    "gradient_predivide_factor": 2.0,
+    "bf16": {"immediate_grad_update": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "expert"),
+    [
+        ("1 1 2 zero1", PLAINLY),
+        ("1 1 2 zero2", PLAINLY),
+        ("1 1 2 zero3", PLAINLY),
+        ("1 1 2 bf16", PLAINLY),
+        ("1 1 2 zero2 bf16", OVERLAPPING),
+        ("1 1 2 zero3", OVERLAPPING),
+    ],
+)
+def test_expert_keys_change_neither_curve_nor_checkpoint(
+    worlds: Worlds, source: Any, tmp_path: Path, name: str, expert: dict[str, Any]
+) -> None:
+    """All that the section `deepspeed` lets pass and that moves numbers about."""
+    here = parse(name)
+    tree = merge(here.tree(), {"deepspeed": expert})
+    _, plain = source(here)
+    path, curve = worlds.run(here.world, undisturbed, tree, tmp_path / "first")[0]
+    np.testing.assert_allclose(curve, plain, rtol=BOUND[here.precision])
+    again, continued = worlds.run(here.world, resumed, tree, path, tmp_path / "second")[0]
+    assert_same_contents(path, again)
+    assert continued == curve
