@@ -27,41 +27,13 @@ LAYOUTS: dict[str, tuple[int, int, int, tuple[int, ...], tuple[int, ...]]] = {
     "pp2_dp2": (4, 1, 2, (1,), (1,)),
     "tp2_pp2_dp2": (8, 2, 2, (1,), (1,)),
 }
-# Where every test run takes the second model, too; layout and model hardly touch each other.
-BOTH = {
-    ("one", "fp32", 0),
-    ("tp2", "fp32", 1),
-    ("pp4", "fp32", 1),
-    ("dp2", "fp32", 3),
-    ("tp2_pp2", "fp32", 1),
-    ("tp2_dp2", "bf16", 3),
-    ("tp2_pp2_dp2", "fp32", 1),
-    ("tp2_pp2_dp2", "bf16", 1),
-}
-
-
-# ZeRO stages that other layouts or the other precision have.
-SELDOM = {
-    ("dp2", "bf16", 2),
-    ("tp2_dp2", "fp32", 2),
-    ("tp2_dp2", "bf16", 1),
-    ("tp2_dp2", "bf16", 2),
-}
-
-
-def marks(name: str, model: str, precision: str, stage: int) -> list[pytest.MarkDecorator]:
-    case = name, precision, stage
-    often = case not in SELDOM if model == "paper" else case in BOTH
-    return [] if often else [pytest.mark.slow]
-
 
 CASES = [
-    pytest.param(*case, marks=marks(*case))
+    (name, model, precision, stage)
     for name, (_, _, _, fp32, bf16) in LAYOUTS.items()
     for model in MODELS
     for precision, stages in (("fp32", fp32), ("bf16", bf16))
     for stage in stages
-    for case in [(name, model, precision, stage)]
 ]
 BOUND = {"fp32": 1e-4, "bf16": 1e-2}  # relative
 
@@ -125,11 +97,11 @@ def test_same_curve(
         ("paper", 2, 1, 1, 3),
         ("paper", 4, 2, 1, 2),
         ("by_level", 4, 2, 2, 1),
-        pytest.param("by_level", 2, 2, 1, 1, marks=pytest.mark.slow),
-        pytest.param("by_level", 2, 1, 2, 1, marks=pytest.mark.slow),
-        pytest.param("by_level", 2, 1, 1, 3, marks=pytest.mark.slow),
-        pytest.param("by_level", 4, 2, 1, 2, marks=pytest.mark.slow),
-        pytest.param("paper", 4, 2, 2, 1, marks=pytest.mark.slow),
+        ("by_level", 2, 2, 1, 1),
+        ("by_level", 2, 1, 2, 1),
+        ("by_level", 2, 1, 1, 3),
+        ("by_level", 4, 2, 1, 2),
+        ("paper", 4, 2, 2, 1),
     ],
 )
 def test_same_curve_with_dropout(

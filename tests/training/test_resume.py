@@ -62,7 +62,6 @@ WRITERS = {
 }
 
 
-@pytest.mark.slow  # tests/checkpoint/test_resume.py does the same in every run
 @pytest.mark.parametrize(("model", "writer"), [("paper", "tp2_pp2"), ("by_level", "dp2_zero3")])
 def test_resume(worlds: Worlds, tmp_path: Path, model: str, writer: str) -> None:
     (world, tensor, pipeline, zero), precision, others = WRITERS[writer]
