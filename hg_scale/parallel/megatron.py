@@ -41,7 +41,9 @@ def initialize(tensor: int, pipeline: int) -> None:
     if parallel_state.model_parallel_is_initialized():
         destroy()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        create_gloo_process_groups=False,  # a second time, beside NCCL's, for its own checkpoints
     )
 
 
