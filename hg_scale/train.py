@@ -17,11 +17,11 @@ from typing import NoReturn
 # Run as a file, this folder itself comes first on the path and would shadow other libraries.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent.resolve()]
 
-from hg_scale.config import ConfigError, load_config  # noqa: E402
+from hg_scale.config import load_config  # noqa: E402
 from hg_scale.config.layouts import elastic_line, load_elastic  # noqa: E402
 from hg_scale.errors import UserError  # noqa: E402
-from hg_scale.exit_codes import CONFIG_ERROR, DONE, FAILED  # noqa: E402
-from hg_scale.parallel.launch import Launch, affinity_problem  # noqa: E402
+from hg_scale.exit_codes import DONE, FAILED  # noqa: E402
+from hg_scale.parallel.launch import Launch, LaunchError, affinity_problem  # noqa: E402
 from hg_scale.training.stop_signals import StopSignals  # noqa: E402
 
 
@@ -55,18 +55,20 @@ def positive(text: str) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Returns one of `exit_codes.py`."""
-    launch = Launch.from_environment()
     folder = options.run_folder or Path("runs") / options.config.stem
+    try:
+        launch = Launch.from_environment()
+    except LaunchError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     try:
         if options.dry_run:
             return dry_run(options, launch)
         if options.check:
             return check(options, folder, launch)
         config, layout = load_elastic(options.config, options.overrides, launch.world_size)
-    except ConfigError as error:
-        if launch.rank == 0:
-            print(error, file=sys.stderr)
-        return CONFIG_ERROR
+    except UserError as error:
+        return launch.refuse(error)
     if layout and launch.rank == 0:
         print(elastic_line(config, layout, launch.world_size))
     if launch.local_rank == 0 and (problem := affinity_problem()):
@@ -104,14 +106,7 @@ def check(options: argparse.Namespace, folder: Path, launch: Launch) -> int:
     from hg_scale.training.check import check_run
 
     known = options.world_size or launch.world_size
-    try:
-        lines = check_run(options.config, options.overrides, folder, known, options.stop_at)
-    except ConfigError:
-        raise
-    except UserError as error:
-        if launch.rank == 0:
-            print(error, file=sys.stderr)
-        return FAILED
+    lines = check_run(options.config, options.overrides, folder, known, options.stop_at)
     if launch.rank == 0:
         print("\n".join(lines))
     return DONE

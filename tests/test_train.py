@@ -50,6 +50,13 @@ def test_under_a_launcher_only_the_first_rank_speaks(config: Path) -> None:
         assert ("model.heads" in done.stderr) == heard
 
 
+def test_variables_of_a_launcher_that_make_no_sense(config: Path) -> None:
+    done = train("--config", str(config), environment={"RANK": "2", "WORLD_SIZE": "2"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("RANK=2: expected less than WORLD_SIZE=2")
+    assert done.stderr.count("\n") == 1
+
+
 def test_missing_data_is_told_in_one_line(config: Path, tmp_path: Path) -> None:
     missing = f"data.path={tmp_path / 'nowhere'}"
     done = train("--config", str(config), "--set", missing, "--run", str(tmp_path / "run"))
@@ -67,6 +74,18 @@ def launchers() -> dict[str, tuple[str, ...]]:
         "mpirun": ("-n", "2", "--allow-run-as-root", "--oversubscribe", PYTHON),
     }
     return {k: (str(beside / k), *words) for k, words in known.items() if (beside / k).exists()}
+
+
+def test_mpirun_does_not_end_the_first_rank_before_it_has_spoken(config: Path) -> None:
+    """It kills all ranks as soon as one has ended; here the first is two seconds late."""
+    if "mpirun" not in launchers():
+        pytest.skip("mpirun is not installed")
+    late = '[ "$OMPI_COMM_WORLD_RANK" != 0 ] || sleep 2; exec "$@"'
+    *words, python = launchers()["mpirun"]
+    launcher = (*words, "sh", "-c", late, "sh", python)
+    done = train("--config", str(config), "--set", "model.heads=3", launcher=launcher)
+    assert done.returncode == 2
+    assert (done.stdout + done.stderr).count("configuration: ") == 1, done.stdout + done.stderr
 
 
 def test_two_processes_under_every_launcher_stop_and_resume(
