@@ -57,6 +57,26 @@ def test_variables_of_a_launcher_that_make_no_sense(config: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_inputs_that_cannot_be_used_are_all_told_before_anything_starts(
+    config: Path, tmp_path: Path
+) -> None:
+    """Without torch, and without a run folder."""
+    (tmp_path / "torch.py").write_text("raise SystemExit(33)")
+    sources = [{"path": str(tmp_path)}, {"path": "pipe:never opened {}"}, {"path": "nowhere"}]
+    sets = {"data": {"sources": sources}, "checkpoint": {"start_from": "no/run"}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **sets}))
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    run = tmp_path / "run"
+    done = train("--config", str(config), "--run", str(run), environment=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    first, *lines = done.stderr.splitlines()
+    assert first == "configuration: 3 problems"
+    assert lines[0].startswith(f'  data.sources entry 1 = "{tmp_path}": {tmp_path}/index.json: no')
+    assert lines[1].startswith('  data.sources entry 3 = "nowhere": no such folder; make it with')
+    assert lines[2].startswith('  checkpoint.start_from = "no/run": not a whole checkpoint')
+    assert len(lines) == 3 and not run.exists()
+
+
 def test_missing_data_is_told_in_one_line(config: Path, tmp_path: Path) -> None:
     missing = f"data.path={tmp_path / 'nowhere'}"
     done = train("--config", str(config), "--set", missing, "--run", str(tmp_path / "run"))
