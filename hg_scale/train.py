@@ -96,15 +96,20 @@ def run(options: argparse.Namespace) -> int:
 def dry_run(options: argparse.Namespace, launch: Launch) -> int:
     """Print the plan of the run; torch is not imported."""
     known = options.world_size or (launch.world_size if launch.world_size > 1 else None)
-    config = load_config(options.config, options.overrides, world_size=known)
+    if known is None:
+        config, layout = load_config(options.config, options.overrides), None
+        known = config.parallel.tensor * config.parallel.pipeline
+    else:
+        config, layout = load_elastic(options.config, options.overrides, known)
     if launch.rank == 0:
         from rich.console import Console
 
         from hg_scale.training.dry_run import print_plan
 
-        fewest = config.parallel.tensor * config.parallel.pipeline
+        if layout:
+            print(elastic_line(config, layout, known))
         width = None if sys.stdout.isatty() else 120  # a pipe has no width of its own
-        print_plan(config, known or fewest, Console(width=width))
+        print_plan(config, known, Console(width=width))
     return DONE
 
 

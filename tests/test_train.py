@@ -77,6 +77,17 @@ def test_inputs_that_cannot_be_used_are_all_told_before_anything_starts(
     assert len(lines) == 3 and not run.exists()
 
 
+def test_a_dry_run_takes_the_layout_that_training_takes(config: Path) -> None:
+    sets = ("parallel.tensor=2", "training.global_batch_size=6", "parallel.elastic=true")
+    words = [word for key in sets for word in ("--set", key)]
+    done = train("--config", str(config), "--dry-run", "--world-size", "3", *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("parallel.elastic: going on with 3 of 3 processes: --set ")
+    assert "layout: 3 processes = tensor 1 x pipeline " in done.stdout
+    done = train("--config", str(config), "--dry-run", "--world-size", "3", *words[:-2])
+    assert done.returncode == 2
+
+
 def test_missing_data_is_told_in_one_line(config: Path, tmp_path: Path) -> None:
     missing = f"data.path={tmp_path / 'nowhere'}"
     done = train("--config", str(config), "--set", missing, "--run", str(tmp_path / "run"))
