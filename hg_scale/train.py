@@ -20,8 +20,8 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 from hg_scale.config import ConfigError, load_config  # noqa: E402
 from hg_scale.config.layouts import elastic_line, load_elastic  # noqa: E402
 from hg_scale.errors import UserError  # noqa: E402
-from hg_scale.exit_codes import CONFIG_ERROR, DONE, FAILED  # noqa: E402
-from hg_scale.parallel.launch import Launch, affinity_problem  # noqa: E402
+from hg_scale.exit_codes import DONE, FAILED  # noqa: E402
+from hg_scale.parallel.launch import Launch, LaunchError, affinity_problem  # noqa: E402
 from hg_scale.training.stop_signals import StopSignals  # noqa: E402
 
 
@@ -55,47 +55,61 @@ def positive(text: str) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Returns one of `exit_codes.py`."""
-    launch = Launch.from_environment()
     folder = options.run_folder or Path("runs") / options.config.stem
+    try:
+        launch = Launch.from_environment()
+    except LaunchError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     try:
         if options.dry_run:
             return dry_run(options, launch)
         if options.check:
             return check(options, folder, launch)
         config, layout = load_elastic(options.config, options.overrides, launch.world_size)
-    except ConfigError as error:
-        if launch.rank == 0:
-            print(error, file=sys.stderr)
-        return CONFIG_ERROR
+    except UserError as error:
+        return launch.refuse(error)
     if layout and launch.rank == 0:
         print(elastic_line(config, layout, launch.world_size))
     if launch.local_rank == 0 and (problem := affinity_problem()):
         print(f"warning (rank {launch.rank}): {problem}", file=sys.stderr)
-    with StopSignals(config.training.stop_signals) as signals:
-        from hg_scale.training.run import train
+    try:
+        with StopSignals(config.training.stop_signals) as signals:
+            from hg_scale.training.check import check_inputs
 
-        return train(
-            config,
-            folder,
-            launch,
-            signals=signals,
-            stop_at=options.stop_at,
-            profile=options.profile,
-        )
+            check_inputs(config, folder, remote=False)
+
+            from hg_scale.training.run import train  # imports torch
+
+            return train(
+                config,
+                folder,
+                launch,
+                signals=signals,
+                stop_at=options.stop_at,
+                profile=options.profile,
+            )
+    except ConfigError as error:  # of the inputs: `train` tells its own
+        return launch.refuse(error, of_node=True)
 
 
 def dry_run(options: argparse.Namespace, launch: Launch) -> int:
     """Print the plan of the run; torch is not imported."""
     known = options.world_size or (launch.world_size if launch.world_size > 1 else None)
-    config = load_config(options.config, options.overrides, world_size=known)
+    if known is None:
+        config, layout = load_config(options.config, options.overrides), None
+        known = config.parallel.tensor * config.parallel.pipeline
+    else:
+        config, layout = load_elastic(options.config, options.overrides, known)
     if launch.rank == 0:
         from rich.console import Console
 
         from hg_scale.training.dry_run import print_plan
 
-        fewest = config.parallel.tensor * config.parallel.pipeline
+        if layout:
+            print(elastic_line(config, layout, known))
         width = None if sys.stdout.isatty() else 120  # a pipe has no width of its own
-        print_plan(config, known or fewest, Console(width=width))
+        print_plan(config, known, Console(width=width))
     return DONE
 
 
@@ -104,14 +118,7 @@ def check(options: argparse.Namespace, folder: Path, launch: Launch) -> int:
     from hg_scale.training.check import check_run
 
     known = options.world_size or launch.world_size
-    try:
-        lines = check_run(options.config, options.overrides, folder, known, options.stop_at)
-    except ConfigError:
-        raise
-    except UserError as error:
-        if launch.rank == 0:
-            print(error, file=sys.stderr)
-        return FAILED
+    lines = check_run(options.config, options.overrides, folder, known, options.stop_at)
     if launch.rank == 0:
         print("\n".join(lines))
     return DONE

@@ -50,6 +50,44 @@ def test_under_a_launcher_only_the_first_rank_speaks(config: Path) -> None:
         assert ("model.heads" in done.stderr) == heard
 
 
+def test_variables_of_a_launcher_that_make_no_sense(config: Path) -> None:
+    done = train("--config", str(config), environment={"RANK": "2", "WORLD_SIZE": "2"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("RANK=2: expected less than WORLD_SIZE=2")
+    assert done.stderr.count("\n") == 1
+
+
+def test_inputs_that_cannot_be_used_are_all_told_before_anything_starts(
+    config: Path, tmp_path: Path
+) -> None:
+    """Without torch, and without a run folder."""
+    (tmp_path / "torch.py").write_text("raise SystemExit(33)")
+    sources = [{"path": str(tmp_path)}, {"path": "pipe:never opened {}"}, {"path": "nowhere"}]
+    sets = {"data": {"sources": sources}, "checkpoint": {"start_from": "no/run"}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **sets}))
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    run = tmp_path / "run"
+    done = train("--config", str(config), "--run", str(run), environment=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    first, *lines = done.stderr.splitlines()
+    assert first == "configuration: 3 problems"
+    assert lines[0].startswith(f'  data.sources entry 1 = "{tmp_path}": {tmp_path}/index.json: no')
+    assert lines[1].startswith('  data.sources entry 3 = "nowhere": no such folder; make it with')
+    assert lines[2].startswith('  checkpoint.start_from = "no/run": not a whole checkpoint')
+    assert len(lines) == 3 and not run.exists()
+
+
+def test_a_dry_run_takes_the_layout_that_training_takes(config: Path) -> None:
+    sets = ("parallel.tensor=2", "training.global_batch_size=6", "parallel.elastic=true")
+    words = [word for key in sets for word in ("--set", key)]
+    done = train("--config", str(config), "--dry-run", "--world-size", "3", *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("parallel.elastic: going on with 3 of 3 processes: --set ")
+    assert "layout: 3 processes = tensor 1 x pipeline " in done.stdout
+    done = train("--config", str(config), "--dry-run", "--world-size", "3", *words[:-2])
+    assert done.returncode == 2
+
+
 def test_missing_data_is_told_in_one_line(config: Path, tmp_path: Path) -> None:
     missing = f"data.path={tmp_path / 'nowhere'}"
     done = train("--config", str(config), "--set", missing, "--run", str(tmp_path / "run"))
@@ -67,6 +105,18 @@ def launchers() -> dict[str, tuple[str, ...]]:
         "mpirun": ("-n", "2", "--allow-run-as-root", "--oversubscribe", PYTHON),
     }
     return {k: (str(beside / k), *words) for k, words in known.items() if (beside / k).exists()}
+
+
+def test_mpirun_does_not_end_the_first_rank_before_it_has_spoken(config: Path) -> None:
+    """It kills all ranks as soon as one has ended; here the first is two seconds late."""
+    if "mpirun" not in launchers():
+        pytest.skip("mpirun is not installed")
+    late = '[ "$OMPI_COMM_WORLD_RANK" != 0 ] || sleep 2; exec "$@"'
+    *words, python = launchers()["mpirun"]
+    launcher = (*words, "sh", "-c", late, "sh", python)
+    done = train("--config", str(config), "--set", "model.heads=3", launcher=launcher)
+    assert done.returncode == 2
+    assert (done.stdout + done.stderr).count("configuration: ") == 1, done.stdout + done.stderr
 
 
 def test_two_processes_under_every_launcher_stop_and_resume(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hg_scale.errors import UserError
+from hg_scale.exit_codes import CONFIG_ERROR
 
 # Launchers and their variables for rank, world size and local rank; the first that is set wins.
 # deepspeed and torchrun set RANK, Open MPI's mpirun and Slurm's srun their own.
@@ -22,6 +25,13 @@ _LAUNCHERS = (
 # numbers from here on, and are one process whatever SLURM_NTASKS says.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _FIRST_PORT, _PORTS = 10_000, 20_000  # below those that systems give to outgoing connections
+_FIRST_SPEAKS = 10.0  # seconds in which the first rank has told a fault that all ranks find
+
+
+class LaunchError(UserError):
+    """The launcher's variables make no sense."""
+
+    exit_code = CONFIG_ERROR
 
 
 @dataclass(frozen=True)
@@ -34,16 +44,20 @@ class Launch:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Launch:
-        """What the launcher said; without one, a world of one process."""
+        """What the launcher said; without one, a world of one process. Or LaunchError."""
         for names in _LAUNCHERS:
             rank, world, local = names
             if names == _SLURM and not in_slurm_step(environment):
                 continue
             if rank in environment and world in environment:
+                size = _number(environment, world, 1)
+                found = _number(environment, rank)
+                if found >= size:
+                    raise LaunchError(
+                        f"{rank}={found}: expected less than {world}={size}; ranks count from 0"
+                    )
                 return cls(
-                    int(environment[rank]),
-                    int(environment[world]),
-                    int(environment.get(local, environment[rank])),
+                    found, size, _number(environment, local) if local in environment else found
                 )
         return cls()
 
@@ -52,11 +66,26 @@ class Launch:
         """Processes on this node, as far as the launcher says."""
         for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "LOCAL_SIZE"):
             if name in os.environ:
-                return int(os.environ[name])
+                return _number(os.environ, name, 1)
         if in_slurm_step(os.environ) and "SLURM_STEP_TASKS_PER_NODE" in os.environ:
             by_node = expand_counts(os.environ["SLURM_STEP_TASKS_PER_NODE"])
             return by_node[int(os.environ["SLURM_NODEID"])]
         return self.world_size
+
+    def refuse(self, fault: UserError, *, of_node: bool = False) -> int:
+        """Say a fault that ranks find before they are connected; the exit code.
+
+        The first rank says it. The others wait: mpirun, and srun at some sites, kill all ranks as
+        soon as one has ended, and it may not have spoken yet. Who is still there then, the first
+        rank of a node says what may be that node's fault alone.
+        """
+        if self.rank == 0:
+            print(fault, file=sys.stderr, flush=True)
+            return fault.exit_code
+        time.sleep(_FIRST_SPEAKS)
+        if of_node and self.local_rank == 0:
+            print(f"rank {self.rank} on {socket.gethostname()}: {fault}", file=sys.stderr)
+        return fault.exit_code
 
     def export(self) -> None:
         """Say it in the variables that torch and DeepSpeed read."""
@@ -99,6 +128,17 @@ class Launch:
         with socket.socket() as free:
             free.bind(("", 0))
             return host, str(free.getsockname()[1])
+
+
+def _number(environment: Mapping[str, str], name: str, least: int = 0) -> int:
+    """A variable that launchers set to a whole number."""
+    text = environment[name]
+    if not text.isdecimal() or int(text) < least:
+        raise LaunchError(
+            f"{name}={text!r}: expected a whole number from {least} on, as launchers set it; "
+            "correct or unset it"
+        )
+    return int(text)
 
 
 def in_slurm_step(environment: Mapping[str, str]) -> bool:

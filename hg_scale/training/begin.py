@@ -13,13 +13,12 @@ from hg_scale.checkpoint.find import (
     content_damage,
     damage,
     find_latest,
-    newest_of,
     read_manifest,
 )
-from hg_scale.config.errors import ConfigError, Problem
 from hg_scale.config.schema import Config
 from hg_scale.errors import UserError
 from hg_scale.training.agreement import together
+from hg_scale.training.branch import find_branch
 from hg_scale.training.console import Console
 from hg_scale.training.same_model import refuse_other_model
 from hg_scale.training.state import layout_in_words
@@ -91,13 +90,10 @@ def find_source(
         name = latest.read_text(errors="replace").strip() if latest.is_file() else None
         if name is not None and name != source.name:
             lines.append(f"{latest} names {name or 'nothing'}; taking {source.name}")
-    elif config.checkpoint.start_from:
-        source = newest_of(Path(config.checkpoint.start_from), lines.append, known)
-        if fault := known.get(source) or damage(source):
-            message = f"not a whole checkpoint, such as RUN/checkpoints/step-00001000: {fault}"
-            raise ConfigError([Problem("checkpoint.start_from", message, str(source))])
-    if source:
         refuse_other_model(config, source)
+    else:
+        source = find_branch(config, lines.append, known)
+    if source:
         seed = _seed_of(read_manifest(source))
         if seed not in (None, config.training.seed):
             lines.append(

@@ -15,7 +15,6 @@ from hg_scale.checkpoint.find import (
     checkpoints_in,
     damage,
     find_latest,
-    newest_of,
     read_manifest,
 )
 from hg_scale.config import ConfigError, load_config
@@ -32,6 +31,7 @@ from hg_scale.data.index import Index, is_local
 from hg_scale.data.schedule import Source
 from hg_scale.errors import UserError
 from hg_scale.model.costs import parameter_count
+from hg_scale.training.branch import find_branch
 from hg_scale.training.corpora import open_sources
 from hg_scale.training.same_model import refuse_other_model
 
@@ -59,7 +59,7 @@ def check_run(
         config, layout = load_elastic(path, overrides, world_size, fewer=True)
     except ConfigError as error:
         raise _with_advice(error, path, overrides, world_size) from None
-    sources = open_sources(config)
+    sources = check_inputs(config, folder, remote=True)
     shards = sum(check_shards(source) for source in sources)
     if layout:
         notes.append(elastic_line(config, layout, world_size))
@@ -73,6 +73,28 @@ def check_run(
         f"{world_size} processes = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data "
         f"{config.data_parallel(world_size)}; {shards} shards; {begin}",
     ]
+
+
+def check_inputs(config: Config, folder: Path, *, remote: bool) -> list[Source]:
+    """The corpora of a run, which it may read, and `checkpoint.start_from`, if it needs that.
+
+    Raises ConfigError listing all that is wrong with them; not `remote`: with what is a path. What
+    the run folder holds is left to the run that has locked it.
+    """
+    problems: list[Problem] = []
+    sources: list[Source] = []
+    try:
+        sources = open_sources(config, remote=remote)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        if not any((folder / "checkpoints").glob("step-*")):
+            find_branch(config)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return sources
 
 
 def _with_advice(
@@ -127,12 +149,9 @@ def _shard_files(index: Index) -> Iterator[tuple[str, int]]:
 def check_checkpoint(config: Config, folder: Path, report: Callable[[str], None]) -> Path | None:
     """What the run would begin from. CheckpointError or ConfigError: damaged, or another model."""
     checkpoint = find_latest(folder / "checkpoints", report=report)
-    if checkpoint is None and config.checkpoint.start_from:
-        checkpoint = newest_of(Path(config.checkpoint.start_from), report)
-        if fault := damage(checkpoint):
-            raise ConfigError([Problem("checkpoint.start_from", fault, str(checkpoint))])
-    if checkpoint:
-        refuse_other_model(config, checkpoint)
+    if checkpoint is None:
+        return find_branch(config, report)
+    refuse_other_model(config, checkpoint)
     return checkpoint
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from pathlib import Path
+from collections.abc import Iterator
 
 from hg_scale.config.errors import ConfigError, Problem
 from hg_scale.config.schema import Config, SourceConfig
@@ -13,31 +14,34 @@ from hg_scale.data.schedule import Source
 from hg_scale.data.shards import Patience
 from hg_scale.data.tokenizer import ByteTokenizer
 
+_NO_DATA = "no data: set it to a folder made by data_prep/*.py"
 
-def open_sources(config: Config) -> list[Source]:
+
+def open_sources(config: Config, *, remote: bool = True) -> list[Source]:
     """The indexes that `data.path` or `data.sources` name, checked against the model.
 
-    Raises ConfigError where one does not suit, DataError where it cannot be read.
+    Not `remote`: only those that are paths. Raises ConfigError listing what does not suit,
+    DataError where a remote one cannot be read.
     """
-    if not config.data.corpora:
-        raise ConfigError(
-            [Problem("data.path", "no data: set it to a folder made by data_prep/*.py", None)]
-        )
-    key = "data.path" if config.data.sources is None else "data.sources"
-    sources = []
-    for corpus in config.data.corpora:
-        index = _open(corpus, key, config)
-        _check(config, corpus, key, index)
-        again = corpus.when_exhausted == "repeat"
-        sources.append(Source(corpus.label, index, corpus.weight, again))
-    known: dict[str, Source] = {}
-    for source in sources:
-        other = known.setdefault(source.index.identity, source)
-        if other is not source:
-            problem = Problem(
-                key, f"{other.name!r} and {source.name!r} are the same data; keep one"
-            )
-            raise ConfigError([problem])
+    corpora = config.data.corpora
+    if not corpora:
+        raise ConfigError([Problem("data.path", _NO_DATA, None)])
+    sources: list[Source] = []
+    problems: list[Problem] = []
+    for number, corpus in enumerate(corpora, 1):
+        if not (remote or is_local(corpus.path)):
+            continue
+        key = "data.path" if config.data.sources is None else f"data.sources entry {number}"
+        try:
+            index = _open(corpus, key, config)
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        source = Source(corpus.label, index, corpus.weight, corpus.when_exhausted == "repeat")
+        problems += [*_misfits(config, corpus, key, index), *_clashes(source, key, sources)]
+        sources.append(source)
+    if problems:
+        raise ConfigError(problems)
     return sources
 
 
@@ -55,7 +59,9 @@ def bytes_per_token(sources: list[Source]) -> float:
 
 def _open(corpus: SourceConfig, key: str, config: Config) -> Index:
     path, retries, pause = corpus.path, config.data.retries, 0.5
-    if is_local(path) and not Path(path).is_dir():
+    if not path:
+        raise ConfigError([Problem(key, _NO_DATA, path)])
+    if is_local(path) and not os.path.isdir(path):
         bytes_alone = config.model.vocab_size <= ByteTokenizer(documents=True).vocab_size
         script = "prepare_bytes.py" if bytes_alone else "prepare_text.py --tokenizer MODEL"
         advice = f"make it with data_prep/{script} --input CORPUS --output {path}"
@@ -63,32 +69,47 @@ def _open(corpus: SourceConfig, key: str, config: Config) -> Index:
     while True:
         try:
             return read_index(path, config.data.timeout)
-        except DataError:
-            if is_local(path) or not retries:
+        except DataError as error:
+            if is_local(path):
+                raise ConfigError([Problem(key, str(error), path)]) from None
+            if not retries:
                 raise
         time.sleep(pause)
         retries, pause = retries - 1, 2 * pause
 
 
-def _check(config: Config, corpus: SourceConfig, key: str, index: Index) -> None:
+def _misfits(config: Config, corpus: SourceConfig, key: str, index: Index) -> Iterator[Problem]:
+    """What of a corpus does not suit the model, or is not as the configuration says."""
     if index.vocab_size > config.model.vocab_size:
-        problem = Problem(
+        yield Problem(
             "model.vocab_size",
             f"the data in {corpus.path} has ids up to {index.vocab_size - 1}; use "
             f"{index.vocab_size}",
             config.model.vocab_size,
         )
-        raise ConfigError([problem])
     wanted, found = config.data.tokenizer, index.tokenizer.model_dump()
     checksum = str(found.get("sha256") or "")
     if wanted and wanted != found["name"] and not (len(wanted) > 7 and checksum.startswith(wanted)):
         made = " ".join(filter(None, (found["name"], checksum[:12])))
-        problem = Problem(
+        yield Problem(
             "data.tokenizer",
             f"the data in {corpus.path} was made with {made} (vocabulary {index.vocab_size}); "
             f"prepare it with {wanted}, or correct the key",
             wanted,
         )
-        raise ConfigError([problem])
     if "train" not in index.splits:
-        raise ConfigError([Problem(key, f"{corpus.path} has no training split", corpus.path)])
+        yield Problem(key, f"{corpus.path} has no training split", corpus.path)
+
+
+def _clashes(source: Source, key: str, others: list[Source]) -> Iterator[Problem]:
+    """Why a source cannot be mixed with those before it."""
+    index = source.index
+    for other in others:
+        if other.index.identity == index.identity:
+            yield Problem(key, f"{other.name!r} and {source.name!r} are the same data; keep one")
+    if others and index.tokenizer != others[0].index.tokenizer:
+        yield Problem(
+            key,
+            f"its tokenizer is not that of {others[0].index.location}; prepare both with the same",
+            index.location,
+        )

@@ -120,7 +120,16 @@ def _train(run: Run) -> bool:
         # product that it is to overlap with. CUDA reads it when the device is first used.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     folder, launch = run.folder, run.launch
-    device = start_processes(launch)
+
+    def leave(signalled: str) -> None:
+        run.console.last_words(
+            f"rank {launch.rank}: {signalled} while waiting for the other processes, before the "
+            "first step; to be started again"
+        )
+        os._exit(REQUEUE)
+
+    with run.interruption.signals.ending_a_wait(leave):
+        device = start_processes(launch)
     lock = together(lambda: RunLock(folder) if launch.rank == 0 else None, device)
     watched = watching(run.config, folder, launch, run.console, device)
     with lock or nullcontext(), watched as watch:

@@ -5,10 +5,15 @@ Imports no torch, so that the handlers stand before the long start and no signal
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+_OTHERS_COME = 5.0  # seconds in which ranks that wait for each other may still meet
 
 
 class StopSignals:
@@ -31,6 +36,37 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def ending_a_wait(self, end: Callable[[str], object]) -> Iterator[None]:
+        """While the main thread waits in C++ for the other ranks, where Python runs no handler.
+
+        Once one of the signals has come, the others get a few seconds to come too, so that all end
+        together; then `end` is called on a thread, with the signal in words. It is not to return.
+        """
+        met = threading.Event()
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        if self.received:
+            os.write(writer, bytes([self.received]))
+
+        def watch() -> None:
+            while numbers := os.read(reader, 64):  # empty where the other end is closed
+                for number in numbers:
+                    if number in self._numbers and not met.wait(_OTHERS_COME):
+                        end(in_words(number))
+
+        watching = threading.Thread(target=watch, name="stop-signals", daemon=True)
+        watching.start()
+        before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            met.set()
+            os.close(writer)
+            watching.join()
+            os.close(reader)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = self.received or number

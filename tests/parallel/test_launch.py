@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hg_scale.errors import UserError
+from hg_scale.parallel import launch as launch_module
 from hg_scale.parallel.launch import (
     Launch,
+    LaunchError,
     affinity_problem,
     expand_counts,
     first_host,
@@ -57,6 +61,58 @@ MPI = {
 )
 def test_the_nearest_launcher_counts(environment: dict[str, str], expected: Launch) -> None:
     assert Launch.from_environment(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x': expected a whole number from 0 on"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1': expected a whole number from 0 on"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE='two': expected a whole number from 1 on"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE='': expected a whole number from 1 on"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE='0': expected a whole number from 1 on"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2: expected less than WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, "LOCAL_RANK='x': expected a whole"),
+        ({**MPI, "OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK=2: expected less than OMPI_"),
+    ],
+)
+def test_variables_that_make_no_sense(environment: dict[str, str], told: str) -> None:
+    with pytest.raises(LaunchError) as raised:
+        Launch.from_environment(environment)
+    assert str(raised.value).startswith(told) and raised.value.exit_code == 2
+
+
+def test_a_number_of_processes_here_that_makes_no_sense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    with pytest.raises(
+        LaunchError, match="LOCAL_WORLD_SIZE='0': expected a whole number from 1 on"
+    ):
+        _ = Launch(0, 2, 0).processes_here
+
+
+@pytest.mark.parametrize(
+    ("place", "of_node", "told", "waits"),
+    [
+        (Launch(0, 16, 0), False, "a fault\n", []),
+        (Launch(0, 16, 0), True, "a fault\n", []),
+        (Launch(8, 16, 0), False, "", [10.0]),
+        (Launch(8, 16, 0), True, f"rank 8 on {socket.gethostname()}: a fault\n", [10.0]),
+        (Launch(9, 16, 1), True, "", [10.0]),
+    ],
+)
+def test_the_first_rank_speaks_first(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: Launch,
+    of_node: bool,
+    told: str,
+    waits: list[float],
+) -> None:
+    """And the first of a node only what may be wrong there alone, once nobody has ended it."""
+    waited: list[float] = []
+    monkeypatch.setattr(launch_module.time, "sleep", waited.append)
+    assert place.refuse(UserError("a fault"), of_node=of_node) == 1
+    assert (capsys.readouterr().err, waited) == (told, waits)
 
 
 def test_a_plain_srun_leads_to_its_first_node(monkeypatch: pytest.MonkeyPatch) -> None:

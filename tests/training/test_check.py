@@ -15,7 +15,13 @@ from hg_scale.checkpoint.versions import FORMAT_VERSION, seal
 from hg_scale.config import ConfigError, load_config
 from hg_scale.data.errors import DataError
 from hg_scale.model.costs import parameter_count
-from hg_scale.training.check import DiskError, check_disk, check_run, checkpoints_to_come
+from hg_scale.training.check import (
+    DiskError,
+    check_disk,
+    check_inputs,
+    check_run,
+    checkpoints_to_come,
+)
 from tests.manifests import META
 from tests.runs import TINY, train
 from tests.shared import ROOT
@@ -105,6 +111,45 @@ def test_a_corpus_needs_no_validation_split(config: Path, corpus: Path, tmp_path
             continue
         with pytest.raises(DataError, match="'train' is empty"):
             check_run(config, [f"data.path={copy}"], tmp_path / "run", 1)
+
+
+def test_all_inputs_that_cannot_be_used(config: Path, corpus: Path, tmp_path: Path) -> None:
+    """Of several sources, with their numbers; and a key that says nothing is a fault as well."""
+    other, empty = tmp_path / "other", tmp_path / "empty"
+    shutil.copytree(corpus, other)
+    index = json.loads((other / "index.json").read_text())
+    index["tokenizer"] = {"name": "sentencepiece", "vocab_size": 300, "eod": 2, "sha256": "a" * 64}
+    (other / "index.json").write_text(json.dumps(index))
+    empty.mkdir()
+    paths = [corpus, other, empty, tmp_path / "absent"]
+    sources = json.dumps([{"path": str(path), "name": path.name} for path in paths])
+    words = ["data.path=null", f"data.sources={sources}", "checkpoint.start_from="]
+    with pytest.raises(ConfigError) as raised:
+        check_inputs(load_config(config, words), tmp_path / "run", remote=False)
+    keys = [problem.key for problem in raised.value.problems]
+    assert keys == [
+        "model.vocab_size",
+        *(f"data.sources entry {number}" for number in (2, 3, 4)),
+        "checkpoint.start_from",
+    ]
+    told = [problem.message for problem in raised.value.problems]
+    assert f"its tokenizer is not that of {corpus}" in told[1]
+    assert "index.json: no such file" in told[2] and "no such folder" in told[3]
+    assert told[4] == "names no folder; null begins from scratch"
+    for path in ("", "null"):
+        with pytest.raises(ConfigError, match="1 problem\n  data.path = .*: no data: set it to"):
+            check_inputs(load_config(config, [f"data.path={path}"]), tmp_path, remote=False)
+
+
+def test_a_run_with_a_checkpoint_of_its_own_needs_no_other(config: Path, tmp_path: Path) -> None:
+    known = load_config(config, ["checkpoint.start_from=nowhere"])
+    with pytest.raises(ConfigError, match="checkpoint.start_from"):
+        check_inputs(known, tmp_path / "run", remote=False)
+    save(tmp_path / "run", 3)
+    (source,) = check_inputs(known, tmp_path / "run", remote=False)
+    assert source.name == "shards"
+    known = load_config(config, ["data.path=http://127.0.0.1:9/never-opened"])
+    assert check_inputs(known, tmp_path / "run", remote=False) == []
 
 
 def test_damaged_checkpoints(config: Path, tmp_path: Path) -> None:

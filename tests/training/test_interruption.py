@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from hg_scale.exit_codes import DONE, REQUEUE
+from hg_scale.training import stop_signals
 from hg_scale.training.interruption import Interruption, end_of_job
 from hg_scale.training.stop_signals import StopSignals
 from tests.runs import curve, records, train_here, train_in
@@ -216,3 +218,52 @@ def test_a_signal_before_torch_is_there(config: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == REQUEUE, done.stdout + done.stderr
     assert "signal TERM: before the first step, to be started again" in done.stdout
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_while_the_others_do_not_come(config: Path, tmp_path: Path, rank: int) -> None:
+    """The process waits for them in C++, where no handler of Python's runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    run = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "hg_scale" / "train.py"), *words(config, run)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        env={**os.environ, **place},
+    )  # fmt: skip
+    try:
+        end = time.monotonic() + 120
+        while not (run / "logs").exists():
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.1)
+        time.sleep(2.0)  # by now it waits
+        process.send_signal(signal.SIGTERM)
+        told, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == REQUEUE
+    assert told == (
+        f"rank {rank}: signal TERM while waiting for the other processes, before the first step; "
+        "to be started again\n"
+    )
+
+
+@pytest.mark.parametrize(("before", "others"), [(False, 0.1), (True, 0.1), (False, 30), (True, 30)])
+def test_ranks_that_still_meet_end_together(
+    monkeypatch: pytest.MonkeyPatch, before: bool, others: float
+) -> None:
+    """A signal then is one like any other, noted; it may have come before the wait began."""
+    monkeypatch.setattr(stop_signals, "_OTHERS_COME", others)
+    ended: list[str] = []
+    with StopSignals(["USR1"]) as signals:
+        if before:
+            signal.raise_signal(signal.SIGUSR1)
+        with signals.ending_a_wait(ended.append):
+            signal.raise_signal(signal.SIGUSR1)
+            time.sleep(1.0)
+        assert signals.received == signal.SIGUSR1
+    assert set(ended) == ({"signal USR1"} if others < 1 else set())
+    assert signal.set_wakeup_fd(-1) == -1

@@ -37,7 +37,7 @@ def test_limits() -> None:
     assert period_of(config(at_least=2.0, factor=0.0)) == 5.0
 
 
-def test_a_limit_beyond_all_timers(tmp_path: Path) -> None:
+def test_the_longest_limit_is_no_trouble_to_timers(tmp_path: Path) -> None:
     """The longest that may be written: the heartbeat's thread, which sets the timer, lives on."""
     clear_ranks(tmp_path)
     clear_alarm(tmp_path)
