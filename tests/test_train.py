@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 from hg_scale.commands.main import main
+from tests.ports import free_port
 from tests.runs import curve, records, train, train_in
 from tests.shared import ROOT
 from tests.world import Worlds
@@ -98,10 +98,10 @@ def test_missing_data_is_told_in_one_line(config: Path, tmp_path: Path) -> None:
 
 def launchers() -> dict[str, tuple[str, ...]]:
     """Commands that start two processes, of those that are installed beside this Python."""
-    beside, port = Path(PYTHON).parent, str(20000 + os.getpid() % 20000)
+    beside = Path(PYTHON).parent
     known = {
-        "torchrun": ("--nproc_per_node", "2", "--master_port", port, "--"),
-        "deepspeed": ("--num_gpus", "2", "--master_port", port),
+        "torchrun": ("--nproc_per_node", "2", "--master_port", str(free_port()), "--"),
+        "deepspeed": ("--num_gpus", "2", "--master_port", str(free_port())),
         "mpirun": ("-n", "2", "--allow-run-as-root", "--oversubscribe", PYTHON),
     }
     return {k: (str(beside / k), *words) for k, words in known.items() if (beside / k).exists()}

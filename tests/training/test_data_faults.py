@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from hg_scale.config.read import merge
 from hg_scale.data.index import Index
 from tests.data.conftest import prepare
+from tests.ports import free_port
 from tests.training.test_batches import TREE
 
 ROOT = Path(__file__).parents[2]
@@ -39,9 +39,7 @@ def start(size: int, run: Path, tree: dict[str, Any]) -> list[tuple[int, str, st
     """(exit code, stdout, stderr) of each of `size` processes of one run."""
     config = run.with_suffix(".json")
     config.write_text(json.dumps(tree))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, str(ROOT / "hg_scale" / "train.py"), "--config", str(config)]
     processes = []
     for rank in range(size):

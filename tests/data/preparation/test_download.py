@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import http.server
 import io
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from hg_scale.data.preparation import download
 from hg_scale.data.preparation.download import CORPORA, Corpus, fetch
 from hg_scale.data.progress import Progress
 from tests.data.preparation.test_in_order import contents
+from tests.ports import free_port
 from tests.shared import ROOT
 
 TEXT = np.random.default_rng(5).bytes(900_000)  # does not shrink
@@ -110,9 +110,7 @@ def made(url: str) -> Corpus:
 
 def nowhere() -> str:
     """A URL that no one serves."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{free.getsockname()[1]}/made.zip"
+    return f"http://127.0.0.1:{free_port()}/made.zip"
 
 
 def test_fetched_once_and_then_there(store, tmp_path):
