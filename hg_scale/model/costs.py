@@ -23,11 +23,12 @@ TRAINING_FACTOR = 3  # forward, and twice that backward
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Cost of one layer on one sequence: `parameters`, forward `flops`."""
+    """Cost of one layer on one sequence: `parameters`, forward `flops`, numbers in its `cache`."""
 
     layer: LayerPlan
     parameters: int
     flops: int
+    cache: int
 
 
 def layer_costs(
@@ -38,8 +39,13 @@ def layer_costs(
     `factors`: step factor of each level, where they are not the hierarchy's. The biases of
     `shared_position_bias` belong to no layer: see `parameter_count`.
     """
-    counter = _Counter(model, length or model.sequence_length, factors or model.parsed.factors)
-    return [LayerCost(layer, *counter.layer(layer)) for layer in layer_plan(model)]
+    length = length or model.sequence_length
+    counter = _Counter(model, length, factors or model.parsed.factors)
+    cached = _CacheCounter(model, length)
+    return [
+        LayerCost(layer, *counter.layer(layer), cache=sum(cached.layer(layer)))
+        for layer in layer_plan(model)
+    ]
 
 
 def parameter_count(model: ModelConfig) -> int:

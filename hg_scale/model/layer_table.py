@@ -1,4 +1,4 @@
-"""The layers of a model with their shapes and costs, as a person reads them. Needs no torch."""
+"""The layers of a model as a person reads them: shape, sharding, cost, cache. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hg_scale.config.hierarchy import scale_lengths
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.costs import LayerCost, layer_costs
-from hg_scale.model.plan import Kind, model_scales
+from hg_scale.model.plan import Kind, LayerPlan, model_scales
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,9 @@ class LayerRow:
     """A layer, or equal blocks that follow each other.
 
     `positions` and `width` are those of the scale that it belongs to; `flops` are of the forward
-    pass of one window, `share` is their part of the whole model's.
+    pass of one window, `share` is their part of the whole model's; `cache` are the numbers that
+    decoding a text of that length keeps. `split`: what tensor parallelism shares out; "" where
+    every tensor rank holds the whole layer.
     """
 
     name: str
@@ -28,6 +30,8 @@ class LayerRow:
     parameters: int
     flops: int
     share: float
+    cache: int
+    split: str
 
 
 def layer_table(model: ModelConfig) -> list[LayerRow]:
@@ -50,8 +54,25 @@ def layer_table(model: ModelConfig) -> list[LayerRow]:
             parameters=sum(cost.parameters for cost in group),
             flops=flops,
             share=flops / whole,
+            cache=sum(cost.cache for cost in group),
+            split=_split(model, first),
         ))  # fmt: skip
     return rows
+
+
+def _split(model: ModelConfig, layer: LayerPlan) -> str:
+    if layer.kind in ("embedding", "head"):
+        return "vocabulary"
+    if layer.kind == "block":
+        return "heads, d_ff"
+    if layer.kind == "norm":
+        return ""
+    kind = model.pooling if layer.kind == "shorten" else model.upsampling
+    upper, lower = (model_scales(model)[layer.scale + i].d_model for i in (0, 1))
+    base = kind.rpartition("+")[2]
+    projects = base == "linear" or (upper != lower and base != "none")
+    parts = ["input"] * projects + ["heads, d_ff"] * kind.startswith("attention")
+    return ", ".join(parts)
 
 
 def _groups(costs: Sequence[LayerCost]) -> list[list[LayerCost]]:

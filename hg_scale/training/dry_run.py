@@ -46,12 +46,13 @@ def print_plan(config: Config, world_size: int, console: Console) -> None:
 
 def _layers(config: Config) -> Table:
     """A row a layer; equal blocks that follow each other share one."""
-    model = config.model
-    table = Table(title=f"layers of '{model.hierarchy}', forward FLOPs of one window")
+    model, element = config.model, 2 if config.training.precision == "bf16" else 4
+    table = Table(title=f"layers of '{model.hierarchy}', one window: forward FLOPs, MiB of cache")
     for column in ("layer", "kind", "positions", "width"):
         table.add_column(column)
-    for column in ("parameters", "GFLOPs", "share"):
+    for column in ("parameters", "GFLOPs", "share", "cache"):
         table.add_column(column, justify="right")
+    table.add_column("tensor split")
     for row in layer_table(model):
         table.add_row(
             row.name,
@@ -61,6 +62,8 @@ def _layers(config: Config) -> Table:
             f"{row.parameters:,}",
             f"{row.flops / 1e9:,.2f}",
             f"{row.share:.1%}",
+            f"{row.cache * element / 2**20:,.1f}",
+            row.split,
         )
     return table
 

@@ -1,0 +1,62 @@
+"""The table that `--dry-run` prints: what it says of sharding and cache is what the modules do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hg_scale.config.load import parse_config
+from hg_scale.config.read import merge
+from hg_scale.model.costs import cache_bytes, parameter_count
+from hg_scale.model.layer_table import layer_table
+from tests.training.models import BY_LEVEL, PAPER
+from tests.world import Worlds
+
+LINEAR = merge(PAPER, {"model": {"pooling": "linear", "upsampling": "attention+none"}})
+EQUAL = merge(PAPER, {"model": {"pooling": "average", "upsampling": "repeat"}})
+TREES = {"paper": PAPER, "by level": BY_LEVEL, "linear": LINEAR, "without weights": EQUAL}
+
+
+def sharded_layers(trees: list[dict[str, Any]]) -> list[dict[str, bool]]:
+    """For each model, whether a layer has parameters of which this rank holds a slice."""
+    from hg_scale.model.hourglass import Hourglass
+    from hg_scale.model.plan import layer_plan
+    from hg_scale.parallel import megatron
+    from hg_scale.parallel.sharding import shard_of
+
+    megatron.initialize(2, 1)
+    found = []
+    for tree in trees:
+        model = parse_config(tree).model
+        layers = zip(
+            layer_plan(model), Hourglass(model, megatron.MegatronLayers()).sequence, strict=True
+        )
+        found.append({
+            plan.name: any(
+                shard_of(p).dim is not None
+                for name, p in layer.named_parameters()
+                if "position_bias" not in name
+            )
+            for plan, layer in layers
+        })  # fmt: skip
+    return found
+
+
+def test_layers_are_split_where_it_says_so(worlds: Worlds) -> None:
+    for tree, found in zip(
+        TREES.values(), worlds.run(2, sharded_layers, list(TREES.values()))[0], strict=True
+    ):
+        rows = layer_table(parse_config(tree).model)
+        told = {row.name.partition(" ..")[0]: bool(row.split) for row in rows}
+        assert {name: found[name] for name in told} == told
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_rows_add_up(name: str) -> None:
+    model = parse_config(TREES[name]).model
+    rows = layer_table(model)
+    assert sum(row.share for row in rows) == pytest.approx(1)
+    assert sum(row.cache for row in rows) == cache_bytes(model, model.sequence_length, element=1)
+    biases = 2 * model.by_level("d_model")[0] * model.shared_position_bias
+    assert sum(row.parameters for row in rows) + biases == parameter_count(model)
