@@ -77,7 +77,7 @@ def test_a_model_of_resampling_alone_is_initialised() -> None:
     model = Hourglass(config)
     initialize(list(model.named_parameters()), config, 1)
     out = model.get_parameter("level0.shorten.attend.attention.out.weight")
-    assert float(out.std()) == pytest.approx((2 * out.shape[1]) ** -0.5, rel=0.2)
+    assert float(out.detach().std()) == pytest.approx((2 * out.shape[1]) ** -0.5, rel=0.2)
 
 
 def test_mix_spreads() -> None:

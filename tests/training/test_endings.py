@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from hg_scale.checkpoint.find import find_latest
-from hg_scale.exit_codes import CONFIG_ERROR, FAILED, GAVE_UP, LOST, REQUEUE
+from hg_scale.exit_codes import FAILED, GAVE_UP, LOST, REQUEUE
 from hg_scale.parallel.launch import Launch
 from hg_scale.training import endings
 from hg_scale.training.endings import (
@@ -139,11 +139,11 @@ def test_a_fault_is_written_down_before_the_others_can_miss_this_rank(
 ) -> None:
     """They look for it when the connection breaks, and not for long."""
     run = tmp_path / "run"
-    arguments = words(config, run, f"data.path={tmp_path / 'nowhere'}")
+    arguments = words(config, run, "data.path=pipe:false {}", "data.retries=0")
     ((code, (end,)),) = worlds.run(
         1, ends_when_connections_close, arguments, tmp_path / "told", run
     )
-    assert code == CONFIG_ERROR and end.code == CONFIG_ERROR and "data.path" in end.line
+    assert code == FAILED and end.code == FAILED and "index.json" in end.line
 
 
 def test_what_is_a_lost_connection() -> None:
