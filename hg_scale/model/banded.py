@@ -1,9 +1,9 @@
 """Causal attention on a CPU, full or in a sliding window, a block of queries at a time.
 
 A block meets only the keys that some of its queries may see, as two plain matrix products: the
-masked half of the square is never computed. torch's fused kernel for CPUs takes 1 to 1.8 times as
-long, 2 to 4 times with a window given as a mask (`benchmarks/attention.py`). The price is memory:
-the probabilities are kept for the backward pass.
+masked half of the square is never computed. torch's fused kernel for CPUs takes 1 to 2.5 times as
+long, 1.9 to 4.8 times with a window given as a mask (`benchmarks/attention.py`). The price is
+memory: the probabilities are kept for the backward pass.
 """
 
 from __future__ import annotations
