@@ -17,7 +17,7 @@ from typing import NoReturn
 # Run as a file, this folder itself comes first on the path and would shadow other libraries.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent.resolve()]
 
-from hg_scale.config import ConfigError, load_config  # noqa: E402
+from hg_scale.config import load_config  # noqa: E402
 from hg_scale.config.layouts import elastic_line, load_elastic  # noqa: E402
 from hg_scale.errors import UserError  # noqa: E402
 from hg_scale.exit_codes import DONE, FAILED  # noqa: E402
@@ -67,30 +67,27 @@ def run(options: argparse.Namespace) -> int:
         if options.check:
             return check(options, folder, launch)
         config, layout = load_elastic(options.config, options.overrides, launch.world_size)
+        if launch.on_one_node:  # else a rank that sees other files would leave alone
+            from hg_scale.training.check import check_inputs
+
+            check_inputs(config, folder, remote=False)
     except UserError as error:
         return launch.refuse(error)
     if layout and launch.rank == 0:
         print(elastic_line(config, layout, launch.world_size))
     if launch.local_rank == 0 and (problem := affinity_problem()):
         print(f"warning (rank {launch.rank}): {problem}", file=sys.stderr)
-    try:
-        with StopSignals(config.training.stop_signals) as signals:
-            from hg_scale.training.check import check_inputs
+    with StopSignals(config.training.stop_signals) as signals:
+        from hg_scale.training.run import train  # imports torch
 
-            check_inputs(config, folder, remote=False)
-
-            from hg_scale.training.run import train  # imports torch
-
-            return train(
-                config,
-                folder,
-                launch,
-                signals=signals,
-                stop_at=options.stop_at,
-                profile=options.profile,
-            )
-    except ConfigError as error:  # of the inputs: `train` tells its own
-        return launch.refuse(error, of_node=True)
+        return train(
+            config,
+            folder,
+            launch,
+            signals=signals,
+            stop_at=options.stop_at,
+            profile=options.profile,
+        )
 
 
 def dry_run(options: argparse.Namespace, launch: Launch) -> int:

@@ -72,19 +72,21 @@ class Launch:
             return by_node[int(os.environ["SLURM_NODEID"])]
         return self.world_size
 
-    def refuse(self, fault: UserError, *, of_node: bool = False) -> int:
-        """Say a fault that ranks find before they are connected; the exit code.
+    @property
+    def on_one_node(self) -> bool:
+        """Whether all ranks see the same files, and so find the same faults in them."""
+        return self.processes_here == self.world_size
+
+    def refuse(self, fault: UserError) -> int:
+        """Say a fault that all ranks find before they are connected; the exit code.
 
         The first rank says it. The others wait: mpirun, and srun at some sites, kill all ranks as
-        soon as one has ended, and it may not have spoken yet. Who is still there then, the first
-        rank of a node says what may be that node's fault alone.
+        soon as one has ended, and it may not have spoken yet.
         """
         if self.rank == 0:
             print(fault, file=sys.stderr, flush=True)
-            return fault.exit_code
-        time.sleep(_FIRST_SPEAKS)
-        if of_node and self.local_rank == 0:
-            print(f"rank {self.rank} on {socket.gethostname()}: {fault}", file=sys.stderr)
+        else:
+            time.sleep(_FIRST_SPEAKS)
         return fault.exit_code
 
     def export(self) -> None:

@@ -47,8 +47,6 @@ class StopSignals:
         met = threading.Event()
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        if self.received:
-            os.write(writer, bytes([self.received]))
 
         def watch() -> None:
             while numbers := os.read(reader, 64):  # empty where the other end is closed
@@ -60,6 +58,8 @@ class StopSignals:
         watching.start()
         before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         try:
+            if self.received:  # before the next signals went to `writer`
+                os.write(writer, bytes([self.received]))
             yield
         finally:
             signal.set_wakeup_fd(before)

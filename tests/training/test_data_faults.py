@@ -35,8 +35,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Index:
     return index
 
 
-def start(size: int, run: Path, tree: dict[str, Any]) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of each of `size` processes of one run."""
+def start(
+    size: int, run: Path, tree: dict[str, Any], nodes: list[Path] | None = None
+) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each of `size` processes of one run.
+
+    `nodes`: each process is on a node of its own, in this folder there.
+    """
     config = run.with_suffix(".json")
     config.write_text(json.dumps(tree))
     port = free_port()
@@ -45,9 +50,11 @@ def start(size: int, run: Path, tree: dict[str, Any]) -> list[tuple[int, str, st
     for rank in range(size):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+        if nodes:
+            place |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         processes.append(
             subprocess.Popen(
-                [*command, "--run", str(run)],
+                [*command, "--run", str(run)], cwd=nodes[rank] if nodes else None,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                 env={**os.environ, **place, "OMP_NUM_THREADS": "1"},
             )
@@ -80,6 +87,20 @@ def test_all_end_with_one_line(
     assert "train-00004.tar: member 1: the checksum differs" in lines[0]
     steps = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert 0 < len(steps) < 20
+
+
+@pytest.mark.parametrize("without", [0, 1])
+def test_a_node_that_lacks_the_data_ends_all(corpus: Index, tmp_path: Path, without: int) -> None:
+    """Which of them it is is told, and that it is a fault of its own: it is not requeued."""
+    tree = merge(TREE, {"training": {"steps": 20}, "data": {"path": "shards"}})
+    folders, run = [Path(corpus.location).parent] * 2, tmp_path / "run"
+    folders[without] = tmp_path
+    ended = start(2, run, tree, folders)
+    assert ended[without][0] == 2 and ended[1 - without][0] in (1, 2), ended
+    told = [line for *_, errors in ended for line in errors.splitlines() if "data.path" in line]
+    assert len(told) == 1 and 'data.path = "shards": no such folder' in told[0], ended
+    end = json.loads((run / "ranks" / f"rank-{without:05}.end").read_text())
+    assert end["code"] == 2
 
 
 def test_the_same_run_goes_on_where_it_may_skip(corpus: Index, tmp_path: Path) -> None:

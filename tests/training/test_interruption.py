@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from hg_scale.exit_codes import DONE, REQUEUE
 from hg_scale.training import stop_signals
 from hg_scale.training.interruption import Interruption, end_of_job
 from hg_scale.training.stop_signals import StopSignals
+from tests.ports import free_port
 from tests.runs import curve, records, train_here, train_in
 from tests.shared import ROOT
 from tests.world import Worlds
@@ -223,10 +223,8 @@ def test_a_signal_before_torch_is_there(config: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_while_the_others_do_not_come(config: Path, tmp_path: Path, rank: int) -> None:
     """The process waits for them in C++, where no handler of Python's runs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {"RANK": str(rank), "WORLD_SIZE": "2"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     run = tmp_path / "run"
     command = [sys.executable, str(ROOT / "hg_scale" / "train.py"), *words(config, run)]
     process = subprocess.Popen(
