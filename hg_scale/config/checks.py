@@ -199,9 +199,9 @@ def _schedule(config: Config) -> Iterator[Problem]:
         yield Problem(
             "schedule.decay_steps",
             f"warm-up, stable, decay needs a decay; about a tenth of training.steps, "
-            f"{max(1, steps // 10)}",
+            f"{max(1, min(steps // 10, steps - schedule.warmup_steps))}",
             0,
-            ("schedule.kind", "training.steps"),
+            ("schedule.kind", "training.steps", "schedule.warmup_steps"),
         )
     optimizer = config.optimizer
     if optimizer.name == "adam" and optimizer.weight_decay:

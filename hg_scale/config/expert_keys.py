@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -21,8 +22,14 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from hg_scale.config.section import NonNegative, Positive, Section
 
-Bucket = Annotated[int, Field(ge=1, le=100_000_000_000)]
-Threshold = Annotated[int, Field(ge=0, le=1_000_000_000_000_000)]
+
+def _whole(value: Any) -> Any:
+    """5e8 as 500000000: so DeepSpeed's own pages write sizes."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Bucket = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=1_000_000_000_000_000)]
+Threshold = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=1_000_000_000_000_000)]
 
 # Ours to set: what replaces each of them.
 _OURS = {
@@ -39,6 +46,8 @@ _OURS = {
     "sparse_attention": "model.window",
     "train_batch_size": "training.global_batch_size",
     "gradient_accumulation_steps": "training.global_batch_size",
+    "steps_per_print": "logging.every",
+    "zero_allow_untested_optimizer": "optimizer.name",
 }
 
 
@@ -115,9 +124,12 @@ class ZeroKeys(ExpertSection):
     reduce_bucket_size: Bucket | None = Field(None, description="Reduced at a time.")
     allgather_partitions: bool | None = Field(None, description="Gather weights, or broadcast.")
     # Stages 1 and 2 assert that buckets begin at 4 bytes.
-    allgather_bucket_size: Annotated[int, Field(ge=2, le=100_000_000_000, multiple_of=2)] | None = (
-        Field(None, description="Gathered at a time.")
-    )
+    allgather_bucket_size: (
+        Annotated[
+            int, BeforeValidator(_whole), Field(ge=2, le=1_000_000_000_000_000, multiple_of=2)
+        ]
+        | None
+    ) = Field(None, description="Gathered at a time.")
     sub_group_size: Bucket | None = Field(None, description="Stage 3: updated at a time.")
     stage3_max_live_parameters: Threshold | None = Field(None, description="Held whole at most.")
     stage3_max_reuse_distance: Threshold | None = Field(

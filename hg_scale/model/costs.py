@@ -23,12 +23,11 @@ TRAINING_FACTOR = 3  # forward, and twice that backward
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Cost of one layer on one sequence: `parameters`, forward `flops`, numbers in its `cache`."""
+    """Cost of one layer on one sequence: `parameters`, forward `flops`."""
 
     layer: LayerPlan
     parameters: int
     flops: int
-    cache: int
 
 
 def layer_costs(
@@ -39,13 +38,8 @@ def layer_costs(
     `factors`: step factor of each level, where they are not the hierarchy's. The biases of
     `shared_position_bias` belong to no layer: see `parameter_count`.
     """
-    length = length or model.sequence_length
-    counter = _Counter(model, length, factors or model.parsed.factors)
-    cached = _CacheCounter(model, length)
-    return [
-        LayerCost(layer, *counter.layer(layer), cache=sum(cached.layer(layer)))
-        for layer in layer_plan(model)
-    ]
+    counter = _Counter(model, length or model.sequence_length, factors or model.parsed.factors)
+    return [LayerCost(layer, *counter.layer(layer)) for layer in layer_plan(model)]
 
 
 def parameter_count(model: ModelConfig) -> int:
@@ -77,9 +71,14 @@ def cache_bytes(model: ModelConfig, length: int, rows: int = 1, element: int = 4
     `element`: bytes of a number. Rows that do not begin together add a number for each of their
     keys, (2 d_model) times less than the keys and values.
     """
-    counter = _CacheCounter(model, length)
-    counts = [counter.layer(layer) for layer in layer_plan(model)]
+    counts = cached_numbers(model, length).values()
     return element * sum(rows * by_row + shared for by_row, shared in counts)
+
+
+def cached_numbers(model: ModelConfig, length: int) -> dict[str, tuple[int, int]]:
+    """What each layer, by name, keeps for `cache_bytes`: numbers a row, numbers for all rows."""
+    counter = _CacheCounter(model, length)
+    return {layer.name: counter.layer(layer) for layer in layer_plan(model)}
 
 
 class _CacheCounter:

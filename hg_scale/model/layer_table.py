@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hg_scale.config.hierarchy import scale_lengths
 from hg_scale.config.schema import ModelConfig
-from hg_scale.model.costs import LayerCost, layer_costs
+from hg_scale.model.costs import LayerCost, cached_numbers, layer_costs
 from hg_scale.model.plan import Kind, LayerPlan, model_scales
 
 
@@ -37,6 +37,7 @@ class LayerRow:
 def layer_table(model: ModelConfig) -> list[LayerRow]:
     """The rows in the order of the forward pass."""
     costs = layer_costs(model)
+    cached = cached_numbers(model, model.sequence_length)
     scales = model_scales(model)
     lengths = scale_lengths(model.sequence_length, model.parsed.factors)
     whole = sum(cost.flops for cost in costs)
@@ -54,7 +55,7 @@ def layer_table(model: ModelConfig) -> list[LayerRow]:
             parameters=sum(cost.parameters for cost in group),
             flops=flops,
             share=flops / whole,
-            cache=sum(cost.cache for cost in group),
+            cache=sum(sum(cached[cost.layer.name]) for cost in group),
             split=_split(model, first),
         ))  # fmt: skip
     return rows

@@ -135,6 +135,7 @@ PLAINLY: dict[str, Any] = {
     ("name", "expert"),
     [
         ("1 1 2 zero1", PLAINLY),
+        ("1 1 2 zero1", OVERLAPPING),
         ("1 1 2 zero2", PLAINLY),
         ("1 1 2 zero3", PLAINLY),
         ("1 1 2 bf16", PLAINLY),
@@ -145,7 +146,7 @@ PLAINLY: dict[str, Any] = {
 def test_expert_keys_change_neither_curve_nor_checkpoint(
     worlds: Worlds, source: Any, tmp_path: Path, name: str, expert: dict[str, Any]
 ) -> None:
-    """All that the section `deepspeed` lets pass and that moves numbers about."""
+    """What the section `deepspeed` lets pass and moves numbers about, in two lots."""
     here = parse(name)
     tree = merge(here.tree(), {"deepspeed": expert})
     _, plain = source(here)

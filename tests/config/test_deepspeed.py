@@ -166,6 +166,15 @@ def test_scattered_gradients_are_scaled_after_the_sum(change: dict[str, Any]) ->
     parse_config({**tree, "deepspeed": {**change, "zero_optimization": {"reduce_scatter": False}}})
 
 
+def test_sizes_may_be_written_as_deepspeed_does() -> None:
+    sizes = {"reduce_bucket_size": 5e8, "sub_group_size": 1e14, "allgather_bucket_size": 2e8}
+    kept = parse_config({"deepspeed": {"zero_optimization": sizes}}).deepspeed.zero_optimization
+    assert (kept.reduce_bucket_size, kept.sub_group_size) == (500_000_000, 10**14)
+    assert isinstance(kept.allgather_bucket_size, int)
+    with pytest.raises(ConfigError, match="reduce_bucket_size = 1.5: expected a valid integer"):
+        parse_config({"deepspeed": {"zero_optimization": {"reduce_bucket_size": 1.5}}})
+
+
 def test_what_is_written_is_what_was_set() -> None:
     assert parse_config({}).model_dump()["deepspeed"] == {}
     tree = {"dump_state": False, "zero_optimization": {"overlap_comm": True, "stage": 1}}
