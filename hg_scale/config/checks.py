@@ -196,10 +196,11 @@ def _schedule(config: Config) -> Iterator[Problem]:
             ("schedule.kind",),
         )
     if schedule.kind == "wsd" and schedule.decay_steps == 0:
+        room, tenth = steps - schedule.warmup_steps, max(1, steps // 10)
+        decay = min(tenth, room) if room > 0 else tenth
         yield Problem(
             "schedule.decay_steps",
-            f"warm-up, stable, decay needs a decay; about a tenth of training.steps, "
-            f"{max(1, min(steps // 10, steps - schedule.warmup_steps))}",
+            f"warm-up, stable, decay needs a decay, such as {decay}",
             0,
             ("schedule.kind", "training.steps", "schedule.warmup_steps"),
         )
