@@ -20,7 +20,7 @@ from hg_scale.errors import UserError
 from hg_scale.training.agreement import together
 from hg_scale.training.branch import find_branch
 from hg_scale.training.console import Console
-from hg_scale.training.same_model import refuse_other_model
+from hg_scale.training.same_model import changed_keys, refuse_other_model
 from hg_scale.training.state import layout_in_words
 
 _LONG = 4e9  # bytes for each rank to check; that takes some seconds
@@ -94,7 +94,10 @@ def find_source(
     else:
         source = find_branch(config, lines.append, known)
     if source:
-        seed = _seed_of(read_manifest(source))
+        manifest = read_manifest(source)
+        if changed := changed_keys(config, manifest["config"]):
+            lines.append(f"changed since {source.name}: {', '.join(changed)}")
+        seed = _seed_of(manifest)
         if seed not in (None, config.training.seed):
             lines.append(
                 f"training.seed is {config.training.seed}, that of {source.name} was {seed}: the "

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of the configured model. Imports no torch."""
+"""Whether a checkpoint is of the configured model, and what else has changed. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,27 @@ from typing import Any
 from hg_scale.checkpoint.find import read_manifest
 from hg_scale.config.errors import ConfigError, Problem
 from hg_scale.config.schema import FREE_MODEL_KEYS, Config, ModelConfig
+
+# What a curve depends on, whatever the layout, beside the model and the seed.
+_CURVE = {
+    "optimizer": None,
+    "schedule": None,
+    "training": {"steps", "global_batch_size", "precision"},
+    "model": FREE_MODEL_KEYS,
+}
+
+
+def changed_keys(config: Config, before: dict[str, Any]) -> list[str]:
+    """What of the training is not as in a checkpoint's configuration: `key was -> is`."""
+    now = config.model_dump()
+    return [
+        f"{section}.{key} {before[section][key]} -> {now[section][key]}"
+        for section, keys in _CURVE.items()
+        for key in now[section]
+        if (keys is None or key in keys)
+        and key in before.get(section, {})
+        and before[section][key] != now[section][key]
+    ]
 
 
 def refuse_other_model(config: Config, checkpoint: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.versions import FORMAT_VERSION, seal
 from hg_scale.config import ConfigError, load_config
+from hg_scale.config.load import parse_config
 from hg_scale.data.errors import DataError
 from hg_scale.model.costs import parameter_count
 from hg_scale.training.check import (
@@ -22,6 +23,7 @@ from hg_scale.training.check import (
     check_run,
     checkpoints_to_come,
 )
+from hg_scale.training.same_model import changed_keys
 from tests.manifests import META
 from tests.runs import TINY, train
 from tests.shared import ROOT
@@ -258,3 +260,20 @@ def test_the_command_checks_and_ends(config: Path, tmp_path: Path) -> None:
     damaged = train(*words, environment=environment)
     assert damaged.returncode == 1 and "begin anew in another run folder" in damaged.stderr
     assert "Traceback" not in wrong.stderr + damaged.stderr and not (run / "logs").exists()
+
+
+def test_what_has_changed_since_a_checkpoint() -> None:
+    before = parse_config({"optimizer": {"learning_rate": 0.003}}).model_dump()
+    del before["schedule"]["kind"]  # younger than the checkpoint
+    now = {
+        "optimizer": {"learning_rate": 0.001},
+        "schedule": {"kind": "wsd", "decay_steps": 10},
+        "training": {"steps": 65, "micro_batch_size": 2, "seed": 9},
+        "model": {"dropout": 0.1},
+    }
+    assert changed_keys(parse_config(now), before) == [
+        "optimizer.learning_rate 0.003 -> 0.001",
+        "schedule.decay_steps 0 -> 10",
+        "training.steps 1000 -> 65",
+        "model.dropout 0.0 -> 0.1",
+    ]
