@@ -46,6 +46,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher injects it
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells those who set keys the way of other programs how it is done here."""
+
+    def error(self, message: str) -> NoReturn:
+        words = message.partition("unrecognized arguments: ")[2]
+        key = words.lstrip("-").replace(" ", "=", 1)
+        hint = f"; did you mean --set {key}?" if "." in key.partition("=")[0] else ""
+        super().error(message + hint)
+
+
 def positive(text: str) -> int:
     """A whole number above 0."""
     if not text.isdecimal() or not int(text):
@@ -135,7 +145,7 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="train.py", description=__doc__.split("\n")[0])
     add_options(parser)
     try:
         exit_code = run(parser.parse_args())

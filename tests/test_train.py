@@ -96,6 +96,23 @@ def test_missing_data_is_told_in_one_line(config: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr + done.stdout
 
 
+@pytest.mark.parametrize("way", [["training.steps=5"], ["--training.steps", "5"]])
+def test_the_ways_of_other_programs_to_set_a_key(config: Path, way: list[str]) -> None:
+    done = train("--config", str(config), *way)
+    assert done.returncode == 2
+    assert done.stderr.endswith("; did you mean --set training.steps=5?\n")
+
+
+def test_a_file_is_no_folder_of_shards(config: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.touch()
+    done = train("--config", str(config), "--set", f"data.path={text}")
+    assert done.returncode == 2
+    assert (
+        f"a file; make a folder of it with data_prep/prepare_bytes.py --input {text}" in done.stderr
+    )
+
+
 def launchers() -> dict[str, tuple[str, ...]]:
     """Commands that start two processes, of those that are installed beside this Python."""
     beside = Path(PYTHON).parent

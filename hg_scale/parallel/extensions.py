@@ -24,6 +24,14 @@ from torch.utils.cpp_extension import _get_build_directory
 _PAUSE = 0.2  # seconds between two looks
 
 
+def is_compiled() -> bool:
+    """Whether a start finds it, or has to compile for about a minute first."""
+    try:
+        return any(Path(_get_build_directory("deepspeed_shm_comm", verbose=False)).glob("*.so"))
+    except OSError:  # torch tells of it
+        return True
+
+
 def load_extensions() -> None:
     """Compile or load it, one process of a node at a time; DeepSpeed then finds it loaded.
 

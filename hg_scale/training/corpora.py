@@ -61,6 +61,9 @@ def _open(corpus: SourceConfig, key: str, config: Config) -> Index:
     path, retries, pause = corpus.path, config.data.retries, 0.5
     if not path:
         raise ConfigError([Problem(key, _NO_DATA, path)])
+    if is_local(path) and os.path.isfile(path):
+        how = f"data_prep/prepare_bytes.py --input {path} --output FOLDER"
+        raise ConfigError([Problem(key, f"a file; make a folder of it with {how}", path)])
     if is_local(path) and not os.path.isdir(path):
         bytes_alone = config.model.vocab_size <= ByteTokenizer(documents=True).vocab_size
         script = "prepare_bytes.py" if bytes_alone else "prepare_text.py --tokenizer MODEL"

@@ -144,8 +144,11 @@ def _train_alone(run: Run, device: torch.device, lock: RunLock | None, watch: Wa
     sources = together(lambda: open_sources(config), device)
     mesh, layers = make_mesh(config.parallel)
 
-    from hg_scale.training.engine import make_engine  # imports DeepSpeed
+    from hg_scale.parallel.extensions import is_compiled  # imports DeepSpeed
+    from hg_scale.training.engine import make_engine
 
+    if device.type == "cpu" and not is_compiled():
+        console.print("compiling DeepSpeed's collectives for CPUs, once: about a minute")
     engine = make_engine(config, mesh, layers, device, draw=beginning.checkpoint is None)
     watch.attach(engine)
     progress = Progress()

@@ -101,3 +101,9 @@ def test_the_ninja_of_this_python_builds(folder: Path, monkeypatch: pytest.Monke
     load_extensions()
     assert found == [f"{sysconfig.get_path('scripts')}/ninja"] * 2
     assert os.environ["PATH"].count(sysconfig.get_path("scripts")) == 1
+
+
+def test_whether_it_is_compiled_yet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not extensions.is_compiled()
+    (folder / "deepspeed_shm_comm.so").touch()
+    assert extensions.is_compiled()
