@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hg_scale.exit_codes import REQUEUE
@@ -56,9 +57,10 @@ def test_a_process_group_that_is_ended_saves(config: Path, tmp_path: Path, name:
 
 
 def _runs(group: int) -> bool:
-    """Whether a process of a group is there."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    """Whether a process of a group is at work; one that only waits to be reaped is not."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            at_work = process.status() != psutil.STATUS_ZOMBIE
+            if at_work and os.getpgid(process.pid) == group:
+                return True
+    return False
