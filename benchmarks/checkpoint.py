@@ -81,28 +81,31 @@ def write_plainly(path: Path, data: memoryview) -> None:
 
 def benchmark_save(options: Options, folder: Path, report: Report) -> None:
     from hg_scale.checkpoint.find import checkpoints_in
-    from hg_scale.training.progress import Progress
-    from hg_scale.training.saver import Saver
-    from hg_scale.training.state import save_state
+    from hg_scale.training.checkpointer import Checkpointer
+    from hg_scale.training.state import TrainingProgress, save_state
 
     engine, ids = make_engine_of(options.width)
     step = Steps(engine, ids)
     for _ in range(3):
         step()
     config = engine.config
-    path = save_state(engine, folder / "first", Progress(0), config)
+    path = save_state(engine, folder / "first", TrainingProgress(0), config)
     size = sum(p.stat().st_size for p in path.iterdir())
     data = memoryview(bytearray(os.urandom(1 << 20) * (size >> 20)))
     report(f"{size / 1e6:,.0f} MB a checkpoint, {os.cpu_count()} cores")
     alone, waited, plain, costs, stalls, slower = [], [], [], [], [], []
-    with Saver(engine, folder, config, last_step=0, warn=print) as saver:
-        saver.save(Progress(0))  # takes the host memory
+    with Checkpointer(engine, folder, config, last_step=0, warn=print) as saver:
+        saver.save(TrainingProgress(0))  # takes the host memory
         for number in range(1, options.rounds + 1):
             saver.wait()
             calm = [step() for _ in range(8)]
             shutil.rmtree(folder / "sync", ignore_errors=True)
             waited.append(
-                seconds(lambda n=number: save_state(engine, folder / "sync", Progress(n), config))
+                seconds(
+                    lambda n=number: save_state(
+                        engine, folder / "sync", TrainingProgress(n), config
+                    )
+                )
             )
             (folder / "plain").unlink(missing_ok=True)
             plain.append(seconds(lambda: write_plainly(folder / "plain", data)))
@@ -110,7 +113,7 @@ def benchmark_save(options: Options, folder: Path, report: Report) -> None:
                 shutil.rmtree(older)
             calm += [step() for _ in range(8)]
             usual = median(calm)
-            stall = seconds(lambda n=number: saver.save(Progress(n)))
+            stall = seconds(lambda n=number: saver.save(TrainingProgress(n)))
             after = []
             while saver.busy:
                 after.append(step())
@@ -128,8 +131,7 @@ def benchmark_save(options: Options, folder: Path, report: Report) -> None:
 
 
 def benchmark_load(options: Options, folder: Path, report: Report) -> None:
-    from hg_scale.training.progress import Progress
-    from hg_scale.training.state import load_state, save_state
+    from hg_scale.training.state import TrainingProgress, load_state, save_state
 
     times: dict[int, list[float]] = {1: [], 2: []}
     path = None
@@ -137,7 +139,7 @@ def benchmark_load(options: Options, folder: Path, report: Report) -> None:
         engine, ids = make_engine_of(options.width, tensor)
         Steps(engine, ids)()
         if path is None:
-            path = save_state(engine, folder, Progress(1), engine.config)
+            path = save_state(engine, folder, TrainingProgress(1), engine.config)
         load_state(engine, path)  # the optimizer's memory is there, the file's pages are
         for _ in range(options.rounds):
             if options.cold and dist.get_rank() == 0:

@@ -31,18 +31,18 @@ from typing import Any
 import torch
 
 from hg_scale.checkpoint.checksum import Checksum
-from hg_scale.checkpoint.export import export
 from hg_scale.checkpoint.find import MANIFEST
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
-from hg_scale.checkpoint.health import faults_of
-from hg_scale.checkpoint.open import open_checkpoint, open_source
 from hg_scale.checkpoint.safetensors_file import create
-from hg_scale.checkpoint.source import parameter_shapes
-from hg_scale.checkpoint.universal import cut_dimensions, to_deepspeed
-from hg_scale.checkpoint.versions import FORMAT_VERSION, seal
-from hg_scale.checkpoint.write import write_checkpoint
+from hg_scale.checkpoint.versions import CHECKPOINT_VERSION, seal
 from hg_scale.config.load import parse_config
 from hg_scale.config.schema import Config, ModelConfig
+from hg_scale.convert.export import export
+from hg_scale.convert.health import find_problems
+from hg_scale.convert.open import open_checkpoint, open_source
+from hg_scale.convert.source import parameter_shapes
+from hg_scale.convert.to_checkpoint import to_checkpoint
+from hg_scale.convert.universal import cut_dimensions, to_deepspeed
 
 TENSOR = DATA = 2
 
@@ -93,7 +93,7 @@ def make_checkpoint(folder: Path, model: ModelConfig) -> None:
         listed = [fragment.to_json() for fragment in fragments]
         files.append({**entry, "checksum": Checksum(folder)(file), "fragments": listed})
     manifest = {
-        "format_version": FORMAT_VERSION, "step": 1, "optimizer_step": 1,
+        "format_version": CHECKPOINT_VERSION, "step": 1, "optimizer_step": 1,
         "progress": {"step": 1, "position": 0, "skipped": 0, "data": {}},
         "layout": {"tensor": TENSOR, "pipeline": 1, "data": DATA, "zero_stage": 1},
         "config": Config(model=model).model_dump(), "versions": {}, "files": files,
@@ -162,9 +162,9 @@ def measure(verb: str, source: Path, out: Path, workers: int) -> dict[str, float
         elif verb == "to-deepspeed":
             to_deepspeed(open_checkpoint(source), out, workers=workers, report=report)
         elif verb == "verify":
-            assert not list(faults_of(open_source(source), workers, report))
+            assert not list(find_problems(open_source(source), workers, report))
         else:
-            write_checkpoint(open_source(source), out, workers=workers, report=report)
+            to_checkpoint(open_source(source), out, workers=workers, report=report)
     end = perf_counter()
     return {"seconds": end - start, "before": before, "peak": memory.peak,
             "comparing": report.seconds.get("comparing logits", 0.0),

@@ -31,8 +31,8 @@ import webdataset
 from hg_scale.data.blocks import make_readers
 from hg_scale.data.index import Index, read_index
 from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
-from hg_scale.data.schedule import Schedule, Source
-from hg_scale.data.shards import Patience
+from hg_scale.data.schedule import DataSchedule, DataSource
+from hg_scale.data.shards import RetryPolicy
 from hg_scale.data.stream import TrainingStream
 
 
@@ -50,8 +50,10 @@ def make_corpus(folder: Path, tokens: int, shards: int) -> Index:
 
 def open_stream(index: Index, workers: int, length: int, rows: int, **options: Any):  # type: ignore[no-untyped-def]
     position = options.pop("position", 0)
-    schedule = Schedule([Source("a", index)], sequence_length=length, seed=1, position=position)
-    readers = make_readers(workers, Patience(retries=3, timeout=60))
+    schedule = DataSchedule(
+        [DataSource("a", index)], sequence_length=length, seed=1, position=position
+    )
+    readers = make_readers(workers, RetryPolicy(retries=3, timeout=60))
     return TrainingStream(schedule, readers, global_batch_size=rows, **options)
 
 
@@ -164,7 +166,7 @@ def waiting(
 
 
 def far_jump(index: Index, length: int, rows: int, workers: int) -> None:
-    windows = Schedule([Source("a", index)], sequence_length=length, seed=1).orders[0]
+    windows = DataSchedule([DataSource("a", index)], sequence_length=length, seed=1).orders[0]
     position = (windows.windows_per_epoch - 4 * rows) * length
     start = time.perf_counter()
     again = read_index(index.location)

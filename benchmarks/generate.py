@@ -21,7 +21,7 @@ from hg_scale.config.schema import ModelConfig
 from hg_scale.model.costs import cache_bytes
 from hg_scale.model.decoding import Decoder
 from hg_scale.model.hourglass import Hourglass
-from hg_scale.parallel.initialization import initialize
+from hg_scale.model.initialization import initialize_weights
 
 KINDS = {
     "paper": {"positions": "relative", "shared_position_bias": True},
@@ -38,7 +38,7 @@ def make(hierarchy: str, kind: str, **changes: object) -> Hourglass:
     """A model of width 512 on bytes."""
     config = ModelConfig(hierarchy=hierarchy, **{**KINDS[kind], **changes})  # type: ignore[arg-type]
     model = Hourglass(config)
-    initialize(list(model.named_parameters()), config, seed=1)
+    initialize_weights(list(model.named_parameters()), config, seed=1)
     return model.eval()
 
 

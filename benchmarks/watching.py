@@ -35,7 +35,7 @@ def measure(rank: int, options: argparse.Namespace, folder: str) -> None:
     from hg_scale.parallel.mesh import make_mesh
     from hg_scale.training.console import Console, quiet_libraries
     from hg_scale.training.engine import make_engine
-    from hg_scale.training.watch import watching
+    from hg_scale.training.monitoring.monitor import monitor_run
 
     tree = {
         "model": {"hierarchy": "1@1 1@2 1@1", "d_model": 32, "heads": 2, "d_ff": 64,
@@ -67,7 +67,7 @@ def measure(rank: int, options: argparse.Namespace, folder: str) -> None:
                         bare()
                         times[kind].append(perf_counter() - start)
                     continue
-                with watching(config, Path(folder), launch, console, device) as watch:
+                with monitor_run(config, Path(folder), launch, console, device) as watch:
                     watch.attach(engine)
                     for _ in range(BLOCK):
                         number += 1
@@ -83,7 +83,7 @@ def measure(rank: int, options: argparse.Namespace, folder: str) -> None:
                 engine.model._forward_pre_hooks.clear()
                 engine.model._forward_hooks.clear()
         bare_time = median(times["bare"])
-        with watching(config, Path(folder), launch, console, device) as watch:
+        with monitor_run(config, Path(folder), launch, console, device) as watch:
             start = perf_counter()
             for number in range(10_000):
                 watch.enter("step", number)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs
 
 from hg_scale.data.preparation import command_line
 from hg_scale.data.preparation.download import CORPORA, fetch
-from hg_scale.data.progress import Progress
+from hg_scale.data.progress import ProgressBar
 
 
 def main() -> int:
@@ -30,7 +30,7 @@ def main() -> int:
     add("--url", help="another place to fetch the .zip from")
     options = parser.parse_args()
 
-    def work(progress: Progress) -> None:
+    def work(progress: ProgressBar) -> None:
         corpus = CORPORA[options.corpus]
         if options.url:
             corpus = dataclasses.replace(corpus, url=options.url)

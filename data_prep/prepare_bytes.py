@@ -25,7 +25,7 @@ from hg_scale.data.preparation import command_line
 from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
 from hg_scale.data.preparation.place import find_place
 from hg_scale.data.preparation.sources import text_length
-from hg_scale.data.progress import Progress
+from hg_scale.data.progress import ProgressBar
 
 
 def main() -> int:
@@ -50,7 +50,7 @@ def main() -> int:
     if find_place().rank:
         return 0  # it takes one process
 
-    def work(progress: Progress) -> None:
+    def work(progress: ProgressBar) -> None:
         start = time.perf_counter()
         job = Preparation(**options)
         index, written = prepare_bytes(job, progress)

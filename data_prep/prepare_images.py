@@ -27,7 +27,7 @@ from hg_scale.data.preparation import command_line
 from hg_scale.data.preparation.images import ImageCorpus
 from hg_scale.data.preparation.place import find_place
 from hg_scale.data.preparation.shuffled import CHUNK_TOKENS, Job, prepare
-from hg_scale.data.progress import Progress
+from hg_scale.data.progress import ProgressBar
 
 
 def main() -> int:
@@ -55,7 +55,7 @@ def main() -> int:
     command_line.add_team_options(parser)
     options, place = parser.parse_args(), find_place()
 
-    def work(progress: Progress) -> None:
+    def work(progress: ProgressBar) -> None:
         start = time.perf_counter()
         split = options.split
         if split is not None and all(isinstance(part, int) for part in split):

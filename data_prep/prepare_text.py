@@ -33,7 +33,7 @@ from hg_scale.data.preparation.documents import TextFormat
 from hg_scale.data.preparation.place import Place, find_place
 from hg_scale.data.preparation.shuffled import CHUNK_TOKENS, Job, prepare
 from hg_scale.data.preparation.text_corpus import TextCorpus
-from hg_scale.data.progress import Progress
+from hg_scale.data.progress import ProgressBar
 from hg_scale.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
 
@@ -100,7 +100,7 @@ def main() -> int:
     """Prepare the data; 2 where the input, the output or an option cannot be used."""
     options, place = parse_arguments(), find_place()
 
-    def work(progress: Progress) -> None:
+    def work(progress: ProgressBar) -> None:
         start = time.perf_counter()
         job = make_job(options, place)
         index, written = prepare(job, progress)

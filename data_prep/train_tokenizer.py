@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs
 from hg_scale.data.preparation import command_line
 from hg_scale.data.preparation.documents import TextFormat
 from hg_scale.data.preparation.tokenizer_training import TokenizerTraining, train_tokenizer
-from hg_scale.data.progress import Progress
+from hg_scale.data.progress import ProgressBar
 
 
 def main() -> int:
@@ -40,7 +40,7 @@ def main() -> int:
     add("--seed", type=command_line.seed, default=0, help="of the sample (default: 0)")
     options = parser.parse_args()
 
-    def work(progress: Progress) -> None:
+    def work(progress: ProgressBar) -> None:
         job = TokenizerTraining(
             tuple(options.input),
             options.output,

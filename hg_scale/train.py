@@ -22,7 +22,7 @@ from hg_scale.config.layouts import elastic_line, load_elastic  # noqa: E402
 from hg_scale.errors import UserError  # noqa: E402
 from hg_scale.exit_codes import DONE, FAILED  # noqa: E402
 from hg_scale.parallel.launch import Launch, LaunchError, affinity_problem  # noqa: E402
-from hg_scale.training.stop_signals import StopSignals  # noqa: E402
+from hg_scale.training.interruption import StopSignals  # noqa: E402
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

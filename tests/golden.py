@@ -23,22 +23,22 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.reference import (
-    Array,
-    kind_of,
+from hg_scale.config.schema import ModelConfig
+from hg_scale.convert.reference import (
+    Float32Array,
+    describe_array,
     read_entries,
     reference_config,
     reference_weights,
     under,
 )
-from hg_scale.config.schema import ModelConfig
 from hg_scale.errors import UserError
-from hg_scale.model.block import State
+from hg_scale.model.block import Activations
 from hg_scale.model.context import Context
 from hg_scale.model.hourglass import Hourglass
 from hg_scale.model.layers import PlainLayers
 from hg_scale.model.plan import layer_plan
-from hg_scale.parallel.sharding import shard_of
+from hg_scale.model.sharding import shard_of
 
 BOUND = 1e-5  # absolute, on logits in float32
 
@@ -48,10 +48,10 @@ class Golden:
     """What is in a file; weights under our names, ids (B, L) shifted already."""
 
     model: ModelConfig
-    weights: dict[str, Array]
+    weights: dict[str, Float32Array]
     ids: torch.Tensor
-    logits: Array
-    activations: dict[str, Array]
+    logits: Float32Array
+    activations: dict[str, Float32Array]
 
 
 def read_golden(path: Path, tensor: int = 1) -> Golden:
@@ -61,14 +61,16 @@ def read_golden(path: Path, tensor: int = 1) -> Golden:
     weights = under(entries, "weight/")
     ids, logits = entries["input/tokens_shifted"], entries["output/logits"]
     if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
-        raise CheckpointError(f"input/tokens_shifted: expected ids (B, L), got {kind_of(ids)}")
+        raise CheckpointError(
+            f"input/tokens_shifted: expected ids (B, L), got {describe_array(ids)}"
+        )
     if ids.min() < 0 or ids.max() >= model.vocab_size:
         raise CheckpointError(
             f"input/tokens_shifted: expected ids from 0 to {model.vocab_size - 1}"
         )
     if logits.shape != (*ids.shape, model.vocab_size):
         expected = (*ids.shape, model.vocab_size)
-        raise CheckpointError(f"output/logits: expected {expected}, got {kind_of(logits)}")
+        raise CheckpointError(f"output/logits: expected {expected}, got {describe_array(logits)}")
     ids = torch.from_numpy(ids.astype(np.int64))
     ours = reference_weights(weights, model)
     return Golden(model, ours, ids, logits, under(entries, "act/"))
@@ -94,7 +96,7 @@ def differences(path: Path, layers: PlainLayers | None = None) -> tuple[float, s
     golden = read_golden(path, layers.size if layers else 1)
     hourglass = load_model(golden, layers)
     model, seen = hourglass.config, {}
-    state, context = State(golden.ids), Context(golden.model.parsed.factors)
+    state, context = Activations(golden.ids), Context(golden.model.parsed.factors)
     with torch.no_grad():
         for plan, layer in zip(layer_plan(model), hourglass.sequence, strict=True):
             if plan.kind == "upsample":
@@ -111,10 +113,10 @@ def differences(path: Path, layers: PlainLayers | None = None) -> tuple[float, s
     return worst, _first_off(off, failed=not worst <= BOUND)
 
 
-def _difference(name: str, ours: torch.Tensor, theirs: Array) -> float:
+def _difference(name: str, ours: torch.Tensor, theirs: Float32Array) -> float:
     if ours.shape != theirs.shape or theirs.dtype.kind not in "fiu":
         expected = f"numbers {tuple(ours.shape)}"
-        raise CheckpointError(f"{name}: expected {expected}, got {kind_of(theirs)}")
+        raise CheckpointError(f"{name}: expected {expected}, got {describe_array(theirs)}")
     return float(np.abs(ours.numpy() - theirs).max())
 
 
@@ -133,7 +135,7 @@ def _first_off(off: dict[str, float], failed: bool) -> str:
     return ""
 
 
-def _upsampled(layer, state: State, context: Context, level: int) -> dict[str, torch.Tensor]:
+def _upsampled(layer, state: Activations, context: Context, level: int) -> dict[str, torch.Tensor]:
     """The output of an Upsample before its norm, which the golden files hold."""
     caught = []
     handle = layer.norm.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
@@ -181,7 +183,7 @@ def _worker(rank: int, size: int, port: int, paths: list[Path], failures: Any) -
     dist.init_process_group("gloo", rank=rank, world_size=size)
     from hg_scale.parallel import megatron
 
-    megatron.initialize(size, 1)
+    megatron.initialize_groups(size, 1)
     failed = compare(paths, megatron.MegatronLayers(), report=rank == 0)
     if rank == 0:
         failures.put(failed)

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hg_scale.checkpoint.versions import FORMAT_VERSION, seal
+from hg_scale.checkpoint.versions import CHECKPOINT_VERSION, seal
 from hg_scale.config.load import parse_config
 from hg_scale.config.read import merge
 from tests.manifests import META
@@ -61,6 +61,6 @@ def write_checkpoint(folder: Path, step: int, layout: dict[str, int]) -> None:
     (path / "rank-00000.safetensors").write_bytes(bytes(1000))
     name, checksum = "rank-00000.safetensors", f"xxh3_128:{0:032}"
     files = [{"name": name, "bytes": 1000, "checksum": checksum, "fragments": []}]
-    head = {"format_version": FORMAT_VERSION, "step": step}
+    head = {"format_version": CHECKPOINT_VERSION, "step": step}
     manifest = {**head, **META, "layout": layout, "files": files}
     (path / "manifest.json").write_text(json.dumps(seal(manifest)))

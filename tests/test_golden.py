@@ -98,7 +98,7 @@ def in_slices(paths: list[Path], bad: list[Path]) -> tuple[list[tuple[float, str
 
     from hg_scale.parallel import megatron
 
-    megatron.initialize(dist.get_world_size(), 1)
+    megatron.initialize_groups(dist.get_world_size(), 1)
     layers = megatron.MegatronLayers()
     return [differences(path, layers) for path in paths], golden.compare(bad, layers)
 

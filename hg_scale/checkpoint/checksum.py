@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import xxhash
 
-from hg_scale.checkpoint.jobs import Report, run_jobs
+from hg_scale.checkpoint.jobs import ProgressReporter, run_jobs
 
 ALGORITHM = "xxh3_128"
 CHANGED = "changed since it was written (checksum differs)"
@@ -36,11 +36,11 @@ ALGORITHMS: dict[str, Callable[[], Digest]] = {
 
 
 def new_digest() -> Digest:
-    """Of what is being written; `in_words` gives its checksum."""
+    """Of what is being written; `checksum_text` gives its checksum."""
     return ALGORITHMS[ALGORITHM]()
 
 
-def in_words(digest: Digest) -> str:
+def checksum_text(digest: Digest) -> str:
     """The checksum of all that a `new_digest` has been updated with."""
     return f"{ALGORITHM}:{digest.hexdigest()}"
 
@@ -69,7 +69,7 @@ class Changed:
 
 
 def changed_files(
-    checkpoint: Path, files: Sequence[dict[str, Any]], workers: int, report: Report
+    checkpoint: Path, files: Sequence[dict[str, Any]], workers: int, report: ProgressReporter
 ) -> Iterator[str]:
     """One line for each file of a manifest whose bytes are not those that were written."""
     entries = [{key: file[key] for key in ("name", "bytes", "checksum")} for file in files]

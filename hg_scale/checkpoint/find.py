@@ -15,7 +15,7 @@ from typing import Any
 from hg_scale.checkpoint.checksum import CHANGED, Changed
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.manifest import shape_fault
-from hg_scale.checkpoint.versions import FORMAT_VERSION, MIGRATIONS, is_sealed
+from hg_scale.checkpoint.versions import CHECKPOINT_VERSION, MIGRATIONS, is_sealed
 
 MANIFEST = "manifest.json"
 _FOLDER = re.compile(r"step-(\d{8,})")
@@ -128,15 +128,15 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), list):
         raise CheckpointError(f"{path}: lists no files; use another checkpoint")
     version = manifest.get("format_version")
-    if not isinstance(version, int) or version not in (FORMAT_VERSION, *MIGRATIONS):
-        newer = isinstance(version, int) and version > FORMAT_VERSION
+    if not isinstance(version, int) or version not in (CHECKPOINT_VERSION, *MIGRATIONS):
+        newer = isinstance(version, int) and version > CHECKPOINT_VERSION
         remedy = "update hg_scale" if newer else "read it with the hg_scale that wrote it"
         raise CheckpointError(
-            f"{path}: format version {version}, expected {FORMAT_VERSION}; {remedy}"
+            f"{path}: format version {version}, expected {CHECKPOINT_VERSION}; {remedy}"
         )
     if not is_sealed(manifest):
         raise CheckpointError(f"{path}: {CHANGED}")
-    while version != FORMAT_VERSION:
+    while version != CHECKPOINT_VERSION:
         manifest = MIGRATIONS[version](manifest)
         version = manifest["format_version"]
     if fault := shape_fault(manifest):

@@ -11,14 +11,14 @@ from typing import Any, Protocol, TypeVar
 
 from hg_scale.checkpoint.errors import CheckpointError
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 _AHEAD = 4  # items handed to each process before the first result is asked for
 
 
-class Report(Protocol):
-    """Where progress goes; `hg_scale.data.progress.Progress` is one."""
+class ProgressReporter(Protocol):
+    """Where progress goes; `hg_scale.data.progress.ProgressBar` is one."""
 
     def begin(self, what: str, total: int | None) -> None: ...
 
@@ -26,8 +26,8 @@ class Report(Protocol):
 
 
 def run_jobs(
-    work: Callable[[Item], Result], items: Iterable[Item], workers: int = 1
-) -> Iterator[tuple[Item, Result]]:
+    work: Callable[[_Item], _Result], items: Iterable[_Item], workers: int = 1
+) -> Iterator[tuple[_Item, _Result]]:
     """Each item with what `work` makes of it, in order; `work` is sent to every process once.
 
     Raises what `work` raises, CheckpointError where a process dies.
@@ -39,7 +39,7 @@ def run_jobs(
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(work,)
     )
-    waiting: deque[tuple[Item, Future[Result]]] = deque()
+    waiting: deque[tuple[_Item, Future[_Result]]] = deque()
     try:
         for item in items:
             waiting.append((item, pool.submit(_run, item)))
@@ -55,7 +55,7 @@ def run_jobs(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _first(waiting: deque[tuple[Item, Future[Result]]]) -> tuple[Item, Result]:
+def _first(waiting: deque[tuple[_Item, Future[_Result]]]) -> tuple[_Item, _Result]:
     item, future = waiting.popleft()
     return item, future.result()
 

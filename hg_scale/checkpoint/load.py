@@ -28,7 +28,7 @@ _FLOAT = 4  # bytes
 _GAP = 1 << 20  # bytes; stretches of a file that are nearer than this are read as one
 
 
-class Reader:
+class CheckpointReader:
     """A checkpoint open for reading. Needs neither DeepSpeed nor a process group.
 
     Raises CheckpointError where the checkpoint is not whole.
@@ -168,6 +168,6 @@ def merged(pieces: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]
 
 def read_parameters(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     """Every parameter by name, whole, in fp32, one at a time: for a plain model."""
-    reader = Reader(checkpoint)
+    reader = CheckpointReader(checkpoint)
     for name in reader.written:
         yield name, reader.whole(name)

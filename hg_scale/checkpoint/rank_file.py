@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hg_scale.checkpoint.checksum import in_words, new_digest
+from hg_scale.checkpoint.checksum import checksum_text, new_digest
 from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.fragments import KINDS, Fragment
 
@@ -128,7 +128,7 @@ def _write(path: Path, staged: Staged) -> dict[str, Any]:
     return {
         "name": path.name,
         "bytes": size,
-        "checksum": in_words(digest),
+        "checksum": checksum_text(digest),
         "fragments": [fragment.to_json() for fragment in staged.fragments],
     }
 

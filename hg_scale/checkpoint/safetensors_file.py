@@ -21,7 +21,7 @@ DTYPES = {"fp32": ("F32", torch.float32, 4), "bf16": ("BF16", torch.bfloat16, 2)
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorRegion:
     """A tensor to be written: `offset` of its first byte in the file `path`."""
 
     path: Path
@@ -47,7 +47,7 @@ def create(
     tensors: Iterable[tuple[str, tuple[int, ...]]],
     dtype: str = "fp32",
     metadata: dict[str, str] | None = None,
-) -> dict[str, Place]:
+) -> dict[str, TensorRegion]:
     """A file with its header and room for the tensors, which read as zeros until written.
 
     `tensors`: names and shapes, in the order of the file. Raises OSError.
@@ -69,4 +69,4 @@ def create(
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(first + end)
-    return {name: Place(path, first + offset, dtype) for name, offset in offsets.items()}
+    return {name: TensorRegion(path, first + offset, dtype) for name, offset in offsets.items()}

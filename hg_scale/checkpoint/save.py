@@ -21,13 +21,13 @@ from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import MANIFEST, folder_name
 from hg_scale.checkpoint.fragments import Fragment, cover_problems
-from hg_scale.checkpoint.output import sync_path
 from hg_scale.checkpoint.rank_file import Staged, gather, write_rank_file
 from hg_scale.checkpoint.retention import Keep, prune, remove_leftovers
-from hg_scale.checkpoint.versions import FORMAT_VERSION, seal
+from hg_scale.checkpoint.versions import CHECKPOINT_VERSION, seal
+from hg_scale.convert.output import sync_path
 from hg_scale.errors import UserError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 Group = dist.ProcessGroup | None
 
 
@@ -108,7 +108,7 @@ def write_checkpoint(
     return final
 
 
-def _agree(work: Callable[[], T], what: str, group: Group) -> T:
+def _agree(work: Callable[[], _T], what: str, group: Group) -> _T:
     """Do something on each rank; where any fails, all raise, naming it."""
     result, fault = None, None
     try:
@@ -139,7 +139,7 @@ def _write_manifest(
     problems = [f"{name}: no rank wrote it" for name in missing] + cover_problems(fragments)
     if problems:
         raise ValueError(f"parameters are not written whole and once: {'; '.join(problems[:3])}")
-    manifest = {"format_version": FORMAT_VERSION, "step": step, **meta, "files": files}
+    manifest = {"format_version": CHECKPOINT_VERSION, "step": step, **meta, "files": files}
     _replace(folder / MANIFEST, json.dumps(seal(manifest)))
     sync_path(folder)
 

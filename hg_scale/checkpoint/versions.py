@@ -11,9 +11,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from hg_scale.checkpoint.checksum import in_words, new_digest
+from hg_scale.checkpoint.checksum import checksum_text, new_digest
 
-FORMAT_VERSION = 2
+CHECKPOINT_VERSION = 2
 _SEAL, _SEAL_1 = "manifest_checksum", "manifest_sha256"
 
 
@@ -34,7 +34,7 @@ def is_sealed(manifest: dict[str, Any]) -> bool:
 def _checksum(manifest: dict[str, Any]) -> str:
     digest = new_digest()
     digest.update(_text(manifest, _SEAL))
-    return in_words(digest)
+    return checksum_text(digest)
 
 
 def _text(manifest: dict[str, Any], but_for: str) -> bytes:

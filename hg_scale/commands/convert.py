@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hg_scale.checkpoint.source import Source
+    from hg_scale.convert.source import WeightSource
     from hg_scale.data.tokenizer import Tokenizer
 
 HELP = "inspect, verify, export, import, compare and average checkpoints"
@@ -84,9 +84,9 @@ def _at_least_one(text: str) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from rich.table import Table
 
-    from hg_scale.checkpoint.health import health_of
-    from hg_scale.checkpoint.inspection import facts_of, tensors_table
-    from hg_scale.checkpoint.open import open_source
+    from hg_scale.convert.health import health_of
+    from hg_scale.convert.inspection import facts_of, tensors_table
+    from hg_scale.convert.open import open_source
     from hg_scale.data.progress import on_stderr
 
     source = open_source(options.source)
@@ -109,13 +109,13 @@ def _inspect(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     import sys
 
-    from hg_scale.checkpoint.health import faults_of
-    from hg_scale.checkpoint.open import open_source
+    from hg_scale.convert.health import find_problems
+    from hg_scale.convert.open import open_source
     from hg_scale.data.progress import on_stderr
 
     source, faults = open_source(options.source), 0
     with on_stderr() as progress:
-        for fault in faults_of(source, options.workers, progress):
+        for fault in find_problems(source, options.workers, progress):
             faults += 1
             print(f"hg-scale convert verify: {fault}", file=sys.stderr)
     if faults:
@@ -129,20 +129,20 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from hg_scale.checkpoint.export import export
+    from hg_scale.convert.export import export
 
     return _write_export(options, export)
 
 
 def _to_hf(options: argparse.Namespace) -> int:
-    from hg_scale.checkpoint.huggingface import to_huggingface
+    from hg_scale.convert.huggingface import to_huggingface
 
     return _write_export(options, to_huggingface)
 
 
 def _write_export(options: argparse.Namespace, write: Callable[..., float]) -> int:
     from hg_scale.checkpoint.errors import CheckpointError
-    from hg_scale.checkpoint.open import open_source
+    from hg_scale.convert.open import open_source
     from hg_scale.data.progress import on_stderr
 
     if not 0 < options.shard_gb < inf:
@@ -161,7 +161,7 @@ def _write_export(options: argparse.Namespace, write: Callable[..., float]) -> i
     return 0
 
 
-def _tokenizer(source: Source, data: str | None) -> Tokenizer | None:
+def _tokenizer(source: WeightSource, data: str | None) -> Tokenizer | None:
     """That of `data`, of the data that the run was trained on, or that the run kept.
 
     Where the data is at hand, `source` is told whether it holds images.
@@ -169,7 +169,7 @@ def _tokenizer(source: Source, data: str | None) -> Tokenizer | None:
     import sys
 
     from hg_scale.checkpoint.run_tokenizer import kept_tokenizer
-    from hg_scale.checkpoint.source import CheckpointSource
+    from hg_scale.convert.source import CheckpointSource
     from hg_scale.data.errors import DataError
     from hg_scale.data.index import is_local, read_index
 
@@ -201,32 +201,32 @@ def _tokenizer(source: Source, data: str | None) -> Tokenizer | None:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from hg_scale.checkpoint.open import open_source
-    from hg_scale.checkpoint.write import write_checkpoint
     from hg_scale.config.load import load_config
+    from hg_scale.convert.open import open_source
+    from hg_scale.convert.to_checkpoint import to_checkpoint
     from hg_scale.data.progress import on_stderr
 
     config = getattr(options, "config", None)
     source = open_source(options.source, load_config(config).model if config else None)
     with on_stderr() as progress:
-        write_checkpoint(source, options.out, workers=options.workers, report=progress)
+        to_checkpoint(source, options.out, workers=options.workers, report=progress)
     return _say_how_to_start(options.out)
 
 
 def _average(options: argparse.Namespace) -> int:
-    from hg_scale.checkpoint.average import AverageSource
-    from hg_scale.checkpoint.open import open_source
-    from hg_scale.checkpoint.write import write_checkpoint
+    from hg_scale.convert.average import AverageSource
+    from hg_scale.convert.open import open_source
+    from hg_scale.convert.to_checkpoint import to_checkpoint
     from hg_scale.data.progress import on_stderr
 
     source = AverageSource([open_source(path) for path in options.sources])
     with on_stderr() as progress:
-        write_checkpoint(source, options.out, workers=options.workers, report=progress)
+        to_checkpoint(source, options.out, workers=options.workers, report=progress)
     return _say_how_to_start(options.out)
 
 
 def _say_how_to_start(out: Path) -> int:
-    from hg_scale.checkpoint.open import open_checkpoint
+    from hg_scale.convert.open import open_checkpoint
 
     source = open_checkpoint(out)
     step = source.manifest["progress"]["step"]
@@ -237,8 +237,8 @@ def _say_how_to_start(out: Path) -> int:
 
 
 def _to_deepspeed(options: argparse.Namespace) -> int:
-    from hg_scale.checkpoint.open import open_checkpoint
-    from hg_scale.checkpoint.universal import to_deepspeed
+    from hg_scale.convert.open import open_checkpoint
+    from hg_scale.convert.universal import to_deepspeed
     from hg_scale.data.progress import on_stderr
 
     source = open_checkpoint(options.checkpoint)
@@ -250,14 +250,14 @@ def _to_deepspeed(options: argparse.Namespace) -> int:
 
 def _diff(options: argparse.Namespace) -> int:
 
-    from hg_scale.checkpoint.compare import differences
-    from hg_scale.checkpoint.inspection import differences_table
-    from hg_scale.checkpoint.open import open_source
+    from hg_scale.convert.compare import tensor_differences
+    from hg_scale.convert.inspection import differences_table
+    from hg_scale.convert.open import open_source
     from hg_scale.data.progress import on_stderr
 
     a, b = open_source(options.a), open_source(options.b)
     with on_stderr() as progress:
-        found = list(differences(a, b, options.workers, progress))
+        found = list(tensor_differences(a, b, options.workers, progress))
     unequal = [d for d in found if d.unequal]
     compared = ", ".join(dict.fromkeys(d.kind for d in found))
     if not unequal:

@@ -69,17 +69,17 @@ def _verify(options: argparse.Namespace) -> int:
     import sys
 
     from hg_scale.data.index import read_index
-    from hg_scale.data.inspection import faults_of
-    from hg_scale.data.progress import Progress
+    from hg_scale.data.inspection import shard_problems
+    from hg_scale.data.progress import ProgressBar
 
     index = read_index(options.shards)
     tokenizer = index.open_tokenizer()
     shards = [shard for split in index.splits.values() for shard in split.shards]
     faulty = 0
-    with Progress(sys.stderr) as progress:
+    with ProgressBar(sys.stderr) as progress:
         progress.begin("reading shards", sum(shard.file_bytes for shard in shards))
         for shard in shards:
-            for fault in faults_of(index, shard, tokenizer):
+            for fault in shard_problems(index, shard, tokenizer):
                 faulty += 1
                 print(f"hg-scale data verify: {fault}", file=sys.stderr)
             progress.advance(shard.file_bytes)

@@ -15,9 +15,9 @@ from hg_scale.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hg_scale.data.protocol import Windows
+    from hg_scale.data.protocol import WindowProtocol
     from hg_scale.evaluation.scoring import Score
-    from hg_scale.evaluation.task import Subject
+    from hg_scale.evaluation.task import EvaluationSubject
 
 HELP = "score a run, a checkpoint or an export on text, in bits per byte"
 WINDOW, STRIDE = 4096, 128  # of the paper's sliding protocol, section 3.3
@@ -80,14 +80,14 @@ def _checkpoints(run: Path) -> list[Path]:
     return whole
 
 
-def _score(options: argparse.Namespace, model: Path) -> tuple[Subject, Score]:
+def _score(options: argparse.Namespace, model: Path) -> tuple[EvaluationSubject, Score]:
     from rich.console import Console
     from rich.progress import Progress
 
-    from hg_scale.evaluation.task import Task, evaluate
+    from hg_scale.evaluation.task import EvaluationTask, evaluate
 
     stride = options.stride or STRIDE
-    task = Task(
+    task = EvaluationTask(
         model, options.data, options.split, options.context or options.window,
         min(stride, options.window) if options.window else None,
         options.windows, options.batch, options.precision,
@@ -117,7 +117,7 @@ def _check(options: argparse.Namespace) -> None:
         refuse_unwritable(options.json)
 
 
-def figures(subject: Subject, score: Score, precision: str) -> dict[str, Any]:
+def figures(subject: EvaluationSubject, score: Score, precision: str) -> dict[str, Any]:
     """All that was measured, for a file."""
     period = subject.trained.model.config.parsed.total_factor
     spread = score.bits_per_byte * score.byte_interval
@@ -148,7 +148,7 @@ def figures(subject: Subject, score: Score, precision: str) -> dict[str, Any]:
     return found
 
 
-def edges(how: Windows) -> list[int]:
+def edges(how: WindowProtocol) -> list[int]:
     """0, 1, 2, 4, 8, ... up to the length: context grows in doublings.
 
     Of sliding windows up to the last `stride` positions, which stand by themselves: what is before
@@ -159,13 +159,13 @@ def edges(how: Windows) -> list[int]:
     return sorted({0, *powers, head, how.length})
 
 
-def _in_a_line(subject: Subject, score: Score) -> str:
+def _in_a_line(subject: EvaluationSubject, score: Score) -> str:
     line = f"step {subject.trained.step:>9,}  {score.bits_per_byte:.4f} bits a byte"
     spread = score.bits_per_byte * score.byte_interval
     return line + (f" (95% interval +- {spread:.4f})" if spread == spread else "")
 
 
-def _print(subject: Subject, score: Score) -> None:
+def _print(subject: EvaluationSubject, score: Score) -> None:
     from rich.console import Console
 
     how, trained = subject.how, subject.trained
@@ -187,7 +187,7 @@ def _print(subject: Subject, score: Score) -> None:
     console.print(_positions(subject, score))
 
 
-def _positions(subject: Subject, score: Score) -> Table:
+def _positions(subject: EvaluationSubject, score: Score) -> Table:
     """Bits a token by place in the window, and by place in the outermost group of the innermost."""
     from rich.table import Table
 

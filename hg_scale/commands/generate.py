@@ -14,8 +14,8 @@ from hg_scale.commands.writable import refuse_unwritable
 from hg_scale.errors import UserError
 
 if TYPE_CHECKING:
-    from hg_scale.evaluation.generation import Piece, Writing
-    from hg_scale.evaluation.trained import Trained
+    from hg_scale.evaluation.generation import GenerationConfig, Piece
+    from hg_scale.evaluation.loaded_model import LoadedModel
 
 HELP = "write text after a prompt, or draw images, with a trained model"
 
@@ -63,12 +63,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     _check(options)
 
-    from hg_scale.evaluation.generation import Writing
-    from hg_scale.evaluation.trained import load_trained
+    from hg_scale.evaluation.generation import GenerationConfig
+    from hg_scale.evaluation.loaded_model import load
     from hg_scale.model.sampling import Sampling
 
-    trained = load_trained(options.model, options.data, options.precision)
-    how = Writing(
+    trained = load(options.model, options.data, options.precision)
+    how = GenerationConfig(
         Sampling(options.temperature, options.top_k, options.top_p),
         options.tokens or TOKENS, options.seed, options.batch, options.context,
     )  # fmt: skip
@@ -118,7 +118,9 @@ def _prompts(options: argparse.Namespace) -> list[bytes]:
     return [prompt for prompt in prompts for _ in range(options.count or 1)]
 
 
-def _write(trained: Trained, prompts: list[bytes], how: Writing, output: Path | None) -> int:
+def _write(
+    trained: LoadedModel, prompts: list[bytes], how: GenerationConfig, output: Path | None
+) -> int:
     """Each prompt and what follows it, one after the other; the first as it is made."""
     import json
 
@@ -159,7 +161,10 @@ def _show(piece: Piece, prompts: list[str], first: bool) -> None:
 
 
 def _draw(
-    trained: Trained, shape: tuple[int, int, int], how: Writing, options: argparse.Namespace
+    trained: LoadedModel,
+    shape: tuple[int, int, int],
+    how: GenerationConfig,
+    options: argparse.Namespace,
 ) -> int:
     """New images as a square; or, a line each: what was given, what was made of it, the original.
 

@@ -40,12 +40,12 @@ def run(options: argparse.Namespace) -> int:
     from lm_eval.utils import make_table
 
     from hg_scale.evaluation.harness import HarnessModel
-    from hg_scale.evaluation.trained import load_trained
+    from hg_scale.evaluation.loaded_model import load
 
     manager = TaskManager(include_path=options.include_path)
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         raise UserError(f"--tasks: lm-eval knows no {', '.join(unknown)}; see `lm_eval ls tasks`")
-    trained = load_trained(options.model, options.data, options.precision)
+    trained = load(options.model, options.data, options.precision)
     model = HarnessModel(trained, options.batch)
     try:
         results = lm_eval.simple_evaluate(

@@ -14,9 +14,9 @@ def told_in_a_line() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        from hg_scale.training.endings import no_memory
+        from hg_scale.training.failures import out_of_memory
 
-        if no_memory(error) is None:
+        if out_of_memory(error) is None:
             raise
         raise UserError(
             "out of memory; a smaller --batch, shorter windows (--context, --window) or fewer "

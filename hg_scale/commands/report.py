@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from hg_scale.evaluation.report.baselines import find_baselines
-    from hg_scale.evaluation.report.page import Report, render
+    from hg_scale.evaluation.report.page import ReportPage, render
     from hg_scale.evaluation.report.run_folder import read_runs
     from hg_scale.evaluation.report.samples import sample_of
 
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         for one in runs if options.sample else ():
             doing(f"{one.name} writes")
             samples.append(sample_of(one, options.sample, options.seed))
-    page = render(Report(runs, baselines, reasons, samples))
+    page = render(ReportPage(runs, baselines, reasons, samples))
     output.write_text(page, encoding="utf-8")
     print(f"report: {output} ({len(page.encode()):,} bytes)")
     return 0

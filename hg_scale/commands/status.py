@@ -17,7 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from hg_scale.training.status import status_of
+    from hg_scale.training.monitoring.status import status_of
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
     for number, folder in enumerate(options.runs):

@@ -35,12 +35,12 @@ def _tensor_parallel(config: Config) -> Iterator[Problem]:
     for path in ("model.d_ff", "model.d_model"):
         if not whole_lists(config, path):
             continue
-        for scale, value in enumerate(model.by_level(path.removeprefix("model."))):
+        for level, value in enumerate(model.by_level(path.removeprefix("model."))):
             if value % size:
                 yield Problem(
                     path,
                     f"must be a multiple of parallel.tensor {size} at every level, got {value} at "
-                    f"level {scale}; nearest: {near_multiples(value, size)}",
+                    f"level {level}; nearest: {near_multiples(value, size)}",
                     getattr(model, path.removeprefix("model.")),
                     ("parallel.tensor",),
                 )

@@ -120,10 +120,10 @@ def json_schema() -> str:
     return json.dumps(schema, indent=1) + "\n"
 
 
-def main() -> None:
+def write_docs() -> None:
     (DOCS / "config.md").write_text(markdown(), encoding="utf-8")
     (DOCS / "config.schema.json").write_text(json_schema(), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    write_docs()

@@ -13,7 +13,7 @@ from hg_scale.exit_codes import CONFIG_ERROR
 _ABSENT = object()
 
 
-def short(value: Any) -> str:
+def short_value(value: Any) -> str:
     """A value as a file spells it; lists and objects only as far as a line can hold them."""
     text = json.dumps(value, default=str)
     cut = isinstance(value, list | dict) and len(text) > 80
@@ -36,7 +36,7 @@ class Problem:
     def __str__(self) -> str:
         if self.value is _ABSENT:
             return f"{self.key}: {self.message}"
-        return f"{self.key} = {short(self.value)}: {self.message}"
+        return f"{self.key} = {short_value(self.value)}: {self.message}"
 
 
 class ConfigError(UserError):

@@ -1,9 +1,12 @@
 """The paper's notation for a hierarchy: `2@1 1@2 4@4 1@2 2@1`.
 
 `n@f` is n blocks on a sequence shortened by the *total* factor f. The first and the last entry are
-the full-length blocks before and after the valley and may differ; between them stands a palindrome
-whose factors grow towards the middle, each a multiple of the one above (arXiv 2110.13711, section
-3; the parser of the authors' code). A single entry `n@1` is a flat Transformer.
+the full-length blocks before and after the shortened part and may differ; between them is a
+palindrome whose factors grow towards the middle, each a multiple of the one before (arXiv
+2110.13711, section 3; the parser of the authors' code). A single entry `n@1` is a flat Transformer.
+
+A *level* is an index into the by-level lists of the configuration: 0 is the full length, level
+j + 1 is the sequence that the j-th shortening makes.
 """
 
 from __future__ import annotations
@@ -20,10 +23,10 @@ _EXAMPLE = "write it like '2@1 8@3 2@1'"
 
 
 @dataclass(frozen=True)
-class Level:
-    """One shortening: blocks at `factor` (total), entered by the step `k`.
+class Shortening:
+    """One shortening: `blocks` at total factor `factor`, entered by the step `k`.
 
-    The deepest level has its `blocks` in one stack; any other has `blocks` on the way down and as
+    The deepest one has its `blocks` in one stack; any other has `blocks` on the way down and as
     many on the way up.
     """
 
@@ -34,14 +37,11 @@ class Level:
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """A parsed hierarchy; `levels` lists the shortenings, outermost first.
-
-    *Scale* 0 is the full length, scale j + 1 is where the blocks of `levels[j]` run.
-    """
+    """A parsed hierarchy; `shortenings` are listed outermost first."""
 
     pre: int
     post: int | None  # None: a flat model, which has one stack only
-    levels: tuple[Level, ...]
+    shortenings: tuple[Shortening, ...]
 
     @classmethod
     def parse(cls, text: str) -> Hierarchy:
@@ -70,42 +70,42 @@ class Hierarchy:
                 "the entries between the first and the last must read the same both ways, "
                 f"around one deepest entry; {_EXAMPLE}"
             )
-        levels, above = [], 1
+        shortenings, above = [], 1
         for blocks, factor in inner[: len(inner) // 2 + 1]:
             if factor == 0 or factor % above:
                 raise ValueError(f"factor {factor} is not a multiple of the {above} above it")
-            levels.append(Level(factor, factor // above, blocks))
+            shortenings.append(Shortening(factor, factor // above, blocks))
             above = factor
-        return cls(entries[0][0], entries[-1][0], tuple(levels))
+        return cls(entries[0][0], entries[-1][0], tuple(shortenings))
 
     @property
-    def scales(self) -> int:
-        """How many sequence lengths there are: one more than there are shortenings."""
-        return len(self.levels) + 1
+    def level_count(self) -> int:
+        """Number of levels: one more than there are shortenings."""
+        return len(self.shortenings) + 1
 
     @cached_property
     def factors(self) -> tuple[int, ...]:
-        """The step factor k of each level, outermost first."""
-        return tuple(level.k for level in self.levels)
+        """The step factor k of each shortening, outermost first."""
+        return tuple(shortening.k for shortening in self.shortenings)
 
     @property
     def total_factor(self) -> int:
         """The factor of the deepest level."""
-        return self.levels[-1].factor if self.levels else 1
+        return self.shortenings[-1].factor if self.shortenings else 1
 
     @property
     def blocks(self) -> int:
-        """All blocks of the model, resampling ones not counted."""
-        inner = sum(2 * level.blocks for level in self.levels[:-1])
-        deepest = self.levels[-1].blocks if self.levels else 0
+        """Transformer blocks of the model, not counting those that resample."""
+        inner = sum(2 * shortening.blocks for shortening in self.shortenings[:-1])
+        deepest = self.shortenings[-1].blocks if self.shortenings else 0
         return self.pre + (self.post or 0) + inner + deepest
 
 
-def scale_factors(factors: tuple[int, ...]) -> tuple[int, ...]:
-    """Total factor of every scale from the step factors: (3, 2) -> (1, 3, 6)."""
+def level_factors(factors: tuple[int, ...]) -> tuple[int, ...]:
+    """Total factor of every level from the step factors: (3, 2) -> (1, 3, 6)."""
     return tuple(accumulate(factors, mul, initial=1))
 
 
-def scale_lengths(length: int, factors: tuple[int, ...]) -> tuple[int, ...]:
-    """Positions at every scale for a sequence of `length`: each step rounds up."""
+def level_lengths(length: int, factors: tuple[int, ...]) -> tuple[int, ...]:
+    """Positions at every level for a sequence of `length` tokens: each step rounds up."""
     return tuple(accumulate(factors, lambda n, k: -(-n // k), initial=length))

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from hg_scale.config.checks import cross_checks
-from hg_scale.config.errors import ConfigError, Problem, short
+from hg_scale.config.errors import ConfigError, Problem, short_value
 from hg_scale.config.read import FILE_KEYS, apply_override, read_tree
 from hg_scale.config.schema import Config, SourceConfig
 
@@ -78,7 +78,7 @@ def _related(a: str, b: str) -> bool:
 def _with_others(problem: Problem, config: Config) -> Problem:
     """The problem, with those of its other keys that the message leaves without path or value."""
     values = config.model_dump()
-    told = {key: short(_lookup(values, key.split("."))) for key in problem.others}
+    told = {key: short_value(_lookup(values, key.split("."))) for key in problem.others}
     left = [
         f"{key} = {value}"
         for key, value in told.items()
@@ -159,7 +159,7 @@ def _hint(path: _Path, value: Any) -> str:
     parts = [part for part in key.split(".") if part]
     if len(parts) > 1 and parts[0] in here:
         nested = functools.reduce(lambda inner, part: {part: inner}, reversed(parts), value)
-        return f"write an object, {short(nested)}; only --set takes dots"
+        return f"write an object, {short_value(nested)}; only --set takes dots"
     word = parts[-1].lower() if parts else ""
     elsewhere = [
         ".".join((*home, known)) if home else f"{known} at the top of the file"
@@ -208,7 +208,7 @@ def _entry_in_words(item: dict[str, Any], depth: int) -> str:
     where = f"entry {number + 1}, {key}"
     if item["type"] == "missing":
         return f"{where}: missing"
-    where += f" = {short(item['input'])}"
+    where += f" = {short_value(item['input'])}"
     if item["type"] == "extra_forbidden":
         known = keys_of(SourceConfig)
         nearest = difflib.get_close_matches(key.lower(), known, 1, 0.5)

@@ -36,13 +36,13 @@ def _get(config: Config, path: str) -> object:
 
 
 def _levels(config: Config) -> Iterator[Problem]:
-    scales = config.model.parsed.scales
+    levels = config.model.parsed.level_count
     for path in _BY_LEVEL:
         value = _get(config, path)
-        if isinstance(value, list) and len(value) != scales:
+        if isinstance(value, list) and len(value) != levels:
             yield Problem(
                 path,
-                f"a list by level needs {scales} entries for hierarchy "
+                f"a list by level needs {levels} entries for hierarchy "
                 f"'{config.model.hierarchy}' (full length first), got {len(value)}",
                 value,
                 ("model.hierarchy",),
@@ -51,9 +51,9 @@ def _levels(config: Config) -> Iterator[Problem]:
 
 def whole_lists(config: Config, *paths: str) -> bool:
     """Whether by-level lists have the right lengths, so that they can be read side by side."""
-    scales = config.model.parsed.scales
+    levels = config.model.parsed.level_count
     values = (_get(config, path) for path in paths)
-    return all(not isinstance(v, list) or len(v) == scales for v in values)
+    return all(not isinstance(v, list) or len(v) == levels for v in values)
 
 
 def _shapes(config: Config) -> Iterator[Problem]:
@@ -63,46 +63,46 @@ def _shapes(config: Config) -> Iterator[Problem]:
         rotary = [p == "rotary" for p in model.by_level("positions")]
         # Attention pooling: queries of the lower level, positions of the upper one.
         pooled = list(enumerate(rotary[:-1])) if "attention" in model.pooling else []
-        turning = {scale for scale, turns in enumerate(rotary) if turns}
-        turning |= {scale + 1 for scale, turns in pooled if turns}
-        for scale, (width, count) in enumerate(zip(widths, heads, strict=True)):
+        turning = {level for level, turns in enumerate(rotary) if turns}
+        turning |= {level + 1 for level, turns in pooled if turns}
+        for level, (width, count) in enumerate(zip(widths, heads, strict=True)):
             others = ("model.d_model", "model.positions", "model.hierarchy", "parallel.tensor")
-            where = f" at level {scale}" if len(widths) > 1 else ""
+            where = f" at level {level}" if len(widths) > 1 else ""
             fault = None
             if width % count:
                 fault = f"{count} heads do not divide d_model {width}{where}"
-            elif rotary[scale] and (width // count) % 2:
+            elif rotary[level] and (width // count) % 2:
                 fault = f"rotary positions need an even head width, got {width // count}{where}"
             elif count % size:
                 fault = f"must be a multiple of parallel.tensor {size}, got {count}{where}"
             if fault:
-                step = 2 if scale in turning else 1
+                step = 2 if level in turning else 1
                 legal = [h for h in divisors(width) if h % size == 0 and width // h % step == 0]
                 near = " or ".join(map(str, nearest(legal, count, 2)))
                 remedy = f"nearest that do: {near}" if near else "none do with this d_model"
                 yield Problem("model.heads", f"{fault}; {remedy}", model.heads, others)
-            if not rotary[scale] and width % 2:
+            if not rotary[level] and width % 2:
                 yield Problem(
                     "model.d_model",
                     f"relative positions need an even width, got {width}{where}",
                     model.d_model,
                     others,
                 )
-        for scale, turns in pooled:
-            width, count = widths[scale + 1], heads[scale + 1]
+        for level, turns in pooled:
+            width, count = widths[level + 1], heads[level + 1]
             if width % (2 * count if turns else 2):
                 kind = "rotary" if turns else "relative"
                 yield Problem(
                     "model.pooling",
-                    f"attention from level {scale + 1} to {scale} has the {kind} positions of the "
+                    f"attention from level {level + 1} to {level} has the {kind} positions of the "
                     f"latter, which need an even {'head width' if turns else 'width'} at level "
-                    f"{scale + 1}; choose d_model and heads so, or pooling without attention",
+                    f"{level + 1}; choose d_model and heads so, or pooling without attention",
                     model.pooling,
                     ("model.d_model", "model.heads", "model.positions"),
                 )
         if model.shared_position_bias:
-            relative = {scale for scale, turns in enumerate(rotary) if not turns}
-            relative |= {scale + 1 for scale, turns in pooled if not turns}
+            relative = {level for level, turns in enumerate(rotary) if not turns}
+            relative |= {level + 1 for level, turns in pooled if not turns}
             shapes = {
                 (heads[s], widths[s] // heads[s]) for s in relative if widths[s] % heads[s] == 0
             }
@@ -138,17 +138,17 @@ def _shapes(config: Config) -> Iterator[Problem]:
 
 def _scores(model: ModelConfig) -> Iterator[Problem]:
     """Attention that holds all scores: with relative positions, or dropout of probabilities."""
-    factors = (1, *(level.factor for level in model.parsed.levels))
+    factors = (1, *(level.factor for level in model.parsed.shortenings))
     kinds, windows = model.by_level("positions"), model.by_level("window")
     inputs = ["sequence_length", "window", "hierarchy", "positions", "dropout"]
     others = tuple(f"model.{key}" for key in [*inputs, "pooling", "upsampling"])
     lengths = [-(-model.sequence_length // factor) for factor in factors]
     resampled = "attention" in model.pooling or "attention" in model.upsampling
-    for scale, (n, kind, window) in enumerate(zip(lengths, kinds, windows, strict=True)):
+    for level, (n, kind, window) in enumerate(zip(lengths, kinds, windows, strict=True)):
         full = n if window is None or window >= n else 0
         sides = [(full, full, "full attention")]
-        if resampled and scale + 1 < len(lengths):
-            sides.append((n, lengths[scale + 1], "resampling attention"))
+        if resampled and level + 1 < len(lengths):
+            sides.append((n, lengths[level + 1], "resampling attention"))
         for queries, keys, what in sides:
             if (kind == "rotary" and not model.dropout) or queries * keys <= SCORES_LIMIT**2:
                 continue
@@ -159,7 +159,7 @@ def _scores(model: ModelConfig) -> Iterator[Problem]:
             yield Problem(
                 "model.positions" if relative else "model.dropout",
                 f"{'relative scores' if relative else 'probabilities with dropout'} of {what} "
-                f"take (batch x heads x {queries} x {keys}) of memory at level {scale}; over "
+                f"take (batch x heads x {queries} x {keys}) of memory at level {level}; over "
                 f"{SCORES_LIMIT} x {SCORES_LIMIT} use {remedy}",
                 kind if relative else model.dropout,
                 others,
@@ -167,7 +167,7 @@ def _scores(model: ModelConfig) -> Iterator[Problem]:
 
 
 def _shorten_factors(model: ModelConfig) -> Iterator[Problem]:
-    choices, levels = model.shorten_factor_choices, model.parsed.levels
+    choices, levels = model.shorten_factor_choices, model.parsed.shortenings
     path, others = "model.shorten_factor_choices", ("model.hierarchy",)
     if not levels:
         yield Problem(path, "a flat model has no shortening to draw for; use null", choices, others)

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hg_scale.config.errors import ConfigError, Problem, short
+from hg_scale.config.errors import ConfigError, Problem, short_value
 
 FILE_KEYS = ("extends", "$schema")  # keys of a file that are not keys of a configuration
 
@@ -53,7 +53,7 @@ def _read_file(path: Path, seen: list[Path]) -> dict[str, Any]:
     if _real(path) in seen:
         raise fail("it extends itself: " + " -> ".join(p.name for p in (*seen, path)))
     try:
-        tree = read_json(path.read_text(encoding="utf-8"))
+        tree = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         there = [p.name for p in path.parent.glob("*.json") if _real(p) not in seen]
         nearest = difflib.get_close_matches(path.name, there, 1, 0.4)
@@ -95,7 +95,7 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
     if key in FILE_KEYS:
         raise fail(key, "cannot be set with --set: write it into the file")
     try:
-        value = read_json(raw, tuple(parts))
+        value = parse_json(raw, tuple(parts))
     except json.JSONDecodeError:
         value = _plain(raw, tuple(parts))
     node = tree
@@ -107,7 +107,7 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
     node[last] = value
 
 
-def read_json(text: str, place: _Place = ()) -> Any:
+def parse_json(text: str, place: _Place = ()) -> Any:
     """The value in `text`, which stands at `place`.
 
     Raises JSONDecodeError where it is not JSON, and ConfigError where it is no use.
@@ -138,7 +138,7 @@ def _plain(value: Any, place: _Place) -> Any:
     if isinstance(value, _Digits):
         raise _refusal(place, f"an integer of {len(value)} digits; at most {_DIGITS} will do")
     if isinstance(value, str) and _NO_TEXT.search(value):
-        raise _refusal(place, f"NUL or half a character (a lone surrogate) in {short(value)}")
+        raise _refusal(place, f"NUL or half a character (a lone surrogate) in {short_value(value)}")
     if isinstance(value, _Pairs):
         tree: dict[str, Any] = {}
         for key, inner in value:

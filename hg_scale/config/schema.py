@@ -25,7 +25,7 @@ from hg_scale.config.section import (
 
 SCHEMA_VERSION = 1
 
-# A value for every scale, or one value for all; lists run from the outermost scale inwards.
+# A value for every level, or one value for all; lists run from the outermost level inwards.
 WidthByLevel = Width | Annotated[list[Width], Field(min_length=1)]
 
 Pooling = Literal["average", "linear", "attention+average", "attention+linear"]
@@ -41,7 +41,7 @@ FREE_MODEL_KEYS = frozenset(
 
 
 class ModelConfig(Section):
-    """What the Hourglass is. Lists by level run from the outermost scale (full length) inwards."""
+    """What the Hourglass is. Lists by level run from the outermost level (full length) inwards."""
 
     hierarchy: str = Field(
         "2@1 8@3 2@1",
@@ -155,8 +155,8 @@ class ModelConfig(Section):
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def by_level(self, key: str) -> list[Any]:
-        """The values of a by-level key, one a scale, outermost first."""
-        return by_level(getattr(self, key), self.parsed.scales)
+        """The values of a by-level key, one a level, outermost first."""
+        return by_level(getattr(self, key), self.parsed.level_count)
 
     @cached_property
     def factor_choices(self) -> list[list[int]] | None:
@@ -166,12 +166,12 @@ class ModelConfig(Section):
             return None
         if isinstance(choices[0], list):
             return choices
-        return [choices] * len(self.parsed.levels)
+        return [choices] * len(self.parsed.shortenings)
 
 
-def by_level(value: Any, scales: int) -> list[Any]:
-    """A by-level value as a list with one entry a scale."""
-    return list(value) if isinstance(value, list) else [value] * scales
+def by_level(value: Any, levels: int) -> list[Any]:
+    """A by-level value as a list with one entry a level."""
+    return list(value) if isinstance(value, list) else [value] * levels
 
 
 class SourceConfig(Section):

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from typing import NamedTuple, Protocol
 
 from hg_scale.data.errors import DataError
-from hg_scale.data.shards import Loaded, Patience, ShardFile, ShardReader
+from hg_scale.data.shards import Loaded, RetryPolicy, ShardFile, ShardReader
 
 
 class Request(NamedTuple):
@@ -26,7 +26,7 @@ class Request(NamedTuple):
     stop: int
 
 
-class Reader(Protocol):
+class BlockSource(Protocol):
     """Serves one request at a time; `close` also ends a read that another thread waits in."""
 
     def read(self, request: Request) -> Loaded: ...
@@ -37,7 +37,7 @@ class Reader(Protocol):
 class BlockReader:
     """Reads blocks here. Keeps the last shard of each slot open: its blocks follow each other."""
 
-    def __init__(self, patience: Patience) -> None:
+    def __init__(self, patience: RetryPolicy) -> None:
         self._patience, self._closing = patience, threading.Event()
         self._open: dict[tuple[int, int], ShardReader] = {}
 
@@ -64,7 +64,7 @@ class Worker:
     It is started afresh (spawn), since a fork would copy the locks of CUDA's and gloo's threads.
     """
 
-    def __init__(self, number: int, patience: Patience) -> None:
+    def __init__(self, number: int, patience: RetryPolicy) -> None:
         context = multiprocessing.get_context("spawn")
         self._name, self._lock = f"data worker {number}", threading.Lock()
         self._connection, theirs = context.Pipe()
@@ -97,14 +97,14 @@ class Worker:
         self._process.join()
 
 
-def make_readers(workers: int, patience: Patience) -> Sequence[Reader]:
+def make_readers(workers: int, patience: RetryPolicy) -> Sequence[BlockSource]:
     """`workers` processes, or one reader in this process for 0."""
     if not workers:
         return [BlockReader(patience)]
     return [Worker(number, patience) for number in range(workers)]
 
 
-def _serve(connection: Connection, patience: Patience) -> None:
+def _serve(connection: Connection, patience: RetryPolicy) -> None:
     """The life of a worker: answer requests until the parent is gone."""
     # Ctrl-C reaches the whole group, and Slurm signals every process of a job; the parent acts.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hg_scale.data.index import Index
-from hg_scale.data.protocol import IGNORED, Windows, batches
-from hg_scale.data.shards import Patience, SplitReader
+from hg_scale.data.protocol import IGNORED, WindowProtocol, batches
+from hg_scale.data.shards import RetryPolicy, SplitReader
 
 
 def evaluation_windows(
@@ -22,7 +22,7 @@ def evaluation_windows(
     data_rank: int = 0,
     data_size: int = 1,
     limit_windows: int | None = None,
-    patience: Patience = Patience(),  # noqa: B008 - it is immutable
+    patience: RetryPolicy = RetryPolicy(),  # noqa: B008 - it is immutable
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """(inputs, labels), int64 (rows, L) each: the tokens of a split as labels, each once.
 
@@ -34,7 +34,7 @@ def evaluation_windows(
     Raises DataError where the split is empty or a shard cannot be read.
     """
     reader = SplitReader(index, split, patience)
-    how, tokens = Windows(sequence_length, sequence_length), index.split(split).tokens
+    how, tokens = WindowProtocol(sequence_length, sequence_length), index.split(split).tokens
     if limit_windows is not None:
         tokens = min(tokens, limit_windows * sequence_length)
     windows = how.count(tokens)

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from hg_scale.data.errors import DataError
-from hg_scale.data.store import SILENCE, Stream, first_line
+from hg_scale.data.store import SILENCE, Stream, read_error_line
 from hg_scale.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerIdentity, load_tokenizer
 
-FORMAT_VERSION = 1
+INDEX_VERSION = 1
 INDEX_FILE = "index.json"
 SPLITS = ("train", "validation", "test")
 
@@ -88,7 +88,7 @@ class Split(_Part):
 class Index(_Part):
     """What a folder of shards holds, and how it was made."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = INDEX_VERSION
     tool_version: str
     tokenizer: TokenizerIdentity
     chunk_tokens: int = Field(ge=1)  # tokens of a member; the last one of a shard may have fewer
@@ -193,10 +193,10 @@ def read_index(location: str | os.PathLike[str], timeout: float = SILENCE) -> In
     except ValueError as error:
         raise DataError(f"{where}: not JSON ({error}); prepare the data again") from None
     version = tree.get("format_version") if isinstance(tree, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if isinstance(version, int) and version > INDEX_VERSION:
         raise DataError(
             f"{where}: written in format {version} by {tree.get('tool_version', 'a newer version')}"
-            f", this version reads up to {FORMAT_VERSION}: update hg_scale or prepare again"
+            f", this version reads up to {INDEX_VERSION}: update hg_scale or prepare again"
         )
     try:
         index = Index.model_validate(tree)
@@ -249,7 +249,7 @@ def _read(where: str, expected: str, missing: str, timeout: float = SILENCE) -> 
         if isinstance(error, FileNotFoundError) and is_local(where):
             raise DataError(f"{where}: {missing}") from None
         raise DataError(
-            f"{where}: cannot be read ({first_line(error)}); expected {expected}: "
+            f"{where}: cannot be read ({read_error_line(error)}); expected {expected}: "
             "check the location and that it can be reached"
         ) from None
 

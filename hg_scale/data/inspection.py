@@ -20,7 +20,7 @@ _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t
 } | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # fmt: skip
 
 
-class Window(NamedTuple):
+class SampleWindow(NamedTuple):
     """A window to read: where it begins in its split, and what it says."""
 
     position: int
@@ -40,7 +40,7 @@ def tokenizer_line(index: Index) -> str:
     return f"{line}; gives every text back"
 
 
-def faults_of(index: Index, shard: Shard, tokenizer: Tokenizer) -> list[str]:
+def shard_problems(index: Index, shard: Shard, tokenizer: Tokenizer) -> list[str]:
     """Read a whole shard: its faults, a line each naming shard and member; none if it is whole."""
     from hg_scale.data.shards import ShardFile, ShardReader, check_shard
 
@@ -74,7 +74,7 @@ def faults_of(index: Index, shard: Shard, tokenizer: Tokenizer) -> list[str]:
 
 def sample_windows(
     index: Index, split: str, *, windows: int, length: int | None, seed: int
-) -> Iterator[Window]:
+) -> Iterator[SampleWindow]:
     """Windows of a split at drawn positions, decoded; images where every document is one.
 
     Raises DataError where the split is empty or cannot be read.
@@ -91,10 +91,10 @@ def sample_windows(
             number = int(random.integers(total // index.document_tokens))
             start = number * index.document_tokens
             tokens = reader.read(start, start + index.document_tokens)
-            yield Window(start, draw_image(tokens.reshape(shape)))
+            yield SampleWindow(start, draw_image(tokens.reshape(shape)))
         else:
             start = int(random.integers(total - length + 1))
-            yield Window(start, decode(reader.read(start, start + length), tokenizer))
+            yield SampleWindow(start, decode(reader.read(start, start + length), tokenizer))
 
 
 def decode(tokens: NDArray[np.integer], tokenizer: Tokenizer) -> str:

@@ -40,7 +40,7 @@ class Draw(IntEnum):
 
 
 @dataclass(frozen=True)
-class Block:
+class ShuffleBlock:
     """Neighbouring windows of a shard, read at once and served in the order `windows`."""
 
     epoch: int
@@ -127,7 +127,7 @@ class WindowOrder:
         epochs, streams, numbers = (np.concatenate(part) for part in zip(*parts, strict=True))
         return epochs, streams, numbers
 
-    def block(self, epoch: int, stream: int, number: int) -> Block:
+    def block(self, epoch: int, stream: int, number: int) -> ShuffleBlock:
         """The block that holds the window `number` of a stream."""
         plan, length = self._plan(epoch), self.sequence_length
         place = int(np.searchsorted(plan.starts[stream], number, side="right")) - 1
@@ -138,7 +138,7 @@ class WindowOrder:
         which = ((number - begin + 1) * blocks - 1) // windows
         low, high = which * windows // blocks, (which + 1) * windows // blocks
         shard, start = int(piece[0]), self._begin(epoch, piece) + low * length
-        return Block(
+        return ShuffleBlock(
             epoch=epoch,
             first=begin + low,
             shard=shard,
@@ -188,7 +188,7 @@ class WindowOrder:
             pieces = self._left
         else:
             shards = shuffled(len(self._tokens), self.seed, Draw.SHARDS, epoch)
-            hands = deal(shards, self._tokens, self.streams)
+            hands = assign_shards(shards, self._tokens, self.streams)
             pieces = [self._whole(np.array(hand, np.int64)) for hand in hands]
         return _EpochPlan(pieces, [self._windows_in(part) for part in pieces])
 
@@ -210,7 +210,7 @@ class WindowOrder:
             left.append(later)
         return left
 
-    def _rest_of(self, block: Block, served: int, piece: Ints) -> Ints:
+    def _rest_of(self, block: ShuffleBlock, served: int, piece: Ints) -> Ints:
         """What is left of a piece (1, 3) whose windows are served up to within `block`."""
         length, count = self.sequence_length, len(block.windows)
         unserved = np.zeros(count + 1, np.int64)
@@ -261,7 +261,7 @@ class _EpochPlan:
         return counts
 
 
-def deal(order: Ints, tokens: Ints, streams: int) -> list[list[int]]:
+def assign_shards(order: Ints, tokens: Ints, streams: int) -> list[list[int]]:
     """Deal shards, in this order, each to the stream with the fewest tokens so far.
 
     Streams then end within one shard of each other, whatever the sizes of the shards.

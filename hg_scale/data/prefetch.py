@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-from hg_scale.data.blocks import Reader, Request
+from hg_scale.data.blocks import BlockSource, Request
 from hg_scale.data.shards import Loaded
 
 
@@ -26,7 +26,7 @@ class BlockLoader:
     `held` counts the bytes of all blocks asked for and not dropped yet.
     """
 
-    def __init__(self, readers: Sequence[Reader]) -> None:
+    def __init__(self, readers: Sequence[BlockSource]) -> None:
         self.held = 0
         self._readers = readers
         self._threads = [ThreadPoolExecutor(1, "data-reader") for _ in readers]

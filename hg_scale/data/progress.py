@@ -11,7 +11,7 @@ _BAR_SECONDS = 0.1  # between two drawings
 _LINE_SECONDS = 30.0  # between two lines of a log
 
 
-class Progress:
+class ProgressBar:
     """Bytes of one stage after another, with bytes/s and the time left; a context manager.
 
     Where `stream` is no terminal it gets a line every half minute, where it is None nothing.
@@ -65,7 +65,7 @@ class Progress:
             f"{rate / 1e6:.1f} MB/s, {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
         )
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         if self._stream is not None and self._stream.isatty():
             from rich.console import Console
             from rich.progress import (
@@ -95,6 +95,6 @@ class Progress:
             self._bars = None
 
 
-def on_stderr() -> Progress:
+def on_stderr() -> ProgressBar:
     """Progress for a command line."""
-    return Progress(sys.stderr)
+    return ProgressBar(sys.stderr)

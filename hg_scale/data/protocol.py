@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 IGNORED = -1  # label of a position that does not count
 
 
-class Window(NamedTuple):
+class ScoredWindow(NamedTuple):
     """Tokens [start, stop) are guessed together; those from `scored` on count."""
 
     start: int
@@ -25,7 +25,7 @@ class Window(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Windows:
+class WindowProtocol:
     """Windows of `length` tokens, each `stride` after the one before.
 
     A window's first `length - stride` tokens were scored by those before and are context only; the
@@ -39,14 +39,14 @@ class Windows:
         """Windows of a text."""
         return 1 + max(0, -(-(tokens - self.length) // self.stride)) if tokens else 0
 
-    def window(self, number: int, tokens: int) -> Window:
+    def window(self, number: int, tokens: int) -> ScoredWindow:
         """The `number`-th window of a text of `tokens`, from 0."""
         start = number * self.stride
         stop = min(start + self.length, tokens)
-        return Window(start, stop, start + (self.length - self.stride if number else 0))
+        return ScoredWindow(start, stop, start + (self.length - self.stride if number else 0))
 
 
-class Text(Protocol):
+class TokenText(Protocol):
     """Tokens to be read: `data/shards.py`'s SplitReader, or `Tokens`."""
 
     def read(self, start: int, stop: int) -> NDArray[np.integer]: ...
@@ -63,9 +63,9 @@ class Tokens:
 
 
 def batches(
-    text: Text,
+    text: TokenText,
     tokens: int,
-    how: Windows,
+    how: WindowProtocol,
     *,
     rows: int,
     begin: int,

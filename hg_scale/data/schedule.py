@@ -25,7 +25,7 @@ History = list[list[int]]  # [sequence length, windows served at it], ...
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """A prepared corpus to train on. `repeat`: again and again; else until its first pass ends."""
 
     name: str
@@ -80,7 +80,7 @@ class Places(NamedTuple):
     number: Ints
 
 
-class Schedule:
+class DataSchedule:
     """The windows of a run from `state` on, or from the beginning.
 
     Raises DataError where a source cannot give windows of this length, or its tokenizer is not
@@ -89,7 +89,7 @@ class Schedule:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[DataSource],
         *,
         sequence_length: int,
         seed: int,
@@ -205,7 +205,7 @@ class Schedule:
         return expected
 
 
-def window_order(source: Source, length: int, seed: int, history: History) -> WindowOrder:
+def window_order(source: DataSource, length: int, seed: int, history: History) -> WindowOrder:
     """A source's order for windows of `length` tokens, after what was served before.
 
     If the history ends with the same length, the order begins where that does.

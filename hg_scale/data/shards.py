@@ -27,7 +27,7 @@ from hg_scale.data.index import (
     is_local,
     member_name,
 )
-from hg_scale.data.store import SILENCE, Stream, first_line
+from hg_scale.data.store import SILENCE, Stream, read_error_line
 from hg_scale.data.tokenizer import token_dtype
 
 _REMEDY = "copy the shard again or prepare the data again"
@@ -35,7 +35,7 @@ _BACK_OFF = 0.5, 30.0  # seconds before the first retry, doubled for each furthe
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How often a read that fails is tried again, and how many seconds it may stand still."""
 
     retries: int = 0
@@ -83,7 +83,7 @@ class ShardReader:
     def __init__(
         self,
         file: ShardFile,
-        patience: Patience = Patience(),  # noqa: B008 - it is immutable
+        patience: RetryPolicy = RetryPolicy(),  # noqa: B008 - it is immutable
         closing: threading.Event | None = None,
     ) -> None:
         self.file, self._patience = file, patience
@@ -181,7 +181,7 @@ class SplitReader:
         self,
         index: Index,
         split: str,
-        patience: Patience = Patience(),  # noqa: B008 - it is immutable
+        patience: RetryPolicy = RetryPolicy(),  # noqa: B008 - it is immutable
     ) -> None:
         self._index, self._shards, self._patience = index, index.split(split).shards, patience
         self._starts = np.cumsum([0] + [shard.tokens for shard in self._shards])
@@ -207,7 +207,7 @@ def check_shard(index: Index, shard: Shard) -> None:
     """Compare a whole shard with its checksum. Raises DataError where it is not the one written."""
     file, digest, size = ShardFile.of(index, shard), hashlib.sha256(), 0
     try:
-        with contextlib.closing(Stream(file.url, Patience().timeout)) as stream:
+        with contextlib.closing(Stream(file.url, RetryPolicy().timeout)) as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
                 size += len(block)
@@ -266,7 +266,9 @@ def _checked(entry: dict[str, Any] | None, file: ShardFile, number: int) -> NDAr
     try:
         tokens = np.load(io.BytesIO(entry["data"]), allow_pickle=False)
     except ValueError as error:
-        raise _WrongMember(f"{where}: not a .npy array ({first_line(error)}); {_REMEDY}") from None
+        raise _WrongMember(
+            f"{where}: not a .npy array ({read_error_line(error)}); {_REMEDY}"
+        ) from None
     if tokens.dtype != dtype or tokens.shape != (count,):
         raise _WrongMember(
             f"{where} holds {tokens.dtype} {tokens.shape}, the index says {dtype} ({count},); "
@@ -284,6 +286,6 @@ def _unreadable(error: Exception, file: ShardFile, where: str = "") -> str:
     if isinstance(error, FileNotFoundError) and is_local(file.url):
         return f"{file.url}: the shard is missing{where}; {_REMEDY}"
     return (
-        f"{file.url}: cannot be read{where} ({first_line(error)}); the file should have "
+        f"{file.url}: cannot be read{where} ({read_error_line(error)}); the file should have "
         f"{file.file_bytes} bytes: {_REMEDY}"
     )

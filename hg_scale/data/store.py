@@ -63,7 +63,7 @@ class Stream:
             self._opened.close()
 
 
-def first_line(error: Exception) -> str:
+def read_error_line(error: Exception) -> str:
     """What webdataset or the system says of a failed read, in a line."""
     text = str(error) or type(error).__name__
     return text.split(" @ ")[0].splitlines()[0]  # webdataset appends the stream's repr after an @

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hg_scale.data.blocks import Reader, Request
+from hg_scale.data.blocks import BlockSource, Request
 from hg_scale.data.errors import DataError
-from hg_scale.data.order import MAX_BLOCK, MAX_STREAMS, Block, Ints
+from hg_scale.data.order import MAX_BLOCK, MAX_STREAMS, Ints, ShuffleBlock
 from hg_scale.data.prefetch import BlockKey, BlockLoader
-from hg_scale.data.schedule import Places, Schedule
+from hg_scale.data.schedule import DataSchedule, Places
 from hg_scale.data.shards import Loaded, ShardFile
 from hg_scale.data.tokenizer import token_dtype
 
@@ -54,8 +54,8 @@ class TrainingStream:
 
     def __init__(
         self,
-        schedule: Schedule,
-        readers: Sequence[Reader],
+        schedule: DataSchedule,
+        readers: Sequence[BlockSource],
         *,
         global_batch_size: int,
         data_rank: int = 0,
@@ -164,12 +164,12 @@ class TrainingStream:
 
     def _blocks_of(
         self, places: Places, which: Ints, windows: Ints
-    ) -> list[tuple[int, BlockKey, Block]]:
+    ) -> list[tuple[int, BlockKey, ShuffleBlock]]:
         """The blocks of these windows, each with the first place that uses it.
 
         Fills in, for every place, `which` block and which of the `windows` in it.
         """
-        found: list[tuple[int, BlockKey, Block]] = []
+        found: list[tuple[int, BlockKey, ShuffleBlock]] = []
         slots = places.source * MAX_STREAMS + places.stream
         slots += places.epoch * len(self._schedule.sources) * MAX_STREAMS
         for slot in np.unique(slots):
@@ -188,7 +188,7 @@ class TrainingStream:
                 begin = end
         return found
 
-    def _ask(self, key: BlockKey, block: Block) -> None:
+    def _ask(self, key: BlockKey, block: ShuffleBlock) -> None:
         index = self._schedule.sources[key.source].index
         file = ShardFile.of(index, index.split("train").shards[block.shard])
         request = Request((key.source, key.stream), file, block.start, block.stop)

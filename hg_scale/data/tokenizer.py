@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hg_scale.data.errors import DataError
 
-Text = bytes | memoryview | str  # a str is taken as UTF-8
+TextBytes = bytes | memoryview | str  # a str is taken as UTF-8
 
 BYTES = 256  # ids 0..255 are the bytes themselves; 0 is an ordinary one
 MODEL_FILE = "tokenizer.model"  # a sentencepiece model lies beside the index under this name
@@ -51,7 +51,7 @@ class Tokenizer(Protocol):
     def round_trips(self) -> bool:
         """Whether `decode(encode(text)) == text` for every text."""
 
-    def encode(self, text: Text) -> NDArray[Any]:
+    def encode(self, text: TextBytes) -> NDArray[Any]:
         """Token ids (n,) of `text`, of the dtype of `token_dtype`; a str is taken as UTF-8."""
 
     def decode(self, tokens: NDArray[Any]) -> bytes:
@@ -74,7 +74,7 @@ class ByteTokenizer:
     def identity(self) -> TokenizerIdentity:
         return TokenizerIdentity(name="bytes", vocab_size=self.vocab_size, eod=self.eod)
 
-    def encode(self, text: Text) -> NDArray[Any]:
+    def encode(self, text: TextBytes) -> NDArray[Any]:
         """Token ids (n,), uint8 or uint16; a str is taken as UTF-8."""
         data = text.encode() if isinstance(text, str) else text
         return np.frombuffer(data, np.uint8).astype(token_dtype(self.vocab_size), copy=False)
@@ -161,7 +161,7 @@ class SentencePieceTokenizer:
         """Whether `decode(encode(text)) == text` for every text, valid UTF-8 or not."""
         return not self.obstacles
 
-    def encode(self, text: Text) -> NDArray[Any]:
+    def encode(self, text: TextBytes) -> NDArray[Any]:
         """Token ids (n,), uint16 or uint32; a str is taken as UTF-8."""
         data = text.encode() if isinstance(text, str) else bytes(text)
         if len(data) <= _LONGEST:

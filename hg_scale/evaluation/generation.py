@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 
 from hg_scale.data.tokenizer import Tokenizer
 from hg_scale.errors import UserError
-from hg_scale.evaluation.trained import Trained
+from hg_scale.evaluation.loaded_model import LoadedModel
 from hg_scale.model.decoding import generate
 from hg_scale.model.sampling import Sampling
 
 TEMPERATURE = 0.8  # of samples that a summary or a report shows
 GRAY = 128  # of what is not given of an image
 
-Image = NDArray[np.uint8]  # (height, width, channels)
+ImageArray = NDArray[np.uint8]  # (height, width, channels)
 
 
 @dataclass(frozen=True)
-class Writing:
+class GenerationConfig:
     """How to write: up to `tokens` a text, `batch` texts at once.
 
     `context`: tokens that the model sees; None: as many as it was trained on.
@@ -44,7 +44,7 @@ class Piece(NamedTuple):
     last: bool = False
 
 
-class Characters:
+class Detokenizer:
     """Tokens to whole characters: bytes wait until their character is complete."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -60,7 +60,9 @@ class Characters:
         return self._utf8.decode(b"", final=True)
 
 
-def write_texts(trained: Trained, prompts: Sequence[bytes], how: Writing) -> Iterator[Piece]:
+def write_texts(
+    trained: LoadedModel, prompts: Sequence[bytes], how: GenerationConfig
+) -> Iterator[Piece]:
     """What follows each prompt, as it is made; rows of a batch take turns.
 
     A text ends at the end of its document, which is not part of it, or after `how.tokens`. The
@@ -74,13 +76,13 @@ def write_texts(trained: Trained, prompts: Sequence[bytes], how: Writing) -> Ite
 
 
 def write_after(
-    trained: Trained, prompts: Sequence[Sequence[int]], how: Writing
+    trained: LoadedModel, prompts: Sequence[Sequence[int]], how: GenerationConfig
 ) -> Iterator[Piece]:
     """`write_texts` after tokens, at least one a prompt, as they are."""
     tokenizer = trained.open_tokenizer()
     for first in range(0, len(prompts), how.batch):
         ids = [list(prompt) for prompt in prompts[first : first + how.batch]]
-        characters = [Characters(tokenizer) for _ in ids]
+        characters = [Detokenizer(tokenizer) for _ in ids]
         left = [how.tokens] * len(ids)
         for row, token in generate(
             trained.model, ids, how.tokens, how.sampling, seed=how.seed, stop=tokenizer.eod,
@@ -92,9 +94,9 @@ def write_after(
             yield Piece(first + row, text + (characters[row].end() if last else ""), last)
 
 
-def write_sample(trained: Trained, tokens: int, seed: int) -> str:
+def write_sample(trained: LoadedModel, tokens: int, seed: int) -> str:
     """Text from the beginning of a document, at TEMPERATURE."""
-    how = Writing(Sampling(TEMPERATURE), tokens, seed)
+    how = GenerationConfig(Sampling(TEMPERATURE), tokens, seed)
     return "".join(piece.text for piece in write_texts(trained, [b""], how))
 
 
@@ -112,8 +114,8 @@ def in_order(pieces: Iterable[Piece]) -> Iterator[Piece]:
 
 
 def draw_images(
-    trained: Trained, given: Sequence[NDArray[np.uint8]], how: Writing
-) -> Iterator[tuple[int, Image | None]]:
+    trained: LoadedModel, given: Sequence[NDArray[np.uint8]], how: GenerationConfig
+) -> Iterator[tuple[int, ImageArray | None]]:
     """Go on from the sub-pixels given, (n,) each, to whole images: (row, None) for each sub-pixel
     made, (row, image) for the last of each image."""
     shape = trained.images
@@ -134,7 +136,7 @@ def draw_images(
             yield first + row, image
 
 
-def upper_part(image: Image, rows: int) -> Image:
+def upper_part(image: ImageArray, rows: int) -> ImageArray:
     """The first rows of an image, gray below."""
     part = np.full_like(image, GRAY)
     part[:rows] = image[:rows]

@@ -16,8 +16,8 @@ from rich.progress import track
 from torch import Tensor
 
 from hg_scale.errors import UserError
-from hg_scale.evaluation.generation import Writing, write_after
-from hg_scale.evaluation.trained import Trained
+from hg_scale.evaluation.generation import GenerationConfig, write_after
+from hg_scale.evaluation.loaded_model import LoadedModel
 from hg_scale.model.sampling import Sampling
 
 MOST_TOKENS = 256  # that a task's answer may have where the task does not say
@@ -31,7 +31,7 @@ class HarnessModel(LM):
     `rows` windows are scored at once; texts are written one at a time.
     """
 
-    def __init__(self, trained: Trained, rows: int = 8) -> None:
+    def __init__(self, trained: LoadedModel, rows: int = 8) -> None:
         super().__init__()
         if trained.images is not None:
             raise UserError(f"{trained.subject}: holds images; the harness asks for text")
@@ -84,7 +84,7 @@ class HarnessModel(LM):
         kept = self.length - most if most < self.length else max(1, self.length // 2)
         ids = [self.start, *self.encode(context)][-kept:]
         text = ""
-        for piece in write_after(self.trained, [ids], Writing(sampling, most)):
+        for piece in write_after(self.trained, [ids], GenerationConfig(sampling, most)):
             text += piece.text
             ends = [place for stop in stops if (place := text.find(stop)) >= 0]
             if ends:

@@ -12,19 +12,19 @@ from numpy.typing import NDArray
 from hg_scale.data.preparation.images import ARRAYS, PICTURES, read_array, read_picture
 from hg_scale.errors import UserError
 
-Image = NDArray[np.uint8]  # (height, width, channels)
+ImageArray = NDArray[np.uint8]  # (height, width, channels)
 
 GAP = 2  # pixels between images
 LEAST = 64  # pixels of the longer side of an image on the page; smaller ones are enlarged
 
 
-def read_images(paths: Sequence[Path], shape: tuple[int, int, int], most: int) -> list[Image]:
+def read_images(paths: Sequence[Path], shape: tuple[int, int, int], most: int) -> list[ImageArray]:
     """The images of files as prepare_images.py takes them: .png, .jpg, .npy, .npz.
 
     Raises UserError where a file cannot be read, an image has another shape, or there are more
     than `most`.
     """
-    images: list[Image] = []
+    images: list[ImageArray] = []
     for path in paths:
         if path.suffix.lower() in PICTURES:
             found = iter([read_picture(path)])
@@ -48,7 +48,7 @@ def read_images(paths: Sequence[Path], shape: tuple[int, int, int], most: int) -
     return images
 
 
-def write_grid(path: Path, rows: Sequence[Sequence[Image]]) -> None:
+def write_grid(path: Path, rows: Sequence[Sequence[ImageArray]]) -> None:
     """Rows of images of one shape as a PNG file. Raises UserError where it cannot be written."""
     try:
         path.write_bytes(grid_png(rows))
@@ -56,7 +56,7 @@ def write_grid(path: Path, rows: Sequence[Sequence[Image]]) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
-def grid_png(rows: Sequence[Sequence[Image]]) -> bytes:
+def grid_png(rows: Sequence[Sequence[ImageArray]]) -> bytes:
     """Rows of images of one shape as a PNG; small images are enlarged by a whole number."""
     from PIL import Image as Pillow
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hg_scale.data.protocol import Text, Windows, batches
+from hg_scale.data.protocol import TokenText, WindowProtocol, batches
 from hg_scale.model.hourglass import Hourglass
 
 PIECES = 30  # consecutive pieces of the text whose spread gives the interval
@@ -130,9 +130,9 @@ class Score:
 @torch.inference_mode()
 def score_windows(
     model: Hourglass,
-    text: Text,
+    text: TokenText,
     tokens: int,
-    how: Windows,
+    how: WindowProtocol,
     *,
     rows: int = 8,
     begin: int = 0,

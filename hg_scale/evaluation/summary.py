@@ -9,9 +9,9 @@ from rich.table import Table
 
 from hg_scale.errors import UserError
 from hg_scale.evaluation.generation import write_sample
+from hg_scale.evaluation.loaded_model import load
 from hg_scale.evaluation.report.baselines import find_baselines
 from hg_scale.evaluation.report.run_folder import read_runs
-from hg_scale.evaluation.trained import load_trained
 
 
 def comparison(run: Path, with_compressors: bool) -> Table:
@@ -46,4 +46,4 @@ def comparison(run: Path, with_compressors: bool) -> Table:
 
 def sample_text(run: Path, tokens: int, seed: int) -> str:
     """Text that the last checkpoint writes from the beginning of a document."""
-    return write_sample(load_trained(run), tokens, seed)
+    return write_sample(load(run), tokens, seed)

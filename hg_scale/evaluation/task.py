@@ -14,18 +14,18 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 
-from hg_scale.checkpoint.open import is_export
+from hg_scale.convert.open import is_export
 from hg_scale.data.evaluation import split_bytes
 from hg_scale.data.index import INDEX_FILE, is_local
-from hg_scale.data.protocol import Text, Tokens, Windows
+from hg_scale.data.protocol import Tokens, TokenText, WindowProtocol
 from hg_scale.data.shards import SplitReader
 from hg_scale.errors import UserError
+from hg_scale.evaluation.loaded_model import LoadedModel, load
 from hg_scale.evaluation.scoring import Losses, Score, score_windows
-from hg_scale.evaluation.trained import Trained, load_trained
 
 
 @dataclass(frozen=True)
-class Task:
+class EvaluationTask:
     """What is to be scored, and how; small enough to be sent to a process.
 
     `data`: a prepared corpus, whose `split` (None: test) is scored, or a plain file; None: the
@@ -44,18 +44,18 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluationSubject:
     """A model and the text that it is scored on: `tokens` that stand for `bytes`.
 
     `bytes` is None for a part of a text: what its tokens stand for.
     """
 
-    trained: Trained
-    text: Text
+    trained: LoadedModel
+    text: TokenText
     name: str
     tokens: int
     bytes: int | None
-    how: Windows
+    how: WindowProtocol
     begin: int
     images: bool
 
@@ -64,14 +64,14 @@ class Subject:
         return self.how.count(self.tokens)
 
 
-def open_subject(task: Task, device: str | None = None) -> Subject:
+def open_subject(task: EvaluationTask, device: str | None = None) -> EvaluationSubject:
     """The model and the text of a task. Raises UserError where they do not fit each other."""
     plain = _plain_file(task)
-    trained = load_trained(task.model, None if plain else task.data, task.precision, device)
+    trained = load(task.model, None if plain else task.data, task.precision, device)
     length = task.length or trained.model.config.sequence_length
-    how = Windows(length, task.stride or length)
+    how = WindowProtocol(length, task.stride or length)
     images = False
-    text: Text
+    text: TokenText
     if plain:
         if trained.images is not None:
             raise UserError(f"{plain}: a plain file is scored as text, but {trained.subject} holds "
@@ -102,10 +102,10 @@ def open_subject(task: Task, device: str | None = None) -> Subject:
         part = how.length + (task.windows - 1) * how.stride
         if part < tokens:
             tokens, size = part, None
-    return Subject(trained, text, name, tokens, size, how, begin, images)
+    return EvaluationSubject(trained, text, name, tokens, size, how, begin, images)
 
 
-def _plain_file(task: Task) -> Path | None:
+def _plain_file(task: EvaluationTask) -> Path | None:
     """The text file that a task names; None where it names a prepared corpus, or nothing."""
     path = Path(task.data or "")
     if task.data and is_local(task.data) and not path.exists():
@@ -124,8 +124,10 @@ def _plain_file(task: Task) -> Path | None:
 
 
 def evaluate(
-    task: Task, processes: int = 1, advance: Callable[[int, int], object] = lambda tokens, of: None
-) -> tuple[Subject, Score]:
+    task: EvaluationTask,
+    processes: int = 1,
+    advance: Callable[[int, int], object] = lambda tokens, of: None,
+) -> tuple[EvaluationSubject, Score]:
     """Score a task; each of several processes takes consecutive windows.
 
     `advance` is told the tokens just scored, and of how many in all; first 0. The
@@ -148,7 +150,7 @@ def evaluate(
 
 
 def _share(
-    subject: Subject, rows: int, rank: int, size: int, advance: Callable[[int], object]
+    subject: EvaluationSubject, rows: int, rank: int, size: int, advance: Callable[[int], object]
 ) -> Losses:
     """Losses of the `rank`-th of `size` equal parts."""
     ends = np.linspace(0, subject.windows, size + 1).round().astype(int)
@@ -160,7 +162,7 @@ def _share(
     )  # fmt: skip
 
 
-def _spread(task: Task, processes: int, advance: Callable[[int], object]) -> Losses:
+def _spread(task: EvaluationTask, processes: int, advance: Callable[[int], object]) -> Losses:
     context = mp.get_context("spawn")
     results: Any = context.Queue()
     workers = [
@@ -202,7 +204,7 @@ def _spread(task: Task, processes: int, advance: Callable[[int], object]) -> Los
     return Losses.joined([parts[rank] for rank in range(processes)])
 
 
-def _work(task: Task, rank: int, size: int, results: Any) -> None:
+def _work(task: EvaluationTask, rank: int, size: int, results: Any) -> None:
     """One process: on a GPU of its own where there are several, else on its share of the cores."""
     device = None
     if torch.cuda.is_available():

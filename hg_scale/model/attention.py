@@ -1,4 +1,4 @@
-"""Causal attention: inside a stack, full or in a sliding window, and between two scales.
+"""Causal attention: inside a stack, full or in a sliding window, and between two levels.
 
 Three ways to compute it for many positions at once, alike up to rounding: torch's fused kernel
 where the sides are equal and nothing else is asked for; it with an explicit mask for windows (cut
@@ -24,7 +24,7 @@ from hg_scale.model.cache import Cache, KeyValues
 from hg_scale.model.context import Context
 from hg_scale.model.grouping import Alignment
 from hg_scale.model.layers import PlainLayers
-from hg_scale.model.plan import Scale
+from hg_scale.model.plan import Level
 from hg_scale.model.positions import relative_shift, rotate, sinusoids
 
 
@@ -38,7 +38,7 @@ class PositionBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """Queries of one scale over keys and values of the same (`source` None) or another scale.
+    """Queries of one level over keys and values of the same (`source` None) or another level.
 
     Fused projections keep each head's rows together, (head, q k v, d_head), so that a tensor
     slice is a run of whole heads.
@@ -48,8 +48,8 @@ class Attention(nn.Module):
         self,
         model: ModelConfig,
         layers: PlainLayers,
-        query: Scale,
-        source: Scale | None = None,
+        query: Level,
+        source: Level | None = None,
         positions: str | None = None,
         shared_bias: PositionBias | None = None,
     ) -> None:

@@ -1,4 +1,4 @@
-"""Layers that work at one scale: embedding, block, norm, head."""
+"""Layers that work at one level: embedding, block, norm, head."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hg_scale.config.schema import ModelConfig
 from hg_scale.model.attention import Attention, PositionBias
 from hg_scale.model.context import Context
 from hg_scale.model.layers import PlainLayers
-from hg_scale.model.plan import Scale
+from hg_scale.model.plan import Level
 
 
-class State(NamedTuple):
+class Activations(NamedTuple):
     """What flows from layer to layer.
 
     `x`: token ids (B, L) before the embedding, logits after the head, activations (B, n, d)
@@ -32,7 +32,7 @@ class State(NamedTuple):
 class Layer(nn.Module):
     """One entry of the layer list: `forward(state, context) -> state`."""
 
-    def forward(self, state: State, context: Context) -> State:
+    def forward(self, state: Activations, context: Context) -> Activations:
         raise TypeError(f"{type(self).__name__} defines no forward")
 
 
@@ -45,13 +45,13 @@ def make_norm(model: ModelConfig, d: int) -> nn.Module:
 class Embedding(Layer):
     """Token ids (B, L) -> (B, L, d)."""
 
-    def __init__(self, model: ModelConfig, layers: PlainLayers, scale: Scale) -> None:
+    def __init__(self, model: ModelConfig, layers: PlainLayers, level: Level) -> None:
         super().__init__()
-        self.table = layers.embedding(model.padded_vocab, scale.d_model)
+        self.table = layers.embedding(model.padded_vocab, level.d_model)
         self.dropout = layers.dropout(model.dropout)
 
-    def forward(self, state: State, context: Context) -> State:
-        return State(self.dropout(self.table(state.x), context))
+    def forward(self, state: Activations, context: Context) -> Activations:
+        return Activations(self.dropout(self.table(state.x), context))
 
 
 class FeedForward(nn.Module):
@@ -60,12 +60,12 @@ class FeedForward(nn.Module):
     Gate and up rows alternate in chunks, (chunk, gate up, rows), so that a tensor slice is whole.
     """
 
-    def __init__(self, model: ModelConfig, layers: PlainLayers, scale: Scale) -> None:
+    def __init__(self, model: ModelConfig, layers: PlainLayers, level: Level) -> None:
         super().__init__()
         self.gated = model.activation == "swiglu"
-        self.chunks = gcd(scale.d_ff, SWIGLU_CHUNKS) // layers.size
-        self.up = layers.column(scale.d_model, scale.d_ff * (1 + self.gated), model.bias)
-        self.down = layers.row(scale.d_ff, scale.d_model, model.bias)
+        self.chunks = gcd(level.d_ff, SWIGLU_CHUNKS) // layers.size
+        self.up = layers.column(level.d_model, level.d_ff * (1 + self.gated), model.bias)
+        self.down = layers.row(level.d_ff, level.d_model, model.bias)
         self.dropout = layers.dropout(model.dropout, split_dim=-1)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -78,27 +78,27 @@ class FeedForward(nn.Module):
         return self.down(self.dropout(h, context))
 
 
-class Block(Layer):
+class TransformerBlock(Layer):
     """A pre-norm Transformer block: attention, then feed-forward, each with its residual."""
 
     def __init__(
         self,
         model: ModelConfig,
         layers: PlainLayers,
-        scale: Scale,
+        level: Level,
         shared_bias: PositionBias | None,
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.level, self.recompute = scale.index, recompute
-        self.attention_norm = make_norm(model, scale.d_model)
-        self.attention = Attention(model, layers, scale, shared_bias=shared_bias)
-        self.ff_norm = make_norm(model, scale.d_model)
-        self.ff = FeedForward(model, layers, scale)
+        self.level, self.recompute = level.index, recompute
+        self.attention_norm = make_norm(model, level.d_model)
+        self.attention = Attention(model, layers, level, shared_bias=shared_bias)
+        self.ff_norm = make_norm(model, level.d_model)
+        self.ff = FeedForward(model, layers, level)
         self.dropout_attention = layers.dropout(model.dropout)
         self.dropout_ff = layers.dropout(model.dropout)
 
-    def forward(self, state: State, context: Context) -> State:
+    def forward(self, state: Activations, context: Context) -> Activations:
         if self.recompute and torch.is_grad_enabled():
             x = checkpoint(self._block, state.x, context, use_reentrant=False)
         else:
@@ -112,10 +112,10 @@ class Block(Layer):
         return x + self.dropout_ff(self.ff(self.ff_norm(x), context), context)
 
 
-def total_factor(context: Context, scale: int) -> int:
-    """Tokens a position of `scale` stands for, with this pass's factors."""
+def total_factor(context: Context, level: int) -> int:
+    """Tokens a position of `level` stands for, with this pass's factors."""
     total = 1
-    for k in context.factors[:scale]:
+    for k in context.factors[:level]:
         total *= k
     return total
 
@@ -123,26 +123,26 @@ def total_factor(context: Context, scale: int) -> int:
 class Norm(Layer):
     """The norm that closes a stack (in the authors' code; the paper does not mention it)."""
 
-    def __init__(self, model: ModelConfig, scale: Scale) -> None:
+    def __init__(self, model: ModelConfig, level: Level) -> None:
         super().__init__()
-        self.norm = make_norm(model, scale.d_model)
+        self.norm = make_norm(model, level.d_model)
 
-    def forward(self, state: State, context: Context) -> State:
+    def forward(self, state: Activations, context: Context) -> Activations:
         return state._replace(x=self.norm(state.x))
 
 
 class Head(Layer):
     """(B, L, d) -> logits (B, L, padded vocabulary / tensor ranks); padding is never likely."""
 
-    def __init__(self, model: ModelConfig, layers: PlainLayers, scale: Scale) -> None:
+    def __init__(self, model: ModelConfig, layers: PlainLayers, level: Level) -> None:
         super().__init__()
-        self.linear = layers.column(scale.d_model, model.padded_vocab, model.bias)
+        self.linear = layers.column(level.d_model, model.padded_vocab, model.bias)
         start = layers.vocab_start(model.padded_vocab)
         self.real = max(0, model.vocab_size - start)  # logits held here that are not padding
 
-    def forward(self, state: State, context: Context) -> State:
+    def forward(self, state: Activations, context: Context) -> Activations:
         logits = self.linear(state.x)
         if self.real < logits.shape[-1]:
             padding = torch.arange(logits.shape[-1], device=logits.device) >= self.real
             logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
-        return State(logits)
+        return Activations(logits)

@@ -2,7 +2,7 @@
 
 A pass whose `Context` has a cache takes it up by itself: the first pass (the prompts, all positions
 at once) makes the memories, each pass after it brings one new position a row at full length, and
-at a shorter scale one or none. So a layer has one `forward` for training, prompt and steps.
+at a shorter level one or none. So a layer has one `forward` for training, prompt and steps.
 
 Rows of different lengths end together. The cache counts positions from the beginning of the
 longest row; a shorter one begins later, by a multiple of the model's total factor, and so all rows

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from hg_scale.config.hierarchy import scale_lengths
+from hg_scale.config.hierarchy import level_lengths
 from hg_scale.config.schema import ModelConfig
-from hg_scale.model.plan import LayerPlan, Scale, layer_plan, model_scales
+from hg_scale.model.plan import LayerPlan, Level, layer_plan, model_levels
 
 TRAINING_FACTOR = 3  # forward, and twice that backward
 
@@ -50,7 +50,7 @@ def parameter_count(model: ModelConfig) -> int:
 
 def shared_bias_width(model: ModelConfig) -> int:
     """Width of the levels with relative positions, which share one pair of biases."""
-    return next(s.d_model for s in model_scales(model) if s.positions == "relative")
+    return next(s.d_model for s in model_levels(model) if s.positions == "relative")
 
 
 def forward_flops(model: ModelConfig, length: int | None = None) -> int:
@@ -88,33 +88,33 @@ class _CacheCounter:
     """
 
     def __init__(self, model: ModelConfig, length: int) -> None:
-        self.model, self.scales = model, model_scales(model)
-        self.lengths = scale_lengths(length, model.parsed.factors)
+        self.model, self.levels = model, model_levels(model)
+        self.lengths = level_lengths(length, model.parsed.factors)
 
     def layer(self, layer: LayerPlan) -> tuple[int, int]:
-        scale, n = self.scales[layer.scale], self.lengths[layer.scale]
+        level, n = self.levels[layer.level], self.lengths[layer.level]
         if layer.kind == "block":
-            held = min(scale.window or n, n)
+            held = min(level.window or n, n)
             turns = 2 if held < n else 1
-            return self.attention(scale, held, turns * held, scale.positions)
+            return self.attention(level, held, turns * held, level.positions)
         if layer.kind not in ("shorten", "upsample"):
             return 0, 0
-        k, lower = self.model.parsed.levels[layer.level].k, self.scales[layer.scale + 1]
-        groups = self.lengths[layer.scale + 1]
+        k, lower = self.model.parsed.shortenings[layer.level].k, self.levels[layer.level + 1]
+        groups = self.lengths[layer.level + 1]
         if layer.kind == "shorten":  # the open group, and the keys of all members
-            kept, asks, keys = k * scale.d_model, lower, groups * k
+            kept, asks, keys = k * level.d_model, lower, groups * k
             attends = self.model.pooling.startswith("attention")
         else:  # what the newest group gives, and the keys of all groups
             base = self.model.upsampling.rpartition("+")[2]
-            kept = {"linear": k, "repeat": 1, "none": 0}[base] * scale.d_model
-            asks, keys = scale, groups
+            kept = {"linear": k, "repeat": 1, "none": 0}[base] * level.d_model
+            asks, keys = level, groups
             attends = self.model.upsampling.startswith("attention")
         if not attends:
             return kept, 0
-        by_row, shared = self.attention(asks, keys, groups * k, scale.positions)
+        by_row, shared = self.attention(asks, keys, groups * k, level.positions)
         return kept + by_row, shared
 
-    def attention(self, asks: Scale, keys: int, distances: int, positions: str) -> tuple[int, int]:
+    def attention(self, asks: Level, keys: int, distances: int, positions: str) -> tuple[int, int]:
         return 2 * keys * asks.d_model, distances * asks.d_model * (positions == "relative")
 
 
@@ -123,14 +123,14 @@ class _Counter:
 
     def __init__(self, model: ModelConfig, length: int, factors: tuple[int, ...]) -> None:
         self.model, self.factors = model, factors
-        self.scales = model_scales(model)
-        self.lengths = scale_lengths(length, factors)
+        self.levels = model_levels(model)
+        self.lengths = level_lengths(length, factors)
         self.norm_width = 2 if model.norm == "layernorm" else 1  # vectors of a norm
 
     def layer(self, layer: LayerPlan) -> tuple[int, int]:
-        scale = self.scales[layer.scale]
-        n = self.lengths[layer.scale]
-        vocab, d = self.model.padded_vocab, scale.d_model
+        level = self.levels[layer.level]
+        n = self.lengths[layer.level]
+        vocab, d = self.model.padded_vocab, level.d_model
         match layer.kind:
             case "embedding":
                 return vocab * d, 0
@@ -141,8 +141,8 @@ class _Counter:
             case "block":
                 parts = [
                     (2 * self.norm(d), 0),
-                    self.attention(scale, n, scale, n),
-                    self.feed_forward(scale, n),
+                    self.attention(level, n, level, n),
+                    self.feed_forward(level, n),
                 ]
             case "shorten":
                 parts = list(self.shorten(layer.level))
@@ -156,17 +156,17 @@ class _Counter:
     def norm(self, d: int) -> int:
         return self.norm_width * d
 
-    def feed_forward(self, scale: Scale, n: int) -> tuple[int, int]:
+    def feed_forward(self, level: Level, n: int) -> tuple[int, int]:
         gates = 2 if self.model.activation == "swiglu" else 1
-        up = self.linear(n, scale.d_model, gates * scale.d_ff)
-        down = self.linear(n, scale.d_ff, scale.d_model)
+        up = self.linear(n, level.d_model, gates * level.d_ff)
+        down = self.linear(n, level.d_ff, level.d_model)
         return up[0] + down[0], up[1] + down[1]
 
     def attention(
         self,
-        query: Scale,
+        query: Level,
         n: int,
-        key: Scale,
+        key: Level,
         m: int,
         positions: str | None = None,
         windowed: bool = True,
@@ -193,7 +193,7 @@ class _Counter:
         return sum(p for p, _ in parts), sum(f for _, f in parts)
 
     def resampling_attention(
-        self, query: Scale, n: int, key: Scale, m: int, positions: str
+        self, query: Level, n: int, key: Level, m: int, positions: str
     ) -> Iterator[tuple[int, int]]:
         yield self.norm(key.d_model) + 2 * self.norm(query.d_model), 0
         yield self.attention(query, n, key, m, positions, windowed=False)
@@ -201,7 +201,7 @@ class _Counter:
 
     def shorten(self, j: int) -> Iterator[tuple[int, int]]:
         k = self.factors[j]
-        upper, lower = self.scales[j], self.scales[j + 1]
+        upper, lower = self.levels[j], self.levels[j + 1]
         n = self.lengths[j + 1]
         base = self.model.pooling.rpartition("+")[2]
         if base == "linear":
@@ -213,7 +213,7 @@ class _Counter:
 
     def upsample(self, j: int) -> Iterator[tuple[int, int]]:
         k = self.factors[j]
-        upper, lower = self.scales[j], self.scales[j + 1]
+        upper, lower = self.levels[j], self.levels[j + 1]
         n, m = self.lengths[j], self.lengths[j + 1]
         yield self.norm(upper.d_model), 0
         if self.model.skip == "learned":

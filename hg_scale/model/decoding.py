@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hg_scale.model.block import State
+from hg_scale.model.block import Activations
 from hg_scale.model.cache import Cache
 from hg_scale.model.context import Context, mix
 from hg_scale.model.hourglass import Hourglass
@@ -58,10 +58,10 @@ class Decoder:
         self.cache = Cache(self.length, offsets)
         self._context = Context(self.model.config.parsed.factors, cache=self.cache)
         *layers, head = self.model.sequence
-        state = State(ids)
+        state = Activations(ids)
         for layer in layers:
             state = layer(state, self._context)
-        state = head(State(self.cache.ends(state.x, 1)), self._context)
+        state = head(Activations(self.cache.ends(state.x, 1)), self._context)
         self.cache.position = n
         return state.x[:, 0, : self.model.config.vocab_size]
 
@@ -71,7 +71,7 @@ class Decoder:
         if not 0 < self.position < self.length:
             raise ValueError(f"no room: {self.position} tokens of {self.length} are read")
         layers, context = self.model.sequence, self._context
-        state, number = State(ids[:, None]), 0
+        state, number = Activations(ids[:, None]), 0
         while number < len(layers):
             state = layers[number](state, context)
             number = number + 1 if state.x.shape[1] else self._exits[number]

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.attention import PositionBias
-from hg_scale.model.block import Block, Embedding, Head, Layer, Norm, State
+from hg_scale.model.block import Activations, Embedding, Head, Layer, Norm, TransformerBlock
 from hg_scale.model.context import Context, Dropout, name_seed
 from hg_scale.model.layers import PlainLayers
-from hg_scale.model.plan import LayerPlan, layer_plan, model_scales
+from hg_scale.model.plan import LayerPlan, layer_plan, model_levels
 from hg_scale.model.resampling import Shorten, Upsample
 
 
@@ -19,8 +19,8 @@ def make_shared_bias(model: ModelConfig, layers: PlainLayers) -> PositionBias | 
     """The one pair of position biases of a model with `shared_position_bias`."""
     if not model.shared_position_bias:
         return None
-    scale = next(s for s in model_scales(model) if s.positions == "relative")
-    return PositionBias(layers, scale.heads, scale.d_model // scale.heads)
+    level = next(s for s in model_levels(model) if s.positions == "relative")
+    return PositionBias(layers, level.heads, level.d_model // level.heads)
 
 
 def make_layer(
@@ -31,14 +31,14 @@ def make_layer(
     recompute: bool = False,
 ) -> Layer:
     """The module of one entry of the layer list."""
-    scales = model_scales(model)
-    here = scales[plan.scale]
+    levels = model_levels(model)
+    here = levels[plan.level]
     makers: dict[str, Callable[[], Layer]] = {
         "embedding": lambda: Embedding(model, layers, here),
-        "block": lambda: Block(model, layers, here, shared_bias, recompute),
+        "block": lambda: TransformerBlock(model, layers, here, shared_bias, recompute),
         "norm": lambda: Norm(model, here),
-        "shorten": lambda: Shorten(model, layers, here, scales[plan.scale + 1], shared_bias),
-        "upsample": lambda: Upsample(model, layers, here, scales[plan.scale + 1], shared_bias),
+        "shorten": lambda: Shorten(model, layers, here, levels[plan.level + 1], shared_bias),
+        "upsample": lambda: Upsample(model, layers, here, levels[plan.level + 1], shared_bias),
         "head": lambda: Head(model, layers, here),
     }
     layer = makers[plan.kind]()
@@ -66,7 +66,7 @@ class Hourglass(nn.Module):
         self.position_bias = make_shared_bias(model, self.parts)
         self.sequence: list[Layer] = []
         for plan in layer_plan(model):
-            again = bool(recompute and recompute[plan.scale])
+            again = bool(recompute and recompute[plan.level])
             layer = make_layer(plan, model, self.parts, self.position_bias, again)
             attach(self, plan.name, layer)
             self.sequence.append(layer)
@@ -80,7 +80,7 @@ class Hourglass(nn.Module):
         labels (B, L), -1 where nothing is to be scored, the mean loss in nats over all B x L.
         """
         context = context or Context(self.config.parsed.factors)
-        state = State(ids)
+        state = Activations(ids)
         for layer in self.sequence:
             state = layer(state, context)
         return state.x if labels is None else mean_loss(self.parts, state.x, labels)

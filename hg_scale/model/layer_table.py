@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hg_scale.config.hierarchy import scale_lengths
+from hg_scale.config.hierarchy import level_lengths
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.costs import LayerCost, cached_numbers, layer_costs
-from hg_scale.model.plan import Kind, LayerPlan, model_scales
+from hg_scale.model.plan import LayerKind, LayerPlan, model_levels
 
 
 @dataclass(frozen=True)
 class LayerRow:
     """A layer, or equal blocks that follow each other.
 
-    `positions` and `width` are those of the scale that it belongs to; `flops` are of the forward
+    `positions` and `width` are those of the level that it belongs to; `flops` are of the forward
     pass of one window, `share` is their part of the whole model's; `cache` are the numbers that
     decoding a text of that length keeps. `split`: what tensor parallelism shares out; "" where
     every tensor rank holds the whole layer.
     """
 
     name: str
-    kind: Kind
-    scale: int
+    kind: LayerKind
+    level: int
     layers: int
     positions: int
     width: int
@@ -38,8 +38,8 @@ def layer_table(model: ModelConfig) -> list[LayerRow]:
     """The rows in the order of the forward pass."""
     costs = layer_costs(model)
     cached = cached_numbers(model, model.sequence_length)
-    scales = model_scales(model)
-    lengths = scale_lengths(model.sequence_length, model.parsed.factors)
+    levels = model_levels(model)
+    lengths = level_lengths(model.sequence_length, model.parsed.factors)
     whole = sum(cost.flops for cost in costs)
     rows = []
     for group in _groups(costs):
@@ -48,10 +48,10 @@ def layer_table(model: ModelConfig) -> list[LayerRow]:
         rows.append(LayerRow(
             name=first.name if len(group) == 1 else f"{first.name} .. {_last_part(last.name)}",
             kind=first.kind,
-            scale=first.scale,
+            level=first.level,
             layers=len(group),
-            positions=lengths[first.scale],
-            width=scales[first.scale].d_model,
+            positions=lengths[first.level],
+            width=levels[first.level].d_model,
             parameters=sum(cost.parameters for cost in group),
             flops=flops,
             share=flops / whole,
@@ -69,7 +69,7 @@ def _split(model: ModelConfig, layer: LayerPlan) -> str:
     if layer.kind == "norm":
         return ""
     kind = model.pooling if layer.kind == "shorten" else model.upsampling
-    upper, lower = (model_scales(model)[layer.scale + i].d_model for i in (0, 1))
+    upper, lower = (model_levels(model)[layer.level + i].d_model for i in (0, 1))
     base = kind.rpartition("+")[2]
     projects = base == "linear" or (upper != lower and base != "none")
     parts = ["input"] * projects + ["heads, d_ff"] * kind.startswith("attention")

@@ -1,7 +1,7 @@
-"""The flat list of layers that a hierarchy stands for, in plain data.
+"""The flat list of layers that a hierarchy stands for, as plain data.
 
-Everything that walks the model walks this list: the module itself, the costs, the pipeline's cut,
-the names in a checkpoint. It needs no torch.
+Everything that walks the model walks this list: the module itself, the costs, the pipeline cut, the
+parameter names in a checkpoint. Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hg_scale.config.hierarchy import Level, scale_factors, scale_lengths
+from hg_scale.config.hierarchy import Shortening, level_factors, level_lengths
 from hg_scale.config.schema import ModelConfig, Positions
 
-Kind = Literal["embedding", "block", "norm", "shorten", "upsample", "head"]
+LayerKind = Literal["embedding", "block", "norm", "shorten", "upsample", "head"]
 
 
 @dataclass(frozen=True)
-class Scale:
-    """The shape of the model at one scale; scale 0 is the full length."""
+class Level:
+    """The shape of the model at one level; level 0 is the full length."""
 
     index: int
     factor: int  # total shortening
@@ -30,69 +30,70 @@ class Scale:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer: its name in checkpoints, what it is, and the scale it belongs to.
+    """One layer: its name in checkpoints, its kind, and its level.
 
-    `shorten` and `upsample` join `scale` to the next deeper one; `level` is theirs.
+    `shorten` and `upsample` connect `level` to `level + 1`. In names, `level0` is what the first
+    shortening encloses: the blocks of `level0.pre` are at level 1.
     """
 
     name: str
-    kind: Kind
-    scale: int
-    level: int = -1
+    kind: LayerKind
+    level: int
 
 
-def model_scales(model: ModelConfig) -> list[Scale]:
-    """Every scale of the model, outermost first."""
+def model_levels(model: ModelConfig) -> list[Level]:
+    """Every level of the model, outermost first."""
     columns = ("d_model", "heads", "d_ff", "window", "positions")
     values = zip(*(model.by_level(key) for key in columns), strict=True)
-    factors = scale_factors(model.parsed.factors)
-    return [Scale(i, f, *row) for i, (f, row) in enumerate(zip(factors, values, strict=True))]
+    factors = level_factors(model.parsed.factors)
+    return [Level(i, f, *row) for i, (f, row) in enumerate(zip(factors, values, strict=True))]
 
 
 def layer_plan(model: ModelConfig) -> list[LayerPlan]:
     """The layers in the order of the forward pass (paper, Algorithm 1).
 
-    Every stack of blocks ends in a norm, as in the authors' code; a stack may be empty.
+    Every stack of blocks ends in a norm, as in the authors' code; a stack may have no blocks.
     """
     hierarchy = model.parsed
     plan = [LayerPlan("embedding", "embedding", 0)]
     plan += _stack("pre", 0, hierarchy.pre)
-    if hierarchy.levels:
-        plan += _valley(hierarchy.levels, 0)
+    if hierarchy.shortenings:
+        plan += _inner_levels(hierarchy.shortenings, 0)
     if hierarchy.post is not None:
         plan += _stack("post", 0, hierarchy.post)
     return [*plan, LayerPlan("head", "head", 0)]
 
 
-def _stack(name: str, scale: int, blocks: int) -> list[LayerPlan]:
-    layers = [LayerPlan(f"{name}.{i}", "block", scale) for i in range(blocks)]
-    return [*layers, LayerPlan(f"{name}.norm", "norm", scale)]
+def _stack(name: str, level: int, blocks: int) -> list[LayerPlan]:
+    layers = [LayerPlan(f"{name}.{i}", "block", level) for i in range(blocks)]
+    return [*layers, LayerPlan(f"{name}.norm", "norm", level)]
 
 
-def _valley(levels: tuple[Level, ...], j: int) -> list[LayerPlan]:
-    here, blocks = f"level{j}", levels[j].blocks
-    if j == len(levels) - 1:
-        inside = _stack(f"{here}.stack", j + 1, blocks)
+def _inner_levels(shortenings: tuple[Shortening, ...], level: int) -> list[LayerPlan]:
+    """From the shortening at `level` to the upsampling back to it."""
+    name, blocks = f"level{level}", shortenings[level].blocks
+    if level == len(shortenings) - 1:
+        inside = _stack(f"{name}.stack", level + 1, blocks)
     else:
         inside = [
-            *_stack(f"{here}.pre", j + 1, blocks),
-            *_valley(levels, j + 1),
-            *_stack(f"{here}.post", j + 1, blocks),
+            *_stack(f"{name}.pre", level + 1, blocks),
+            *_inner_levels(shortenings, level + 1),
+            *_stack(f"{name}.post", level + 1, blocks),
         ]
-    down = LayerPlan(f"{here}.shorten", "shorten", j, j)
-    up = LayerPlan(f"{here}.upsample", "upsample", j, j)
+    down = LayerPlan(f"{name}.shorten", "shorten", level)
+    up = LayerPlan(f"{name}.upsample", "upsample", level)
     return [down, *inside, up]
 
 
 def boundary_shapes(
     model: ModelConfig, plan: list[LayerPlan], index: int, length: int, factors: tuple[int, ...]
 ) -> list[tuple[int, int]]:
-    """(positions, width) of what crosses the boundary before layer `index`.
+    """(positions, width) of what crosses a pipeline boundary before layer `index`.
 
     The activations come first, then the open skips, outermost first.
     """
-    lengths, widths = scale_lengths(length, factors), model.by_level("d_model")
-    depth = 0
+    lengths, widths = level_lengths(length, factors), model.by_level("d_model")
+    level = 0
     for layer in plan[:index]:
-        depth += {"shorten": 1, "upsample": -1}.get(layer.kind, 0)
-    return [(lengths[s], widths[s]) for s in (depth, *range(depth))]
+        level += {"shorten": 1, "upsample": -1}.get(layer.kind, 0)
+    return [(lengths[j], widths[j]) for j in (level, *range(level))]

@@ -1,4 +1,4 @@
-"""The two layers that change the scale: `Shorten` enters a level, `Upsample` leaves it.
+"""The two layers that change the level: `Shorten` enters a level, `Upsample` leaves it.
 
 Paper, sections 2.1 and 2.3; what the paper does not say (norms, the raw residual inside the
 upsampling) follows the authors' code. Which positions form a group is `grouping.py`'s business.
@@ -11,23 +11,23 @@ from torch import Tensor, nn
 
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.attention import Attention, PositionBias
-from hg_scale.model.block import FeedForward, Layer, State, make_norm, total_factor
+from hg_scale.model.block import Activations, FeedForward, Layer, make_norm, total_factor
 from hg_scale.model.cache import Cache, LastGroup, OpenGroup
 from hg_scale.model.context import Context
 from hg_scale.model.grouping import Alignment, FixedGroups
 from hg_scale.model.layers import PlainLayers
-from hg_scale.model.plan import Scale
+from hg_scale.model.plan import Level
 
 
 class ResamplingAttention(nn.Module):
-    """Attention from one scale to another, then a feed-forward, each with its residual."""
+    """Attention from one level to another, then a feed-forward, each with its residual."""
 
     def __init__(
         self,
         model: ModelConfig,
         layers: PlainLayers,
-        query: Scale,
-        source: Scale,
+        query: Level,
+        source: Level,
         positions: str,
         shared_bias: PositionBias | None,
     ) -> None:
@@ -56,8 +56,8 @@ class Shorten(Layer):
         self,
         model: ModelConfig,
         layers: PlainLayers,
-        upper: Scale,
-        lower: Scale,
+        upper: Level,
+        lower: Level,
         shared_bias: PositionBias | None,
     ) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Shorten(Layer):
                 model, layers, lower, upper, upper.positions, shared_bias
             )
 
-    def forward(self, state: State, context: Context) -> State:
+    def forward(self, state: Activations, context: Context) -> Activations:
         x = state.x
         k, unit = context.factors[self.level], total_factor(context, self.level)
         shifted = self._shift(x, k, unit, context.cache)  # (B, groups * k, d_upper)
@@ -89,7 +89,7 @@ class Shorten(Layer):
             source = self.attend.in_norm(shifted)
             base = self.attend.base_norm(self._resize(groups.cut(source)))
             z = self.attend(base, source, context, unit, groups.shortening)
-        return State(z, (*state.skips, x))
+        return Activations(z, (*state.skips, x))
 
     def _shift(self, x: Tensor, k: int, unit: int, cache: Cache | None) -> Tensor:
         """The members of the groups that x (B, n, d) makes whole: (B, groups * k, d)."""
@@ -113,8 +113,8 @@ class Upsample(Layer):
         self,
         model: ModelConfig,
         layers: PlainLayers,
-        upper: Scale,
-        lower: Scale,
+        upper: Level,
+        lower: Level,
         shared_bias: PositionBias | None,
     ) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Upsample(Layer):
         learned = model.skip == "learned"
         self.gain = nn.Parameter(torch.ones(upper.d_model)) if learned else None
 
-    def forward(self, state: State, context: Context) -> State:
+    def forward(self, state: Activations, context: Context) -> Activations:
         z, x = state.x, state.skips[-1]
         k, unit = context.factors[self.level], total_factor(context, self.level)
         cache = context.cache
@@ -153,7 +153,7 @@ class Upsample(Layer):
             base = self.attend.base_norm(base) + x
             y = self.attend(base, source, context, unit, groups.upsampling)
         skip = x if self.gain is None else x * self.gain
-        return State(skip + self.norm(y), state.skips[:-1])
+        return Activations(skip + self.norm(y), state.skips[:-1])
 
     def _resize(self, z: Tensor, groups: FixedGroups, unit: int, cache: Cache | None) -> Tensor:
         """(B, groups, d_lower) -> (B, n, d_upper)."""

@@ -25,7 +25,7 @@ from typing import Literal
 
 from hg_scale.parallel.launch import affinity_problem
 
-State = Literal["ok", "note", "wrong"]
+FindingState = Literal["ok", "note", "wrong"]
 GIB = 2**30
 SHM_BYTES = 1 * GIB  # what NCCL's and the data workers' shared memory wants for eight ranks
 WRITE_BYTES = 256 * 2**20
@@ -38,7 +38,7 @@ class Finding:
     """One line. `ok`; `note`: fine for some uses; `wrong`: training will fail or crawl."""
 
     topic: str
-    state: State
+    state: FindingState
     message: str
     remedy: str = ""
 

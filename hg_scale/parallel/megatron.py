@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hg_scale.model.context import Dropout
 from hg_scale.model.layers import IGNORED, PlainLayers
-from hg_scale.parallel.sharding import Shard, mark
+from hg_scale.model.sharding import TensorShard, mark
 
 # A run sets it before CUDA starts (`training/run.py`); without it Megatron warns at every layer.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -36,10 +36,10 @@ with warnings.catch_warnings():  # it warns of Transformer Engine and Apex, whic
     )
 
 
-def initialize(tensor: int, pipeline: int) -> None:
+def initialize_groups(tensor: int, pipeline: int) -> None:
     """Make Megatron's process groups: tensor ranks adjacent, pipeline outermost."""
     if parallel_state.model_parallel_is_initialized():
-        destroy()
+        destroy_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
@@ -47,7 +47,7 @@ def initialize(tensor: int, pipeline: int) -> None:
     )
 
 
-def destroy() -> None:
+def destroy_groups() -> None:
     """Forget Megatron's process groups."""
     parallel_state.destroy_model_parallel()
 
@@ -108,7 +108,7 @@ class _Projection(_Row):
 
 
 def _ignore(_: Tensor) -> None:
-    """Megatron wants an initialiser; `parallel/initialization.py` fills all weights."""
+    """Megatron wants an initialiser; `model/initialization.py` fills all weights."""
 
 
 class MegatronLayers(PlainLayers):
@@ -125,8 +125,8 @@ class MegatronLayers(PlainLayers):
             params_dtype=torch.float32,
         )
 
-    def _shard(self, dim: int) -> Shard:
-        return Shard(dim, self.rank, self.size)
+    def _shard(self, dim: int) -> TensorShard:
+        return TensorShard(dim, self.rank, self.size)
 
     def column(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
         layer = _Column(

@@ -130,7 +130,7 @@ def make_mesh(parallel: ParallelConfig) -> tuple[Mesh, PlainLayers]:
         return mesh, PlainLayers()
     from hg_scale.parallel import megatron
 
-    megatron.initialize(parallel.tensor, parallel.pipeline)
+    megatron.initialize_groups(parallel.tensor, parallel.pipeline)
     for axis, ranks in megatron.group_ranks().items():
         compare_group(mesh, axis, ranks, "Megatron")
     return mesh, megatron.MegatronLayers()

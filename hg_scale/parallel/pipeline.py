@@ -16,7 +16,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from hg_scale.config.schema import ModelConfig
-from hg_scale.model.block import State
+from hg_scale.model.block import Activations
 from hg_scale.model.context import Context
 from hg_scale.model.hourglass import attach, make_layer, make_shared_bias, mean_loss
 from hg_scale.model.layers import PlainLayers
@@ -71,7 +71,7 @@ class HourglassPipeline(PipelineModule):
         """Build this stage's layers under the names that they have in the whole model."""
         self.position_bias = make_shared_bias(self.config, self.layer_parts)
         for plan in self.layer_plan[self._local_start : self._local_stop]:
-            again = bool(self.recompute and self.recompute[plan.scale])
+            again = bool(self.recompute and self.recompute[plan.level])
             layer = make_layer(plan, self.config, self.layer_parts, self.position_bias, again)
             attach(self, plan.name, layer)
             self.forward_funcs.append(layer)
@@ -101,26 +101,26 @@ class HourglassPipeline(PipelineModule):
         first = self.context.first_sample + self._micro_batch * self.micro_batch_size
         self._micro_batch += 1
         context = Context(self.context.factors, self.context.key, first)
-        state = State(x) if self.stage_id == 0 else self._unpack(x)
+        state = Activations(x) if self.stage_id == 0 else self._unpack(x)
         for layer in self.forward_funcs:
             state = layer(state, context)
         return state.x if self.stage_id == self.num_stages - 1 else pack(state)
 
-    def _unpack(self, packed: Tensor) -> State:
+    def _unpack(self, packed: Tensor) -> Activations:
         shapes = boundary_shapes(
             self.config, self.layer_plan, self._local_start, self.length, self.context.factors
         )
         return unpack(packed, shapes)
 
 
-def pack(state: State) -> Tensor:
+def pack(state: Activations) -> Tensor:
     """Activations and open skips as one tensor: (B, sum of positions x width)."""
     return torch.cat([t.flatten(1) for t in (state.x, *state.skips)], 1)
 
 
-def unpack(packed: Tensor, shapes: list[tuple[int, int]]) -> State:
+def unpack(packed: Tensor, shapes: list[tuple[int, int]]) -> Activations:
     """The inverse of `pack`; `shapes` are (positions, width), activations first."""
     ends = list(accumulate(n * d for n, d in shapes))
     pieces = packed.tensor_split(ends[:-1], 1)
     x, *skips = (p.unflatten(1, shape) for p, shape in zip(pieces, shapes, strict=True))
-    return State(x, tuple(skips))
+    return Activations(x, tuple(skips))

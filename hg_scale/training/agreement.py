@@ -10,17 +10,17 @@ import torch.distributed as dist
 
 from hg_scale.errors import UserError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-class Stopped(UserError):
+class StoppedByPeer(UserError):
     """This rank ends because another one met a fault, and that one tells it.
 
     Its `__cause__` is this rank's own fault, if it has one too.
     """
 
 
-def together(action: Callable[[], T], device: torch.device) -> T:
+def run_on_all_ranks(action: Callable[[], _T], device: torch.device) -> _T:
     """What `action` returns here. Where it raises on any rank, whatever it is, all ranks raise."""
     fault: Exception | None = None
     result = None
@@ -32,34 +32,34 @@ def together(action: Callable[[], T], device: torch.device) -> T:
         fault.__cause__ = error
     except Exception as error:
         fault = error
-    agree(fault, device)
+    raise_on_all_ranks(fault, device)
     return result  # type: ignore[return-value]
 
 
-def agree(fault: Exception | None, device: torch.device) -> None:
-    """Raise on all ranks where one has a fault: one of these tells its own, the others `Stopped`.
+def raise_on_all_ranks(fault: Exception | None, device: torch.device) -> None:
+    """Raise on all ranks if one has an error: one reports its own, the others `StoppedByPeer`.
 
     A collective operation of all ranks.
     """
-    flag = torch.tensor(flag_of(fault), device=device)
+    flag = torch.tensor(error_flag(fault), device=device)
     if dist.get_world_size() > 1:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    raise_flag(int(flag), fault)
+    raise_flagged(int(flag), fault)
 
 
-def flag_of(fault: Exception | None) -> int:
+def error_flag(fault: Exception | None) -> int:
     """A number for this rank's fault; their maximum says which rank is to tell."""
     return dist.get_world_size() - dist.get_rank() if fault else 0
 
 
-def raise_flag(flag: int, fault: Exception | None) -> None:
+def raise_flagged(flag: int, fault: Exception | None) -> None:
     """Raise if the maximum of all ranks' flags says that one has a fault."""
     if flag:
         stop_all(fault, dist.get_world_size() - flag)
 
 
 def stop_all(fault: Exception | None, teller: int) -> NoReturn:
-    """Raise `fault` on the rank that is to tell it, and `Stopped` on the others."""
+    """Raise `fault` on the rank that is to tell it, and `StoppedByPeer` on the others."""
     if fault and dist.get_rank() == teller:
         raise fault
-    raise Stopped(f"rank {teller} met a fault, and tells it") from fault
+    raise StoppedByPeer(f"rank {teller} met a fault, and tells it") from fault

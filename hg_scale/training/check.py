@@ -28,12 +28,11 @@ from hg_scale.config.layouts import (
 from hg_scale.config.schema import Config
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import Index, is_local
-from hg_scale.data.schedule import Source
+from hg_scale.data.schedule import DataSource
 from hg_scale.errors import UserError
 from hg_scale.model.costs import parameter_count
-from hg_scale.training.branch import find_branch
 from hg_scale.training.corpora import open_sources
-from hg_scale.training.same_model import refuse_other_model
+from hg_scale.training.resume import find_start_checkpoint, refuse_other_model
 
 STATE_BYTES = 12  # a parameter in a checkpoint: fp32 weight and two moments
 
@@ -75,21 +74,21 @@ def check_run(
     ]
 
 
-def check_inputs(config: Config, folder: Path, *, remote: bool) -> list[Source]:
+def check_inputs(config: Config, folder: Path, *, remote: bool) -> list[DataSource]:
     """The corpora of a run, which it may read, and `checkpoint.start_from`, if it needs that.
 
     Raises ConfigError listing all that is wrong with them; not `remote`: with what is a path. What
     the run folder holds is left to the run that has locked it.
     """
     problems: list[Problem] = []
-    sources: list[Source] = []
+    sources: list[DataSource] = []
     try:
         sources = open_sources(config, remote=remote)
     except ConfigError as error:
         problems += error.problems
     try:
         if not any((folder / "checkpoints").glob("step-*")):
-            find_branch(config)
+            find_start_checkpoint(config)
     except ConfigError as error:
         problems += error.problems
     if problems:
@@ -115,7 +114,7 @@ def _with_advice(
     return ConfigError(error.problems, str(path), advice)
 
 
-def check_shards(source: Source) -> int:
+def check_shards(source: DataSource) -> int:
     """How many shards there are; raises DataError at the first that is missing or cut short.
 
     Names and sizes only. Behind a URL or a pipe none is looked at.
@@ -150,7 +149,7 @@ def check_checkpoint(config: Config, folder: Path, report: Callable[[str], None]
     """What the run would begin from. CheckpointError or ConfigError: damaged, or another model."""
     checkpoint = find_latest(folder / "checkpoints", report=report)
     if checkpoint is None:
-        return find_branch(config, report)
+        return find_start_checkpoint(config, report)
     refuse_other_model(config, checkpoint)
     return checkpoint
 

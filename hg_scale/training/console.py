@@ -180,7 +180,7 @@ _VALIDATION_FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
 
 def step_figures(record: Mapping[str, Any], eta: float | None) -> str:
     """The figures of a logged step in one line; `eta` in seconds."""
-    left = [] if eta is None else [f"eta {duration(eta)}"]
+    left = [] if eta is None else [f"eta {format_duration(eta)}"]
     return "  ".join((*_fields(record, _STEP_FIELDS), *left))
 
 
@@ -204,7 +204,7 @@ def short_number(number: float) -> str:
     return f"{number:.3g}{unit}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Hours, minutes and seconds, or days: 1:02:03, 2d 03:04."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -10,14 +10,14 @@ from hg_scale.config.errors import ConfigError, Problem
 from hg_scale.config.schema import Config, SourceConfig
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import Index, is_local, read_index
-from hg_scale.data.schedule import Source
-from hg_scale.data.shards import Patience
+from hg_scale.data.schedule import DataSource
+from hg_scale.data.shards import RetryPolicy
 from hg_scale.data.tokenizer import ByteTokenizer
 
 _NO_DATA = "no data: set it to a folder made by data_prep/*.py"
 
 
-def open_sources(config: Config, *, remote: bool = True) -> list[Source]:
+def open_sources(config: Config, *, remote: bool = True) -> list[DataSource]:
     """The indexes that `data.path` or `data.sources` name, checked against the model.
 
     Not `remote`: only those that are paths. Raises ConfigError listing what does not suit,
@@ -26,7 +26,7 @@ def open_sources(config: Config, *, remote: bool = True) -> list[Source]:
     corpora = config.data.corpora
     if not corpora:
         raise ConfigError([Problem("data.path", _NO_DATA, None)])
-    sources: list[Source] = []
+    sources: list[DataSource] = []
     problems: list[Problem] = []
     for number, corpus in enumerate(corpora, 1):
         if not (remote or is_local(corpus.path)):
@@ -37,7 +37,7 @@ def open_sources(config: Config, *, remote: bool = True) -> list[Source]:
         except ConfigError as error:
             problems += error.problems
             continue
-        source = Source(corpus.label, index, corpus.weight, corpus.when_exhausted == "repeat")
+        source = DataSource(corpus.label, index, corpus.weight, corpus.when_exhausted == "repeat")
         problems += [*_misfits(config, corpus, key, index), *_clashes(source, key, sources)]
         sources.append(source)
     if problems:
@@ -45,12 +45,12 @@ def open_sources(config: Config, *, remote: bool = True) -> list[Source]:
     return sources
 
 
-def patience(config: Config) -> Patience:
+def patience(config: Config) -> RetryPolicy:
     """How long to wait for data, as configured."""
-    return Patience(config.data.retries, config.data.timeout)
+    return RetryPolicy(config.data.retries, config.data.timeout)
 
 
-def bytes_per_token(sources: list[Source]) -> float:
+def bytes_per_token(sources: list[DataSource]) -> float:
     """Bytes of text that a training token stands for, over the mixture of the sources."""
     weights = sum(source.weight for source in sources)
     splits = [(source.weight, source.index.split("train")) for source in sources]
@@ -104,7 +104,7 @@ def _misfits(config: Config, corpus: SourceConfig, key: str, index: Index) -> It
         yield Problem(key, f"{corpus.path} has no training split", corpus.path)
 
 
-def _clashes(source: Source, key: str, others: list[Source]) -> Iterator[Problem]:
+def _clashes(source: DataSource, key: str, others: list[DataSource]) -> Iterator[Problem]:
     """Why a source cannot be mixed with those before it."""
     index = source.index
     for other in others:

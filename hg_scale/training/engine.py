@@ -23,16 +23,15 @@ from hg_scale.config.deepspeed import deepspeed_config
 from hg_scale.config.schema import Config, by_level
 from hg_scale.model.context import Context, draw_factors
 from hg_scale.model.hourglass import Hourglass
+from hg_scale.model.initialization import initialize_weights
 from hg_scale.model.layers import PlainLayers
+from hg_scale.model.sharding import shard_of
 from hg_scale.parallel.extensions import load_extensions
-from hg_scale.parallel.initialization import initialize
 from hg_scale.parallel.mesh import Mesh
-from hg_scale.parallel.sharding import shard_of
 from hg_scale.parallel.stages import Cut, cut_pipeline
-from hg_scale.training.agreement import together
-from hg_scale.training.culprits import name_culprits
-from hg_scale.training.gradients import gradients_held, held_still
-from hg_scale.training.guard import Guard
+from hg_scale.training.agreement import run_on_all_ranks
+from hg_scale.training.gradients import local_gradients, skip_optimizer_step
+from hg_scale.training.guard import Guard, name_culprits
 from hg_scale.training.optimizer import make_optimizer, set_learning_rate
 
 
@@ -63,7 +62,7 @@ def make_engine(
     if device.type == "cpu":
         load_extensions()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-    recompute = by_level(config.training.activation_checkpointing, config.model.parsed.scales)
+    recompute = by_level(config.training.activation_checkpointing, config.model.parsed.level_count)
     kind: type[ModuleEngine] | type[PipelineEngine]
     if mesh.pipeline == 1:
         model: Any = Hourglass(config.model, parts, recompute)
@@ -77,9 +76,9 @@ def make_engine(
         kind = PipelineEngine
     named = list(model.named_parameters())
     if draw:
-        initialize(named, config.model, config.training.seed)
+        initialize_weights(named, config.model, config.training.seed)
     slices = {parameter: describe_slice(name, parameter) for name, parameter in named}
-    optimizer = together(lambda: make_optimizer(config, named), device)
+    optimizer = run_on_all_ranks(lambda: make_optimizer(config, named), device)
     settings = deepspeed_config(config, config.micro_batches(mesh.world_size))
     mpu = None
     if mesh.tensor > 1 and mesh.pipeline == 1:
@@ -187,7 +186,7 @@ class Engine:
         if self._why:
             self._why = name_culprits(self._why, self._mean_loss(), self.deepspeed, self.slices)
         skipped = self.deepspeed.skipped_steps
-        with held_still(self.optimizer) if self._why else nullcontext():
+        with skip_optimizer_step(self.optimizer) if self._why else nullcontext():
             self._take_step(*arguments)
         if self.deepspeed.skipped_steps > skipped and not self._why:
             self._why = "the norm of its gradients is beyond float32"
@@ -200,7 +199,7 @@ class Engine:
         One collective operation of all ranks. Without ZeRO it also gives the gradients' norm.
         """
         mesh = self.mesh
-        held = gradients_held(self.deepspeed, self.slices)
+        held = local_gradients(self.deepspeed, self.slices)
         norms = torch.stack(torch._foreach_norm(held)).double()
         signs = torch.zeros(3, dtype=torch.float64, device=self.device)
         if mesh.is_last_stage and mesh.tensor_rank == 0:
@@ -228,7 +227,7 @@ class Engine:
         limit = self.config.optimizer.gradient_clipping
         if limit and isfinite(self._norm):
             scale = min(limit / (self._norm + 1e-6), 1.0)
-            torch._foreach_mul_(gradients_held(self.deepspeed, self.slices), scale)
+            torch._foreach_mul_(local_gradients(self.deepspeed, self.slices), scale)
 
 
 class ModuleEngine(Engine):

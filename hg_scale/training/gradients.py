@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 
-def gradients_held(engine: Any, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+def local_gradients(engine: Any, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """All that this rank's update is made from; the data-parallel ranks together hold it all."""
     if groups := _groups(engine.optimizer):
         return [gradient for group in groups for gradient in group]
@@ -53,7 +53,7 @@ def _groups(optimizer: Any) -> list[list[Tensor]]:
 
 
 @contextmanager
-def held_still(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def skip_optimizer_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Inside, the optimizer's step does nothing.
 
     DeepSpeed then reads and clears the gradients as in any step, whatever its buffers are; weights,

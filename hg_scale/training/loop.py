@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Any
 from hg_scale.config.schema import Config
 from hg_scale.model.costs import training_flops_per_token
 from hg_scale.parallel.timeouts import Timeouts
-from hg_scale.training.batches import Batches
+from hg_scale.training.batch_loader import BatchLoader
 from hg_scale.training.device import Peak
-from hg_scale.training.held_out import HeldOut
 from hg_scale.training.interruption import Interruption
 from hg_scale.training.metrics import StepTimer, memory_usage
+from hg_scale.training.monitoring.monitor import Monitor
 from hg_scale.training.profiling import StepProfiler
-from hg_scale.training.progress import Progress
-from hg_scale.training.watch import Watch
+from hg_scale.training.state import TrainingProgress
+from hg_scale.training.validation import Validator
 
 if TYPE_CHECKING:
+    from hg_scale.training.checkpointer import Checkpointer
     from hg_scale.training.engine import Engine, StepResult
-    from hg_scale.training.saver import Saver
 
 LN2 = log(2)
 STRETCH = 16  # batches of a validation from one question whether to go on to the next
-Record = dict[str, Any]
+MetricsRecord = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,24 @@ class Parts:
     """What the loop is given: `log` takes a record a line, `advance` moves the live line."""
 
     engine: Engine
-    batches: Batches
-    held_out: HeldOut | None
+    batches: BatchLoader
+    held_out: Validator | None
     learning_rate: Callable[[int], float]
-    log: Callable[[Record], None]
+    log: Callable[[MetricsRecord], None]
     advance: Callable[[int], None]
-    saver: Saver
+    saver: Checkpointer
     checkpoints: Path
     interruption: Interruption
     timeouts: Timeouts
     profiler: StepProfiler
-    watch: Watch
+    watch: Monitor
     bytes_per_token: float
     peak: Peak
 
 
-def training_loop(config: Config, parts: Parts, progress: Progress, last_step: int) -> str | None:
+def training_loop(
+    config: Config, parts: Parts, progress: TrainingProgress, last_step: int
+) -> str | None:
     """Train from `progress.step` to `last_step`, validating, logging and saving on the way.
 
     Returns what ended it before, on all ranks alike and saved; None at `last_step`.
@@ -111,7 +113,7 @@ def due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
 
 
-def save(parts: Parts, progress: Progress, last: bool) -> None:
+def save(parts: Parts, progress: TrainingProgress, last: bool) -> None:
     """Save a checkpoint; the `last` one is waited for."""
     parts.watch.enter("save", progress.step)
     parts.timeouts.lengthen()
@@ -120,8 +122,8 @@ def save(parts: Parts, progress: Progress, last: bool) -> None:
 
 
 def validate(
-    parts: Parts, held_out: HeldOut, step: int, then: float | None
-) -> tuple[Record | None, str | None]:
+    parts: Parts, held_out: Validator, step: int, then: float | None
+) -> tuple[MetricsRecord | None, str | None]:
     """Loss over held-out text, each token scored once; or what ended it before, on all ranks alike.
 
     `then`: seconds that a save takes, should it be interrupted; None: nothing interrupts it.
@@ -143,7 +145,7 @@ def validate(
     return held_out.record(nats) | {"validation_seconds": perf_counter() - start}, None
 
 
-def skipped_step(progress: Progress, result: StepResult) -> Record:
+def skipped_step(progress: TrainingProgress, result: StepResult) -> MetricsRecord:
     """One object for `metrics.jsonl`; `loss` is a key of logged steps alone."""
     return {
         "step": progress.step,
@@ -162,7 +164,9 @@ class Meter:
         self.flops_per_token = training_flops_per_token(config.model)
         self.peak = parts.peak.flops * parts.engine.mesh.world_size
 
-    def record(self, progress: Progress, result: StepResult, learning_rate: float) -> Record:
+    def record(
+        self, progress: TrainingProgress, result: StepResult, learning_rate: float
+    ) -> MetricsRecord:
         """One object for `metrics.jsonl`."""
         times, batches = self.timer.collect(), self.parts.batches
         loss = result.loss / batches.scored if batches.scored else nan

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-Phase = Literal["data", "compute", "rest", "paused"]
+StepPhase = Literal["data", "compute", "rest", "paused"]
 
 _GIB = 2**30
 
@@ -114,12 +114,12 @@ class StepTimer:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._phase: Phase = "rest"
+        self._phase: StepPhase = "rest"
         self._mark = clock()
         self._reset()
 
     @contextmanager
-    def measure(self, phase: Phase) -> Iterator[None]:
+    def measure(self, phase: StepPhase) -> Iterator[None]:
         """Time in here counts for `phase`; `paused` (validation, saving) is no part of a step."""
         outer = self._phase
         self._switch(phase)
@@ -152,13 +152,13 @@ class StepTimer:
             "tokens_per_second": tokens / total if total else math.nan,
         }
 
-    def _switch(self, phase: Phase) -> None:
+    def _switch(self, phase: StepPhase) -> None:
         now = self._clock()
         self._seconds[self._phase] += now - self._mark
         self._phase, self._mark = phase, now
 
     def _reset(self) -> None:
-        self._seconds: defaultdict[Phase, float] = defaultdict(float)
+        self._seconds: defaultdict[StepPhase, float] = defaultdict(float)
         self._steps = self._tokens = 0
 
 

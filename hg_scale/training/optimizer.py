@@ -29,8 +29,8 @@ def parameter_groups(config: Config, named: Named) -> list[dict[str, Any]]:
     ones: DeepSpeed adds up the gradient norm group by group over all stages, and would wait
     forever for a group that a stage lacks.
     """
-    level_of = {layer.name: layer.scale for layer in layer_plan(config.model)}
-    factors = by_level(config.optimizer.learning_rate_by_level, config.model.parsed.scales)
+    level_of = {layer.name: layer.level for layer in layer_plan(config.model)}
+    factors = by_level(config.optimizer.learning_rate_by_level, config.model.parsed.level_count)
     decay = config.optimizer.weight_decay
     members: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in named:

@@ -16,32 +16,37 @@ import torch.distributed as dist
 from hg_scale.checkpoint.run_tokenizer import keep_tokenizer
 from hg_scale.config.schema import Config
 from hg_scale.data.errors import DataError
-from hg_scale.data.schedule import Source
+from hg_scale.data.schedule import DataSource
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import DONE, FAILED, REQUEUE
 from hg_scale.model.costs import parameter_count
 from hg_scale.parallel.launch import Launch
 from hg_scale.parallel.mesh import Mesh, make_mesh, start_processes
 from hg_scale.parallel.timeouts import Timeouts
-from hg_scale.training.agreement import Stopped, together
-from hg_scale.training.batches import Batches
-from hg_scale.training.begin import agreed_source
+from hg_scale.training.agreement import StoppedByPeer, run_on_all_ranks
+from hg_scale.training.batch_loader import BatchLoader
+from hg_scale.training.checkpointer import Checkpointer
 from hg_scale.training.console import Console, quiet_libraries
 from hg_scale.training.corpora import bytes_per_token, open_sources
 from hg_scale.training.device import peak_flops
-from hg_scale.training.endings import Lost, NoMemory, clear_end, in_a_line, tell, write_end
-from hg_scale.training.held_out import HeldOut
-from hg_scale.training.interruption import Interruption, end_of_job
+from hg_scale.training.failures import (
+    LostRank,
+    OutOfMemory,
+    as_user_error,
+    clear_end,
+    report_failure,
+    write_end,
+)
+from hg_scale.training.interruption import Interruption, StopSignals, end_of_job
 from hg_scale.training.loop import Parts, training_loop
+from hg_scale.training.monitoring.monitor import Monitor, monitor_run
 from hg_scale.training.profiling import StepProfiler
-from hg_scale.training.progress import Progress
+from hg_scale.training.resume import agree_on_resume_point
 from hg_scale.training.run_lock import RunLock, Taken
 from hg_scale.training.run_log import RunLog
-from hg_scale.training.saver import Saver
-from hg_scale.training.schedule import Schedule
-from hg_scale.training.state import layout_of, load_state
-from hg_scale.training.stop_signals import StopSignals
-from hg_scale.training.watch import Watch, watching
+from hg_scale.training.schedule import LearningRateSchedule
+from hg_scale.training.state import TrainingProgress, layout_of, load_state
+from hg_scale.training.validation import Validator
 
 
 @dataclass(frozen=True)
@@ -96,21 +101,21 @@ def train(
             )
             agreed = False
         except Exception as error:
-            fault = in_a_line(error, launch, interruption)
-            agreed = not isinstance(fault, Lost | NoMemory)
+            fault = as_user_error(error, launch, interruption)
+            agreed = not isinstance(fault, LostRank | OutOfMemory)
             if fault is None:  # one of ours
                 write_end(folder, launch.rank, FAILED, f"{type(error).__name__}: {error}")
                 raise
             if fault is not error:
                 traceback.print_exc()  # into the rank's log
         # The end of one that found the folder taken would pass for that of the run that is there.
-        if fault and not isinstance(fault, Lost | Stopped | Taken):
+        if fault and not isinstance(fault, LostRank | StoppedByPeer | Taken):
             write_end(folder, launch.rank, fault.exit_code, str(fault))
         if dist.is_initialized() and agreed:
             dist.destroy_process_group()
     if fault is None:
         return REQUEUE if interrupted else DONE
-    return tell(fault, folder, launch)
+    return report_failure(fault, folder, launch)
 
 
 def _train(run: Run) -> bool:
@@ -130,18 +135,18 @@ def _train(run: Run) -> bool:
 
     with run.interruption.signals.ending_a_wait(leave):
         device = start_processes(launch)
-    lock = together(lambda: RunLock(folder) if launch.rank == 0 else None, device)
-    watched = watching(run.config, folder, launch, run.console, device)
+    lock = run_on_all_ranks(lambda: RunLock(folder) if launch.rank == 0 else None, device)
+    watched = monitor_run(run.config, folder, launch, run.console, device)
     with lock or nullcontext(), watched as watch:
         return _train_alone(run, device, lock, watch)
 
 
-def _train_alone(run: Run, device: torch.device, lock: RunLock | None, watch: Watch) -> bool:
+def _train_alone(run: Run, device: torch.device, lock: RunLock | None, watch: Monitor) -> bool:
     """Once no other run has the folder, whose `lock` the first rank holds."""
     config, folder, console, profile = run.config, run.folder, run.console, run.profile
     checkpoints = folder / "checkpoints"
-    beginning = agreed_source(config, checkpoints, console, device)
-    sources = together(lambda: open_sources(config), device)
+    beginning = agree_on_resume_point(config, checkpoints, console, device)
+    sources = run_on_all_ranks(lambda: open_sources(config), device)
     mesh, layers = make_mesh(config.parallel)
 
     from hg_scale.parallel.extensions import is_compiled  # imports DeepSpeed
@@ -151,14 +156,14 @@ def _train_alone(run: Run, device: torch.device, lock: RunLock | None, watch: Wa
         console.print("compiling DeepSpeed's collectives for CPUs, once: about a minute")
     engine = make_engine(config, mesh, layers, device, draw=beginning.checkpoint is None)
     watch.attach(engine)
-    progress = Progress()
+    progress = TrainingProgress()
     if checkpoint := beginning.checkpoint:
-        progress = together(lambda: load_state(engine, checkpoint), device)
+        progress = run_on_all_ranks(lambda: load_state(engine, checkpoint), device)
     peak = peak_flops(config.training.precision, device.type)
     describe(config, mesh, console, engine.cut)
     console.print(f"peak of one device: {peak.flops / 1e12:.3g} TFLOP/s ({peak.source})")
     if checkpoint:
-        console.print(beginning.in_words(progress.step, layout_of(engine)))
+        console.print(beginning.describe(progress.step, layout_of(engine)))
 
     steps = config.training.steps
     last = steps if run.stop_at is None else min(steps, run.stop_at)
@@ -167,9 +172,9 @@ def _train_alone(run: Run, device: torch.device, lock: RunLock | None, watch: Wa
         return False
     if profile is not None and not progress.step < profile <= last:
         console.print(f"no profile: step {profile} is not among {progress.step + 1} to {last}")
-    together(lambda: _keep_tokenizer(run, sources) if mesh.rank == 0 else None, device)
-    batches = together(
-        lambda: Batches(
+    run_on_all_ranks(lambda: _keep_tokenizer(run, sources) if mesh.rank == 0 else None, device)
+    batches = run_on_all_ranks(
+        lambda: BatchLoader(
             config,
             sources,
             mesh,
@@ -185,8 +190,10 @@ def _train_alone(run: Run, device: torch.device, lock: RunLock | None, watch: Wa
     damaged = beginning.damaged
     with (
         batches,
-        together(lambda: RunLog(config, folder, console, progress.step, mesh.rank), device) as log,
-        Saver(
+        run_on_all_ranks(
+            lambda: RunLog(config, folder, console, progress.step, mesh.rank), device
+        ) as log,
+        Checkpointer(
             engine,
             checkpoints,
             config,
@@ -222,7 +229,7 @@ def _train_alone(run: Run, device: torch.device, lock: RunLock | None, watch: Wa
     return False
 
 
-def _keep_tokenizer(run: Run, sources: list[Source]) -> None:
+def _keep_tokenizer(run: Run, sources: list[DataSource]) -> None:
     """All sources have the same."""
     try:
         keep_tokenizer(run.folder, sources[0].index.open_tokenizer())
@@ -230,10 +237,10 @@ def _keep_tokenizer(run: Run, sources: list[Source]) -> None:
         run.console.warn(f"{error}; the run goes on without a copy of its tokenizer")
 
 
-def make_schedule(config: Config) -> Schedule:
+def make_schedule(config: Config) -> LearningRateSchedule:
     """The learning rate by step."""
     schedule = config.schedule
-    return Schedule(
+    return LearningRateSchedule(
         kind=schedule.kind,
         peak=config.optimizer.learning_rate,
         total_steps=config.training.steps,
@@ -245,9 +252,11 @@ def make_schedule(config: Config) -> Schedule:
     )
 
 
-def held_out(config: Config, sources: list[Source], mesh: Mesh, device: Any) -> HeldOut | None:
+def held_out(
+    config: Config, sources: list[DataSource], mesh: Mesh, device: Any
+) -> Validator | None:
     """The validation splits, if a corpus has one."""
-    found = HeldOut(config, sources, mesh, device, "validation")
+    found = Validator(config, sources, mesh, device, "validation")
     return found if found.parts else None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from hg_scale.config.schema import Config
 from hg_scale.errors import UserError
 from hg_scale.training.console import Console
-from hg_scale.training.loop import Record
+from hg_scale.training.loop import MetricsRecord
 from hg_scale.training.metrics import MetricsLog
 from hg_scale.training.wandb_log import WandbLog
 
@@ -37,9 +37,9 @@ class RunLog:
                     warn=console.warn,
                 )
 
-    def write(self, record: Record) -> None:
+    def write(self, record: MetricsRecord) -> None:
         """A logged step, a validation, or a step that was skipped."""
-        show: Callable[[Record], None] = self.console.step
+        show: Callable[[MetricsRecord], None] = self.console.step
         if "validation_loss" in record:
             show = self.console.validation
         elif "skipped" in record:

@@ -1,7 +1,7 @@
 """The learning rate of every optimizer step: a warm-up, then one of three shapes.
 
 Steps are counted from 1: the rate of step n is the one its update uses. The three shapes are
-fractions of the peak, as plain functions; `Schedule` puts a peak and a configuration to them.
+fractions of the peak, as plain functions; `LearningRateSchedule` scales them by the peak rate.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from math import cos, pi, sqrt
 from typing import Literal
 
-Kind = Literal["cosine", "rsqrt", "wsd"]
-Shape = Literal["linear", "sqrt"]
+ScheduleKind = Literal["cosine", "rsqrt", "wsd"]
+DecayShape = Literal["linear", "sqrt"]
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LearningRateSchedule:
     """Learning rate by step, `schedule(step)`; past `total_steps` it stays where it ended.
 
     `cosine` falls in one half wave of `cycle_steps`, counted after the warm-up. The default is
@@ -27,12 +27,12 @@ class Schedule:
     `minimum_ratio` is the lowest rate after the warm-up, as a fraction of the peak.
     """
 
-    kind: Kind
+    kind: ScheduleKind
     peak: float
     total_steps: int
     warmup_steps: int = 0
     decay_steps: int = 0
-    decay_shape: Shape = "linear"
+    decay_shape: DecayShape = "linear"
     cycle_steps: int | None = None
     minimum_ratio: float = 0.0
 
@@ -75,7 +75,7 @@ def rsqrt(step: int, warmup_steps: int, decay_start: int, decay_steps: int) -> f
     return reached * _half_wave(step - decay_start, decay_steps)
 
 
-def stable_decay(step: int, decay_start: int, decay_steps: int, shape: Shape) -> float:
+def stable_decay(step: int, decay_start: int, decay_steps: int, shape: DecayShape) -> float:
     """1 until `decay_start`, 0 after `decay_steps` more."""
     if not decay_steps:
         return 1.0

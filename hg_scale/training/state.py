@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,25 +15,34 @@ from hg_scale.checkpoint.deepspeed_state import (
     needed,
     optimizer_step,
 )
-from hg_scale.checkpoint.load import Reader
+from hg_scale.checkpoint.load import CheckpointReader
 from hg_scale.checkpoint.rank_file import share
 from hg_scale.checkpoint.save import save
-from hg_scale.checkpoint.source import parameter_shapes
 from hg_scale.config.schema import Config
-from hg_scale.training.progress import Progress
+from hg_scale.convert.source import parameter_shapes
 
 if TYPE_CHECKING:
     from hg_scale.training.engine import Engine
 
 
-def save_state(engine: Engine, folder: Path, progress: Progress, config: Config) -> Path:
+@dataclass
+class TrainingProgress:
+    """Where training stands: what a checkpoint carries beside weights and optimizer."""
+
+    step: int = 0
+    position: int = 0  # in the data, in tokens over all ranks
+    skipped: int = 0  # bad steps, whose update was not made
+    data: dict[str, Any] = field(default_factory=dict)  # of the schedule: `Batches.state`
+
+
+def save_state(engine: Engine, folder: Path, progress: TrainingProgress, config: Config) -> Path:
     """Write a checkpoint of all ranks; the data position is part of `progress`."""
     meta = describe_state(engine, progress, config)
     names = parameter_shapes(config.model).keys()
     return save(folder, progress.step, written_here(engine), meta, names)
 
 
-def describe_state(engine: Engine, progress: Progress, config: Config) -> dict[str, Any]:
+def describe_state(engine: Engine, progress: TrainingProgress, config: Config) -> dict[str, Any]:
     """What the manifest says beside the files; later steps do not change it.
 
     There is no random state among it: whatever is random is a function of `training.seed` and the
@@ -57,7 +66,7 @@ def layout_of(engine: Engine) -> dict[str, int]:
     return {**sizes, "zero_stage": zero_stage}
 
 
-def layout_in_words(layout: dict[str, int]) -> str:
+def describe_layout(layout: dict[str, int]) -> str:
     """A layout in a few characters."""
     return (
         f"TP{layout['tensor']} x PP{layout['pipeline']} x DP{layout['data']}, "
@@ -80,10 +89,10 @@ def written_here(engine: Engine) -> Iterator[LocalState]:
     yield from share(whole, index * mesh.tensor + mesh.tensor_rank, count * mesh.tensor)
 
 
-def load_state(engine: Engine, checkpoint: Path) -> Progress:
+def load_state(engine: Engine, checkpoint: Path) -> TrainingProgress:
     """Set weights, optimizer and counters from a checkpoint written in any layout."""
-    reader = Reader(checkpoint)
+    reader = CheckpointReader(checkpoint)
     reader.prefetch(needed(engine.deepspeed, engine.slices))
     load_states(engine.deepspeed, engine.slices, reader.read, reader.manifest["optimizer_step"])
     engine.guard.load(reader.manifest.get("guard", {}))
-    return Progress(**reader.manifest["progress"])
+    return TrainingProgress(**reader.manifest["progress"])

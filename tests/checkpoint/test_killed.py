@@ -17,7 +17,7 @@ from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
 from hg_scale.checkpoint.rank_file import gather
 from hg_scale.checkpoint.retention import Keep
 from hg_scale.checkpoint.save import write_checkpoint
-from tests.checkpoint.verified import verify
+from tests.convert.verified import verify
 from tests.forks import KILLED, Forks, die_at
 from tests.manifests import META
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hg_scale.checkpoint import load
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
-from hg_scale.checkpoint.load import Reader, merged
+from hg_scale.checkpoint.load import CheckpointReader, merged
 from tests.checkpoint.test_retention import checkpoint
 from tests.training.resumable import Run, parse
 from tests.world import Worlds
@@ -39,7 +39,7 @@ def test_stretches_cover_what_is_needed_and_no_wide_gap(
 
 def test_reading_ahead_is_for_what_will_be_read(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, 1)
-    reader = Reader(path)
+    reader = CheckpointReader(path)
     piece = Slice("p0", (3,))
     assert reader.prefetch([("fp32", Fragment(piece, 1, 2))]) == 8
     assert reader.prefetch((kind, Fragment(piece, 0, 3)) for kind in KINDS) == 36  # one stretch
@@ -62,19 +62,19 @@ def bytes_read(tree: dict[str, Any], path: Path) -> tuple[int, int, int]:
     held = local_states(run.engine.deepspeed, run.engine.slices)
     elements = sum(local.fragment.length for local in held)
     read, ahead = [], []
-    whole_read, whole_prefetch = Reader.read, Reader.prefetch
+    whole_read, whole_prefetch = CheckpointReader.read, CheckpointReader.prefetch
 
-    def counted(self: Reader, kind: str, wanted: Fragment) -> torch.Tensor:
+    def counted(self: CheckpointReader, kind: str, wanted: Fragment) -> torch.Tensor:
         read.append(wanted.length)
         return whole_read(self, kind, wanted)
 
-    def announced(self: Reader, needed: Any) -> int:
+    def announced(self: CheckpointReader, needed: Any) -> int:
         ahead.append(whole_prefetch(self, needed))
         return ahead[-1]
 
     with (
-        mock.patch.object(Reader, "read", counted),
-        mock.patch.object(Reader, "prefetch", announced),
+        mock.patch.object(CheckpointReader, "read", counted),
+        mock.patch.object(CheckpointReader, "prefetch", announced),
         mock.patch.object(load, "_GAP", 0),
     ):
         load_state(run.engine, path)
@@ -86,7 +86,7 @@ def test_a_rank_reads_only_what_it_needs(worlds: Worlds, tmp_path: Path, reader:
     """Its share of masters and moments, and the weights that it computes with, each once."""
     writer, here = parse("1 1 1"), parse(reader)
     path = worlds.run(writer.world, save, writer.tree(), tmp_path)[0]
-    size = sum(4 * torch.Size(shape).numel() for shape in Reader(path).shapes.values())
+    size = sum(4 * torch.Size(shape).numel() for shape in CheckpointReader(path).shapes.values())
     for held, read, ahead in worlds.run(here.world, bytes_read, here.tree(), path):
         if here.zero == 3:
             assert read == 3 * held

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hg_scale.checkpoint.fragments import KINDS
-from hg_scale.checkpoint.load import Reader
+from hg_scale.checkpoint.load import CheckpointReader
 from hg_scale.config.read import merge
-from tests.checkpoint.verified import verify
+from tests.convert.verified import verify
 from tests.training.resumable import Layout, Run, parse
 from tests.world import Worlds
 
@@ -74,7 +74,7 @@ def source(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def assert_same_contents(a: Path, b: Path) -> None:
     """Weights, moments and counters are bit-equal, whatever layouts wrote them."""
-    first, second = Reader(a), Reader(b)
+    first, second = CheckpointReader(a), CheckpointReader(b)
     assert first.shapes == second.shapes
     assert first.manifest["optimizer_step"] == second.manifest["optimizer_step"] == BEFORE
     for name in first.shapes:

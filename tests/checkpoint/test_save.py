@@ -23,13 +23,13 @@ from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import content_damage, find_latest, read_manifest
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
-from hg_scale.checkpoint.load import Reader, read_parameters
+from hg_scale.checkpoint.load import CheckpointReader, read_parameters
 from hg_scale.checkpoint.rank_file import gather
 from hg_scale.checkpoint.save import _put_in_place, save
-from hg_scale.checkpoint.versions import FORMAT_VERSION, MIGRATIONS, seal
+from hg_scale.checkpoint.versions import CHECKPOINT_VERSION, MIGRATIONS, seal
 from hg_scale.errors import UserError
 from tests.checkpoint.test_rank_file import states
-from tests.checkpoint.verified import verify
+from tests.convert.verified import verify
 from tests.manifests import META
 from tests.world import Worlds
 
@@ -96,7 +96,7 @@ def test_files_are_plain_safetensors(written: Path) -> None:
 def test_read_whole(written: Path) -> None:
     path = written / "step-00000002"
     assert torch.equal(dict(read_parameters(path))["head.weight"], WHOLE)
-    assert torch.equal(Reader(path).whole("head.weight", "exp_avg_sq"), WHOLE * 100)
+    assert torch.equal(CheckpointReader(path).whole("head.weight", "exp_avg_sq"), WHOLE * 100)
 
 
 def test_reading_needs_no_cluster_library() -> None:
@@ -149,7 +149,7 @@ def test_a_manifest_of_slices_that_cannot_be(folder: Path, change: dict[str, int
     manifest["files"][1]["fragments"][0] |= change
     path.write_text(json.dumps(seal(manifest)))
     with pytest.raises(CheckpointError, match="rank-00001.safetensors: head.weight: no slice"):
-        Reader(path.parent)
+        CheckpointReader(path.parent)
 
 
 @pytest.fixture
@@ -271,7 +271,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
     assert str(newest) in lines[0]
     assert message in lines[0]
     with pytest.raises(CheckpointError, match=message):
-        Reader(newest)
+        CheckpointReader(newest)
 
 
 def as_version_1(path: Path, sealed: bool) -> None:
@@ -294,12 +294,12 @@ def test_version_1_is_read(folder: Path, sealed: bool) -> None:
     now = read_manifest(path)
     as_version_1(path, sealed)
     older = read_manifest(path)
-    assert older["format_version"] == FORMAT_VERSION
+    assert older["format_version"] == CHECKPOINT_VERSION
     assert all(file["checksum"].startswith("sha256:") for file in older["files"])
     for key in now.keys() - {"files", "manifest_checksum"}:
         assert older[key] == now[key]
     verify(path)
-    assert torch.equal(Reader(path).whole("head.weight"), WHOLE)
+    assert torch.equal(CheckpointReader(path).whole("head.weight"), WHOLE)
     assert find_latest(folder) == folder / "step-00000002"  # beside one of today
 
 
@@ -490,11 +490,11 @@ def test_a_file_that_is_no_longer_what_it_was(folder: Path, damage: Callable[[Pa
     manifest["files"][1]["bytes"] = (path / "rank-00001.safetensors").stat().st_size
     (path / "manifest.json").write_text(json.dumps(seal(manifest)))
     with pytest.raises(CheckpointError, match=r"rank-00001.safetensors|head.weight"):
-        Reader(path).whole("head.weight")
+        CheckpointReader(path).whole("head.weight")
 
 
 def test_another_shape_and_another_name_are_refused(written: Path) -> None:
-    reader = Reader(written / "step-00000002")
+    reader = CheckpointReader(written / "step-00000002")
     with pytest.raises(CheckpointError, match=r"head.weight has shape \(4, 6\), the model needs"):
         reader.read("fp32", Fragment(Slice("head.weight", (6, 4)), 0, 24))
     with pytest.raises(CheckpointError, match="tail.weight: 0 elements are there of the 24"):

@@ -14,9 +14,9 @@ from hg_scale.data.blocks import make_readers
 from hg_scale.data.index import Index
 from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
 from hg_scale.data.preparation.tokenizer_training import TokenizerTraining, train_tokenizer
-from hg_scale.data.progress import Progress
-from hg_scale.data.schedule import DataState, Schedule, Source
-from hg_scale.data.shards import Patience
+from hg_scale.data.progress import ProgressBar
+from hg_scale.data.schedule import DataSchedule, DataSource, DataState
+from hg_scale.data.shards import RetryPolicy
 from hg_scale.data.stream import TrainingStream
 
 TEXT = np.random.default_rng(0).integers(0, 256, 100_003, np.uint8).tobytes()
@@ -29,25 +29,27 @@ def prepare(source: Path, output: Path, **options: object) -> Index:
 
 
 def schedule(
-    *sources: Index | Source,
+    *sources: Index | DataSource,
     length: int = 64,
     seed: int = 7,
     state: DataState | None = None,
     position: int = 0,
-) -> Schedule:
+) -> DataSchedule:
     """The windows of some corpora, of equal weights where nothing else is said."""
-    named = [s if isinstance(s, Source) else Source(f"s{i}", s) for i, s in enumerate(sources)]
-    return Schedule(named, sequence_length=length, seed=seed, state=state, position=position)
+    named = [
+        s if isinstance(s, DataSource) else DataSource(f"s{i}", s) for i, s in enumerate(sources)
+    ]
+    return DataSchedule(named, sequence_length=length, seed=seed, state=state, position=position)
 
 
-def stream(of: Schedule, workers: int = 0, rows: int = 12, **options: Any) -> TrainingStream:
+def stream(of: DataSchedule, workers: int = 0, rows: int = 12, **options: Any) -> TrainingStream:
     """A rank's stream, by itself or with processes."""
-    readers = options.pop("readers", None) or make_readers(workers, Patience())
+    readers = options.pop("readers", None) or make_readers(workers, RetryPolicy())
     return TrainingStream(of, readers, global_batch_size=rows, **options)
 
 
 def global_batches(
-    of: Schedule, count: int, data_size: int = 1, rows: int = 12, **options: Any
+    of: DataSchedule, count: int, data_size: int = 1, rows: int = 12, **options: Any
 ) -> NDArray[np.int64]:
     """Global batches (count, rows, L + 1), joined from the streams of all ranks."""
     ranks = [
@@ -112,7 +114,7 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     (folder / "prose.txt").write_text(prose(20_000))
     job = TokenizerTraining((folder / "prose.txt",), folder / "tok.model", 600, "bpe")
-    train_tokenizer(job, Progress())
+    train_tokenizer(job, ProgressBar())
     return job.output
 
 

@@ -13,7 +13,7 @@ import pytest
 from hg_scale.data.blocks import BlockReader, Request, Worker, make_readers
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import Index
-from hg_scale.data.shards import Patience, ShardFile
+from hg_scale.data.shards import RetryPolicy, ShardFile
 from tests.data.conftest import TEXT, schedule, stream
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ def request(index, number=0, start=0, stop=3000, slot=(0, 0)):
 
 @pytest.fixture
 def worker():
-    process = Worker(0, Patience())
+    process = Worker(0, RetryPolicy())
     yield process
     process.close()
 
@@ -33,7 +33,7 @@ def worker():
 def test_a_worker_answers_as_a_reader_here(copied, worker):
     path = Path(copied.location, "train-00001.tar")
     path.write_bytes(path.read_bytes()[:5000])
-    here = BlockReader(Patience())
+    here = BlockReader(RetryPolicy())
     for asked in (
         request(copied, 0, 10, 2000),
         request(copied, 1, slot=(0, 1)),
@@ -121,5 +121,5 @@ def test_a_worker_imports_no_torch(index, worker):
 
 
 def test_no_workers_means_a_reader_here(index):
-    (reader,) = make_readers(0, Patience())
+    (reader,) = make_readers(0, RetryPolicy())
     assert reader.read(request(index)).tokens.tobytes() == TEXT[:3000]

@@ -9,8 +9,8 @@ from hg_scale.data.inspection import (
     END_MARK,
     decode,
     draw_image,
-    faults_of,
     sample_windows,
+    shard_problems,
     tokenizer_line,
 )
 from hg_scale.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
@@ -23,7 +23,7 @@ from tests.shared import shared
 def faults(index):
     tokenizer = index.open_tokenizer()
     shards = [shard for split in index.splits.values() for shard in split.shards]
-    return [fault for shard in shards for fault in faults_of(index, shard, tokenizer)]
+    return [fault for shard in shards for fault in shard_problems(index, shard, tokenizer)]
 
 
 def damage(index, file, change):

@@ -10,7 +10,7 @@ from hg_scale.data.order import (
     MAX_BLOCK,
     MAX_STREAMS,
     WindowOrder,
-    deal,
+    assign_shards,
     draws,
     shuffled,
 )
@@ -90,7 +90,7 @@ def test_blocks_are_bounded_and_equal(windows, seed):
 @settings(max_examples=40, deadline=None)
 @given(SHARDS, st.integers(1, 16))
 def test_dealt_evenly(tokens, streams):
-    hands = deal(np.arange(len(tokens)), np.array(tokens), streams)
+    hands = assign_shards(np.arange(len(tokens)), np.array(tokens), streams)
     assert sorted(sum(hands, [])) == list(range(len(tokens)))
     totals = [sum(tokens[shard] for shard in hand) for hand in hands]
     assert max(totals) - min(totals) <= max(tokens)

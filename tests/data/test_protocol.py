@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hg_scale.data.protocol import Tokens, Windows, batches
+from hg_scale.data.protocol import Tokens, WindowProtocol, batches
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 40)).map(lambda p: (max(p), min(p)))
 
 
 @given(SIZES, st.integers(0, 200))
 def test_every_token_is_scored_once(sizes: tuple[int, int], tokens: int) -> None:
-    how = Windows(*sizes)
+    how = WindowProtocol(*sizes)
     scored = []
     for number in range(how.count(tokens)):
         window = how.window(number, tokens)
@@ -27,7 +27,7 @@ def test_every_token_is_scored_once(sizes: tuple[int, int], tokens: int) -> None
 def test_batches_hold_the_text(
     sizes: tuple[int, int], tokens: int, rows: int, data: st.DataObject
 ) -> None:
-    how, ids = Windows(*sizes), np.arange(7, 7 + tokens)
+    how, ids = WindowProtocol(*sizes), np.arange(7, 7 + tokens)
     cut = data.draw(st.integers(0, how.count(tokens)))  # the windows are shared out
     found = []
     for first, last in ((0, cut), (cut, None)):
@@ -44,7 +44,7 @@ def test_batches_hold_the_text(
 
 @pytest.mark.parametrize(("tokens", "widths"), [(7, [7]), (100, [50, 50]), (101, [50, 50, 1])])
 def test_nothing_is_padded_beyond_the_longest_window(tokens: int, widths: list[int]) -> None:
-    how = Windows(50, 50)
+    how = WindowProtocol(50, 50)
     found = batches(Tokens(np.arange(tokens)), tokens, how, rows=1, begin=0, separate=False)
     assert [inputs.shape for inputs, _ in found] == [(1, width) for width in widths]
     (both,) = batches(Tokens(np.arange(60)), 60, how, rows=2, begin=0, separate=False)
@@ -52,7 +52,7 @@ def test_nothing_is_padded_beyond_the_longest_window(tokens: int, widths: list[i
 
 
 def test_the_papers_protocol_gives_every_token_its_context() -> None:
-    how = Windows(4096, 128)
+    how = WindowProtocol(4096, 128)
     assert how.window(0, 10_000) == (0, 4096, 0)
     assert how.window(1, 10_000) == (128, 4224, 4096)
     assert how.window(46, 10_000) == (5888, 9984, 9856)
@@ -67,7 +67,7 @@ def test_documents_of_one_window_do_not_see_each_other(rows: int) -> None:
         [
             inputs
             for inputs, _ in batches(
-                Tokens(ids), 12, Windows(4, 4), rows=rows, begin=99, separate=True
+                Tokens(ids), 12, WindowProtocol(4, 4), rows=rows, begin=99, separate=True
             )
         ]
     )

@@ -6,7 +6,7 @@ import pytest
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import Index
-from hg_scale.data.schedule import DataState, Source
+from hg_scale.data.schedule import DataSource, DataState
 from tests.data.conftest import TEXT, global_batches, prepare, schedule
 
 TEXTS = [np.random.default_rng(10 + i).bytes(size) for i, size in enumerate((40_000, 9_000))]
@@ -25,7 +25,7 @@ def pair(tmp_path_factory):
 
 def mixed(pair, weights=(0.7, 0.3), repeat=(True, True)):
     return [
-        Source(name, index, weight, again)
+        DataSource(name, index, weight, again)
         for name, index, weight, again in zip("ab", pair, weights, repeat, strict=True)
     ]
 

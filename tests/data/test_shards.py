@@ -12,7 +12,7 @@ import webdataset
 from hg_scale.data import shards as shards_module
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import Index, Members, read_index
-from hg_scale.data.shards import Patience, ShardFile, ShardReader, SplitReader, check_shard
+from hg_scale.data.shards import RetryPolicy, ShardFile, ShardReader, SplitReader, check_shard
 from tests.data.conftest import TEXT
 from tests.data.servers import serve
 
@@ -24,7 +24,7 @@ def shard_path(index, split="train", number=0):
     return Path(index.location) / shard.file, shard
 
 
-def open_shard(index, shard, patience=Patience()):  # noqa: B008
+def open_shard(index, shard, patience=RetryPolicy()):  # noqa: B008
     return ShardReader(ShardFile.of(index, shard), patience)
 
 
@@ -234,7 +234,7 @@ def counted(index, monkeypatch, failures, error):
 
     monkeypatch.setattr(shards_module._Archive, "__init__", opening)
     monkeypatch.setattr(shards_module, "_BACK_OFF", (0.5, 1.5))
-    reader = open_shard(index, index.splits["train"].shards[0], Patience(retries=3))
+    reader = open_shard(index, index.splits["train"].shards[0], RetryPolicy(retries=3))
     reader._closing.wait = lambda seconds: pauses.append(seconds)  # type: ignore[method-assign]
     return reader, pauses
 
@@ -268,11 +268,11 @@ def test_a_server_that_fails_at_first(index, trouble):
     fails = lambda name, number: trouble if name == shard.file and number <= 2 else ""  # noqa: E731
     with serve(index.location, fails) as (url, asked):
         remote = read_index(url)
-        reader = open_shard(remote, shard, Patience(retries=1))
+        reader = open_shard(remote, shard, RetryPolicy(retries=1))
         message = r"exit code 22\)" if trouble == "refuse" else "tried 2 times"
         with pytest.raises(DataError, match=message):
             reader.read(0, SHARD)
-        reader = open_shard(remote, shard, Patience(retries=3))
+        reader = open_shard(remote, shard, RetryPolicy(retries=3))
         asked.clear()
         assert reader.read(0, SHARD).tobytes() == TEXT[2 * SHARD : 3 * SHARD]
         assert asked[shard.file] == 3
@@ -285,10 +285,10 @@ def test_a_server_that_stands_still(index):
     with serve(index.location, stalls) as (url, _):
         remote = read_index(url)
         with pytest.raises(DataError, match=r"no data for 2 seconds"):
-            open_shard(remote, shard, Patience(0, 2)).read(0, SHARD)
+            open_shard(remote, shard, RetryPolicy(0, 2)).read(0, SHARD)
     with serve(index.location, stalls) as (url, asked):
         remote = read_index(url)
-        reader = open_shard(remote, shard, Patience(5, 2))
+        reader = open_shard(remote, shard, RetryPolicy(5, 2))
         assert reader.read(0, SHARD).tobytes() == TEXT[2 * SHARD : 3 * SHARD]
         assert asked[shard.file] >= 2
 

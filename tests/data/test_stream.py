@@ -11,7 +11,7 @@ from hg_scale.data.errors import DataError
 from hg_scale.data.index import read_index
 from hg_scale.data.order import MAX_STREAMS
 from hg_scale.data.schedule import DataState
-from hg_scale.data.shards import Patience
+from hg_scale.data.shards import RetryPolicy
 from tests.data.conftest import TEXT, global_batches, prepare, schedule, stream
 from tests.data.servers import serve
 
@@ -50,7 +50,7 @@ def thousand(large):
 @pytest.fixture(scope="module")
 def worker_pools():
     """1 and 3 processes, which serve all layouts in turn."""
-    pools = {workers: make_readers(workers, Patience()) for workers in (1, 3)}
+    pools = {workers: make_readers(workers, RetryPolicy()) for workers in (1, 3)}
     yield {0: None} | {w: [Shared(reader) for reader in pool] for w, pool in pools.items()}
     for pool in pools.values():
         for reader in pool:

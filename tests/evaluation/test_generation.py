@@ -18,35 +18,35 @@ from hg_scale.data.preparation.images import ImageCorpus
 from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
 from hg_scale.data.preparation.shuffled import Job, prepare
 from hg_scale.data.preparation.tokenizer_training import TokenizerTraining, train_tokenizer
-from hg_scale.data.progress import Progress
+from hg_scale.data.progress import ProgressBar
 from hg_scale.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from hg_scale.errors import UserError
 from hg_scale.evaluation.generation import (
-    Characters,
+    Detokenizer,
+    GenerationConfig,
     Piece,
-    Writing,
     draw_images,
     in_order,
     upper_part,
     write_texts,
 )
+from hg_scale.evaluation.loaded_model import LoadedModel
 from hg_scale.evaluation.pictures import GAP, read_images, write_grid
-from hg_scale.evaluation.trained import Trained
 from hg_scale.model.hourglass import Hourglass
+from hg_scale.model.initialization import initialize_weights
 from hg_scale.model.sampling import Sampling
-from hg_scale.parallel.initialization import initialize
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (30, 4, 6, 3), np.uint8)
 
 
-def trained(index: Index, **changes: Any) -> Trained:
+def trained(index: Index, **changes: Any) -> LoadedModel:
     """A model nobody trained, for a corpus."""
     sizes = {"hierarchy": "1@1 1@3 1@1", "d_model": 32, "heads": 2, "d_ff": 64}
     config = ModelConfig(**{**sizes, "vocab_size": index.vocab_size, "sequence_length": 72,
                             **changes})  # fmt: skip
     model = Hourglass(config)
-    initialize(list(model.named_parameters()), config, seed=1)
-    return Trained(model.eval(), Path("checkpoint"), 0, index, index.open_tokenizer)
+    initialize_weights(list(model.named_parameters()), config, seed=1)
+    return LoadedModel(model.eval(), Path("checkpoint"), 0, index, index.open_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +63,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Index:
     folder = tmp_path_factory.mktemp("pictures")
     np.save(folder / "in.npy", IMAGES)
     corpus = ImageCorpus((folder / "in.npy",), fractions=(0.8, 0.1, 0.1))
-    return prepare(Job(corpus, (folder / "in.npy",), folder / "out"), Progress())[0]
+    return prepare(Job(corpus, (folder / "in.npy",), folder / "out"), ProgressBar())[0]
 
 
 @given(st.text())
 def test_characters_come_whole(text: str) -> None:
     """Byte by byte: no replacement character, and each character with its last byte."""
-    characters = Characters(ByteTokenizer(documents=True))
+    characters = Detokenizer(ByteTokenizer(documents=True))
     made = ""
     for number, byte in enumerate(data := text.encode()):
         made += characters.add(byte)
@@ -79,7 +79,7 @@ def test_characters_come_whole(text: str) -> None:
 
 
 def test_a_text_cut_inside_a_character_says_so() -> None:
-    characters = Characters(ByteTokenizer(documents=True))
+    characters = Detokenizer(ByteTokenizer(documents=True))
     assert characters.add(0xE2) + characters.add(0x82) == ""
     assert characters.add(256) == ""  # the end of the document
     assert characters.end() == "\N{REPLACEMENT CHARACTER}"
@@ -89,9 +89,9 @@ def test_characters_of_pieces(tmp_path: Path) -> None:
     text = "größer ▁ als 5 €, „so“ 😀.\n"
     (tmp_path / "text").write_text(text * 100)
     job = TokenizerTraining((tmp_path / "text",), tmp_path / "tok.model", 290, "bpe")
-    train_tokenizer(job, Progress())
+    train_tokenizer(job, ProgressBar())
     tokenizer = SentencePieceTokenizer.read(job.output, documents=True)
-    characters = Characters(tokenizer)
+    characters = Detokenizer(tokenizer)
     pieces = [characters.add(token) for token in tokenizer.encode(text + "↯").tolist()]
     assert "".join(pieces) + characters.end() == text + "↯"
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
@@ -109,7 +109,7 @@ def test_texts_come_one_after_the_other() -> None:
     assert "".join(piece.text for piece in ordered) == "bcxyuv"
 
 
-def texts(model: Trained, prompts: list[bytes], how: Writing) -> list[str]:
+def texts(model: LoadedModel, prompts: list[bytes], how: GenerationConfig) -> list[str]:
     made = [""] * len(prompts)
     for piece in write_texts(model, prompts, how):
         made[piece.row] += piece.text
@@ -119,12 +119,12 @@ def texts(model: Trained, prompts: list[bytes], how: Writing) -> list[str]:
 def test_texts_do_not_depend_on_the_batch(documents: Index) -> None:
     model, prompts = trained(documents), [b"", b"the", b"a quick brown", "größe".encode(), b"the"]
     one, three, all_ = (
-        texts(model, prompts, Writing(Sampling(0.9, top_p=0.95), 90, seed=3, batch=batch))
+        texts(model, prompts, GenerationConfig(Sampling(0.9, top_p=0.95), 90, seed=3, batch=batch))
         for batch in (1, 3, 5)
     )
     assert one == three == all_
     assert one[1] != one[4]  # the same prompt again is another text
-    other = texts(model, prompts, Writing(Sampling(0.9, top_p=0.95), 90, seed=4))
+    other = texts(model, prompts, GenerationConfig(Sampling(0.9, top_p=0.95), 90, seed=4))
     assert other[0] != one[0]
 
 
@@ -132,21 +132,21 @@ def test_a_text_ends_with_its_document(documents: Index) -> None:
     """A model that says nothing but the end of the document."""
     model = trained(documents)
     model.model.get_parameter("head.linear.bias").data[256] = 1e4
-    pieces = list(write_texts(model, [b"the", b""], Writing(Sampling(), 50)))
+    pieces = list(write_texts(model, [b"the", b""], GenerationConfig(Sampling(), 50)))
     assert pieces == [Piece(0, "", True), Piece(1, "", True)]
 
 
 def test_ids_that_are_no_tokens_are_not_drawn(documents: Index) -> None:
     model = trained(documents, vocab_size=320)
     model.model.get_parameter("head.linear.bias").data[257:] = 1e4
-    assert len(texts(model, [b"a"], Writing(Sampling(), 20))[0]) > 0
+    assert len(texts(model, [b"a"], GenerationConfig(Sampling(), 20))[0]) > 0
 
 
 @pytest.mark.parametrize("kept", [0, 2])
 def test_images_keep_what_is_given(pictures: Index, kept: int) -> None:
     model = trained(pictures)
     given = [image[:kept].reshape(-1) for image in IMAGES[:3]]
-    steps = list(draw_images(model, given, Writing(Sampling(), 0, batch=2)))
+    steps = list(draw_images(model, given, GenerationConfig(Sampling(), 0, batch=2)))
     assert len(steps) == 3 * (72 - kept * 18)
     made = {row: image for row, image in steps if image is not None}
     assert sorted(made) == [0, 1, 2]
@@ -157,9 +157,9 @@ def test_images_keep_what_is_given(pictures: Index, kept: int) -> None:
 
 def test_each_kind_of_corpus_has_its_way(documents: Index, pictures: Index) -> None:
     with pytest.raises(UserError, match="holds images"):
-        next(write_texts(trained(pictures), [b""], Writing(Sampling(), 1)))
+        next(write_texts(trained(pictures), [b""], GenerationConfig(Sampling(), 1)))
     with pytest.raises(UserError, match="holds text"):
-        next(draw_images(trained(documents), [IMAGES[0]], Writing(Sampling(), 1)))
+        next(draw_images(trained(documents), [IMAGES[0]], GenerationConfig(Sampling(), 1)))
 
 
 def test_images_from_files_and_a_page_of_them(tmp_path: Path) -> None:

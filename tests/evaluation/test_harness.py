@@ -17,12 +17,12 @@ import torch
 
 from hg_scale.commands.main import main
 from hg_scale.config.schema import ModelConfig
-from hg_scale.data.protocol import Tokens, Windows
+from hg_scale.data.protocol import Tokens, WindowProtocol
 from hg_scale.data.tokenizer import ByteTokenizer
+from hg_scale.evaluation.loaded_model import LoadedModel
 from hg_scale.evaluation.scoring import score_windows
-from hg_scale.evaluation.trained import Trained
 from hg_scale.model.hourglass import Hourglass
-from hg_scale.parallel.initialization import initialize
+from hg_scale.model.initialization import initialize_weights
 from tests.runs import TINY, train_in
 from tests.shared import ROOT
 from tests.world import Worlds
@@ -31,38 +31,38 @@ pytest.importorskip("lm_eval")
 
 
 @pytest.fixture(scope="module")
-def trained() -> Trained:
+def trained() -> LoadedModel:
     config = ModelConfig(
         hierarchy="1@1 1@2 1@1", d_model=32, heads=2, d_ff=64, sequence_length=32, vocab_size=257,
         pooling="average", upsampling="linear", positions="rotary",
     )  # fmt: skip
     model = Hourglass(config)
-    initialize(list(model.named_parameters()), config, seed=1)
-    return Trained(model.eval(), Path("model"), 0, None, lambda: ByteTokenizer(documents=True))
+    initialize_weights(list(model.named_parameters()), config, seed=1)
+    return LoadedModel(model.eval(), Path("model"), 0, None, lambda: ByteTokenizer(documents=True))
 
 
 def ask(*arguments: object) -> SimpleNamespace:
     return SimpleNamespace(args=arguments)
 
 
-def test_a_text_has_the_likelihood_that_evaluate_gives(trained: Trained) -> None:
+def test_a_text_has_the_likelihood_that_evaluate_gives(trained: LoadedModel) -> None:
     from hg_scale.evaluation.harness import HarnessModel
 
     texts = [b"short", b"the quick brown fox jumps over", b""]
     found = HarnessModel(trained).loglikelihood_rolling([ask(t.decode()) for t in texts])
     for text, nats in zip(texts, found, strict=True):
         tokens = Tokens(np.frombuffer(text, np.uint8))
-        losses = score_windows(trained.model, tokens, len(text), Windows(32, 32), begin=256)
+        losses = score_windows(trained.model, tokens, len(text), WindowProtocol(32, 32), begin=256)
         assert nats == pytest.approx(-losses.nats.sum(), rel=1e-5)
 
 
-def test_longer_texts_count_each_byte_once(trained: Trained) -> None:
+def test_longer_texts_count_each_byte_once(trained: LoadedModel) -> None:
     from hg_scale.evaluation.harness import HarnessModel
 
     uniform = Hourglass(trained.model.config)
     torch.nn.init.zeros_(uniform.get_parameter("head.linear.weight"))
     torch.nn.init.zeros_(uniform.get_parameter("head.linear.bias"))
-    model = HarnessModel(Trained(uniform.eval(), Path("u"), 0, None, trained.open_tokenizer), 3)
+    model = HarnessModel(LoadedModel(uniform.eval(), Path("u"), 0, None, trained.open_tokenizer), 3)
     texts = ["a" * n for n in (1, 31, 32, 33, 100)]
     found = model.loglikelihood_rolling([ask(text) for text in texts])
     assert found == pytest.approx([-len(t) * log(257) for t in texts], rel=1e-6)
@@ -70,7 +70,7 @@ def test_longer_texts_count_each_byte_once(trained: Trained) -> None:
     assert found == pytest.approx([-len(t) * log(257) for t in texts], rel=1e-6)
 
 
-def test_context_and_continuation_make_the_whole(trained: Trained) -> None:
+def test_context_and_continuation_make_the_whole(trained: LoadedModel) -> None:
     from hg_scale.evaluation.harness import HarnessModel
 
     model = HarnessModel(trained)
@@ -90,7 +90,7 @@ def test_context_and_continuation_make_the_whole(trained: Trained) -> None:
 
 
 @pytest.mark.parametrize("space", [" ", "\n", "\t", " \n\n"])
-def test_white_space_counts_with_the_continuation(trained: Trained, space: str) -> None:
+def test_white_space_counts_with_the_continuation(trained: LoadedModel, space: str) -> None:
     from hg_scale.evaluation.harness import HarnessModel
 
     model = HarnessModel(trained)
@@ -99,7 +99,9 @@ def test_white_space_counts_with_the_continuation(trained: Trained, space: str) 
 
 
 @pytest.mark.parametrize(("most", "kept"), [(5, 27), (31, 1), (40, 16)])
-def test_a_long_context_leaves_room_for_the_answer(trained: Trained, most: int, kept: int) -> None:
+def test_a_long_context_leaves_room_for_the_answer(
+    trained: LoadedModel, most: int, kept: int
+) -> None:
     """The answer is that after the end of the context alone, up to where the window is full."""
     from hg_scale.evaluation.harness import HarnessModel
 

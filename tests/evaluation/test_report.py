@@ -25,8 +25,8 @@ from hg_scale.data.evaluation import split_text
 from hg_scale.data.index import read_index
 from hg_scale.data.preparation.images import ImageCorpus
 from hg_scale.data.preparation.shuffled import Job, prepare
-from hg_scale.data.progress import Progress
-from hg_scale.evaluation.report.axes import short, size, tick_labels, ticks
+from hg_scale.data.progress import ProgressBar
+from hg_scale.evaluation.report.axes import short_figure, size, tick_labels, ticks
 from hg_scale.evaluation.report.baselines import find_baselines
 from hg_scale.evaluation.report.charts import make_charts, path
 from hg_scale.evaluation.report.curves import (
@@ -39,7 +39,7 @@ from hg_scale.evaluation.report.curves import (
 )
 from hg_scale.evaluation.report.drawing import draw_hierarchy
 from hg_scale.evaluation.report.run_folder import read_runs, short_names
-from hg_scale.evaluation.report.tables import differences, duration, score_bars
+from hg_scale.evaluation.report.tables import config_differences, describe_hours, score_bars
 from hg_scale.model.costs import forward_flops, layer_costs
 from hg_scale.model.layer_table import layer_table
 from tests.run_folders import STEPS, step_record, validation_record, write_checkpoint, write_run
@@ -161,7 +161,7 @@ def test_runs_beside_each_other(report: Callable[..., Page], tmp_path: Path) -> 
     a = write_run(tmp_path / "alpha")
     b = write_run(tmp_path / "beta", change=flat, offset=0.25)
     runs = read_runs([a, b])
-    assert dict(differences(runs)) == {
+    assert dict(config_differences(runs)) == {
         "model.hierarchy": ["1@1 1@2 1@1", "4@1"],
         "optimizer.learning_rate": ["0.0004", "0.5"],
     }
@@ -187,7 +187,7 @@ def test_an_old_key_that_is_gone_is_shown_and_one_at_its_default_is_not(tmp_path
     del tree["data"]["workers"]
     tree["data"]["prefetch_batches"] = 4
     (old / "config.json").write_text(json.dumps(tree))
-    assert differences(read_runs([old, new])) == [("data.prefetch_batches", ["4", "–"])]
+    assert config_differences(read_runs([old, new])) == [("data.prefetch_batches", ["4", "–"])]
 
 
 def without_validation(run: Path) -> str:
@@ -374,7 +374,7 @@ def test_a_run_on_images_has_baselines(report: Callable[..., Page], tmp_path: Pa
     source, shards = tmp_path / "images.npy", tmp_path / "shards"
     np.save(source, images)
     pictures = ImageCorpus((source,), fractions=(0.5, 0.5, 0.0))
-    prepare(Job(pictures, (source,), shards, chunk_tokens=300, shard_tokens=900), Progress())
+    prepare(Job(pictures, (source,), shards, chunk_tokens=300, shard_tokens=900), ProgressBar())
     run = write_run(tmp_path / "run", change={"data": {"path": str(shards)}})
     scored_on(run, 240)
     page = report(run)
@@ -457,11 +457,11 @@ def test_labels_tell_ticks_apart(high: float, count: int) -> None:
 
 
 def test_numbers_for_people() -> None:
-    assert [short(v) for v in (0, 812, 999.7, 31_249, 4.05e6, 1e30, None, float("nan"))] == [
+    assert [short_figure(v) for v in (0, 812, 999.7, 31_249, 4.05e6, 1e30, None, float("nan"))] == [
         "0", "812", "1k", "31.2k", "4.05M", "1e+06Y", "–", "–",
     ]  # fmt: skip
     assert (size(812), size(50_480_000)) == ("812 B", "50.5 MB")
-    assert [duration(h) for h in (0.01, 0.35, 3.1, 53)] == [
+    assert [describe_hours(h) for h in (0.01, 0.35, 3.1, 53)] == [
         "36 s", "21 min", "3 h 06 min", "2 d 5 h",
     ]  # fmt: skip
     assert tick_labels([0, 5e5, 1e6]) == ["0", "0.5M", "1.0M"]
@@ -482,7 +482,7 @@ def test_the_drawing_and_the_table_hold_the_whole_model(preset: str) -> None:
     assert sum(row.flops for row in rows) == forward_flops(model)
     assert sum(row.parameters for row in rows) == sum(c.parameters for c in layer_costs(model))
     assert sum(len(stack.bars) for stack in drawing.stacks) == model.parsed.blocks
-    assert len(drawing.skips) == len(model.parsed.levels) == len(drawing.funnels) // 2
+    assert len(drawing.skips) == len(model.parsed.shortenings) == len(drawing.funnels) // 2
     tallest = max(stack.height for stack in drawing.stacks)
     for stack in drawing.stacks:
         share = int(stack.positions.replace(",", "")) / model.sequence_length

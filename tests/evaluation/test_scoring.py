@@ -10,10 +10,10 @@ import torch
 
 from hg_scale.commands.evaluate import edges
 from hg_scale.config.schema import ModelConfig
-from hg_scale.data.protocol import Tokens, Windows
+from hg_scale.data.protocol import Tokens, WindowProtocol
 from hg_scale.evaluation.scoring import FEWEST, Losses, Score, score_windows, student_95
 from hg_scale.model.hourglass import Hourglass
-from hg_scale.parallel.initialization import initialize
+from hg_scale.model.initialization import initialize_weights
 
 TEXT = (b"the quick brown fox jumps over the lazy dog. " * 60)[1000:1700]
 TOKENS = Tokens(np.frombuffer(TEXT, np.uint8))
@@ -26,11 +26,11 @@ def model() -> Hourglass:
         pooling="average", upsampling="linear", positions="rotary",
     )  # fmt: skip
     model = Hourglass(config)
-    initialize(list(model.named_parameters()), config, seed=1)
+    initialize_weights(list(model.named_parameters()), config, seed=1)
     return model
 
 
-def score(model: Hourglass, how: Windows, **options: int) -> Score:
+def score(model: Hourglass, how: WindowProtocol, **options: int) -> Score:
     return Score(score_windows(model, TOKENS, len(TEXT), how, **options), len(TEXT))
 
 
@@ -38,21 +38,21 @@ def test_a_uniform_model_scores_8_bits_a_byte(model: Hourglass) -> None:
     uniform = Hourglass(model.config)
     torch.nn.init.zeros_(uniform.get_parameter("head.linear.weight"))
     torch.nn.init.zeros_(uniform.get_parameter("head.linear.bias"))
-    for how in (Windows(64, 64), Windows(64, 16)):
+    for how in (WindowProtocol(64, 64), WindowProtocol(64, 16)):
         found = score(uniform, how)
         assert found.bits_per_byte == pytest.approx(8, rel=1e-7)
         assert (found.tokens, found.bytes) == (700, 700)
         assert found.byte_interval == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("how", [Windows(64, 64), Windows(64, 24)])
-def test_the_score_does_not_depend_on_the_rows(model: Hourglass, how: Windows) -> None:
+@pytest.mark.parametrize("how", [WindowProtocol(64, 64), WindowProtocol(64, 24)])
+def test_the_score_does_not_depend_on_the_rows(model: Hourglass, how: WindowProtocol) -> None:
     scores = [score(model, how, rows=rows).nats for rows in (1, 3, 16)]
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-6)
 
 
-@pytest.mark.parametrize("how", [Windows(64, 64), Windows(64, 24)])
-def test_shares_of_the_windows_add_up(model: Hourglass, how: Windows) -> None:
+@pytest.mark.parametrize("how", [WindowProtocol(64, 64), WindowProtocol(64, 24)])
+def test_shares_of_the_windows_add_up(model: Hourglass, how: WindowProtocol) -> None:
     whole = score(model, how)
     count = how.count(len(TEXT))
     ends = [0, 1, count // 2, count]
@@ -81,7 +81,9 @@ def test_against_a_loop_over_the_text(model: Hourglass, stride: int) -> None:
             nats += losses[place - start :].tolist()
             place = stop
     counted: list[int] = []
-    found = score_windows(model, TOKENS, 700, Windows(64, stride), rows=4, advance=counted.append)
+    found = score_windows(
+        model, TOKENS, 700, WindowProtocol(64, stride), rows=4, advance=counted.append
+    )
     assert len(nats) == sum(counted) == int(found.tokens.sum()) == 700
     assert found.nats.sum() == pytest.approx(sum(nats), rel=1e-6)
     # By position: the first window is scored whole, later ones at their end only.
@@ -91,7 +93,10 @@ def test_against_a_loop_over_the_text(model: Hourglass, stride: int) -> None:
 
 def test_a_text_shorter_than_the_window(model: Hourglass) -> None:
     """A window far longer than the text costs nothing and changes nothing."""
-    found, expected = score(model, Windows(10**6, 10**6)), score(model, Windows(700, 700))
+    found, expected = (
+        score(model, WindowProtocol(10**6, 10**6)),
+        score(model, WindowProtocol(700, 700)),
+    )
     assert found.nats == expected.nats
     assert found.losses.position_tokens.sum() == 700
 
@@ -145,10 +150,10 @@ def test_an_interval_is_of_what_it_stands_beside() -> None:
 
 
 def test_the_last_positions_of_sliding_windows_stand_apart() -> None:
-    assert edges(Windows(20, 20)) == [0, 1, 2, 4, 8, 16, 20]
-    assert edges(Windows(20, 6)) == [0, 1, 2, 4, 8, 14, 20]
-    assert edges(Windows(4096, 128))[-3:] == [2048, 3968, 4096]
-    assert edges(Windows(2, 1)) == [0, 1, 2] and edges(Windows(1, 1)) == [0, 1]
+    assert edges(WindowProtocol(20, 20)) == [0, 1, 2, 4, 8, 16, 20]
+    assert edges(WindowProtocol(20, 6)) == [0, 1, 2, 4, 8, 14, 20]
+    assert edges(WindowProtocol(4096, 128))[-3:] == [2048, 3968, 4096]
+    assert edges(WindowProtocol(2, 1)) == [0, 1, 2] and edges(WindowProtocol(1, 1)) == [0, 1]
 
 
 def test_students_t() -> None:

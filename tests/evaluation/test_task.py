@@ -20,7 +20,7 @@ import torch
 from hg_scale.commands.main import main
 from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
 from hg_scale.evaluation import task as task_of
-from hg_scale.evaluation.task import Task
+from hg_scale.evaluation.task import EvaluationTask
 from tests.runs import records, train_in
 from tests.world import Worlds
 
@@ -72,7 +72,7 @@ def test_processes_and_batches_change_nothing(
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_progress_knows_its_end(run: Path, processes: int) -> None:
     told: list[tuple[int, int]] = []
-    task = Task(run, split="validation", windows=20)
+    task = EvaluationTask(run, split="validation", windows=20)
     _, score = task_of.evaluate(task, processes, lambda *of: told.append(of))
     assert told[0] == (0, score.tokens) and {of for _, of in told} == {score.tokens}
     assert sum(tokens for tokens, _ in told) == score.tokens
@@ -183,7 +183,7 @@ def test_a_process_says_what_it_died_of(monkeypatch: pytest.MonkeyPatch) -> None
     results = SimpleNamespace(put=told.append, close=lambda: None, join_thread=lambda: None)
     threads = torch.get_num_threads()
     try:
-        task_of._work(Task(Path("nowhere")), 1, 2, results)
+        task_of._work(EvaluationTask(Path("nowhere")), 1, 2, results)
     finally:
         torch.set_num_threads(threads)
     ((rank, kind, said),) = told

@@ -9,7 +9,7 @@ import pytest
 
 from hg_scale.checkpoint.find import checkpoints_in, find_latest, read_manifest
 from hg_scale.exit_codes import DONE, GAVE_UP
-from tests.checkpoint.verified import verify
+from tests.convert.verified import verify
 from tests.disks import Mount, mount
 from tests.faults.worlds import run_with_fault
 from tests.forks import Forks

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hg_scale.exit_codes import LOST
-from hg_scale.training.status import status_of
+from hg_scale.training.monitoring.status import status_of
 from tests.faults.worlds import run_with_fault
 from tests.forks import KILLED, Forks
 

@@ -112,9 +112,9 @@ def spoiled(factor: float, ends: bool = True) -> Callable[[int], None]:
 
 def fill_disk(step: int) -> None:
     """The disk of the checkpoints is full while that step's is saved, and has room again later."""
-    from hg_scale.training.saver import Saver
+    from hg_scale.training.checkpointer import Checkpointer
 
-    true = Saver.save
+    true = Checkpointer.save
 
     def save(self: Any, progress: Any, *arguments: Any) -> None:
         filler = self._folder / "filler"
@@ -128,7 +128,7 @@ def fill_disk(step: int) -> None:
             self.wait()
             filler.unlink()
 
-    Saver.save = save  # type: ignore[method-assign]
+    Checkpointer.save = save  # type: ignore[method-assign]
 
 
 def fail() -> None:

@@ -13,7 +13,7 @@ from hg_scale.model import banded
 from hg_scale.model.attention import Attention
 from hg_scale.model.context import Context
 from hg_scale.model.layers import PlainLayers
-from hg_scale.model.plan import model_scales
+from hg_scale.model.plan import model_levels
 
 
 def by_definition(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -66,7 +66,7 @@ def test_equals_the_way_of_a_gpu(monkeypatch: pytest.MonkeyPatch, window: int, n
         hierarchy="1@1", d_model=32, heads=2, d_ff=32, positions="rotary", window=window,
         qk_norm=norm, sequence_length=150,
     )  # fmt: skip
-    attention = Attention(model, PlainLayers(), model_scales(model)[0])
+    attention = Attention(model, PlainLayers(), model_levels(model)[0])
     x = torch.randn((2, 150, 32), generator=torch.Generator().manual_seed(1))
     results = []
     for suits in (True, False):

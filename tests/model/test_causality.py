@@ -15,7 +15,7 @@ from torch import Tensor
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.grouping import FixedGroups
 from hg_scale.model.hourglass import Hourglass
-from hg_scale.parallel.initialization import initialize
+from hg_scale.model.initialization import initialize_weights
 
 POOLINGS = ("average", "linear", "attention+average", "attention+linear")
 UPSAMPLINGS = ("repeat", "linear", "attention+repeat", "attention+linear", "attention+none")
@@ -27,7 +27,7 @@ def make(hierarchy: str, **changes: object) -> Hourglass:
     settings = {"d_model": 8, "heads": 2, "d_ff": 16, "vocab_size": VOCAB, "vocab_multiple": 1}
     config = ModelConfig(hierarchy=hierarchy, **{**settings, **changes})  # type: ignore[arg-type]
     model = Hourglass(config)
-    initialize(list(model.named_parameters()), config, seed=3)
+    initialize_weights(list(model.named_parameters()), config, seed=3)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -15,8 +15,8 @@ from hg_scale.config.schema import ModelConfig
 from hg_scale.model.costs import cache_bytes
 from hg_scale.model.decoding import Decoder, generate
 from hg_scale.model.hourglass import Hourglass
+from hg_scale.model.initialization import initialize_weights
 from hg_scale.model.sampling import Sampling
-from hg_scale.parallel.initialization import initialize
 from tests.model.test_causality import POOLINGS, UPSAMPLINGS
 from tests.model.test_costs import models
 
@@ -34,7 +34,7 @@ def make(hierarchy: str, **changes: Any) -> Hourglass:
 
 def randomise(config: ModelConfig) -> Hourglass:
     model = Hourglass(config)
-    initialize(list(model.named_parameters()), config, seed=3)
+    initialize_weights(list(model.named_parameters()), config, seed=3)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -22,10 +22,10 @@ def sharded_layers(trees: list[dict[str, Any]]) -> list[dict[str, bool]]:
     """For each model, whether a layer has parameters of which this rank holds a slice."""
     from hg_scale.model.hourglass import Hourglass
     from hg_scale.model.plan import layer_plan
+    from hg_scale.model.sharding import shard_of
     from hg_scale.parallel import megatron
-    from hg_scale.parallel.sharding import shard_of
 
-    megatron.initialize(2, 1)
+    megatron.initialize_groups(2, 1)
     found = []
     for tree in trees:
         model = parse_config(tree).model

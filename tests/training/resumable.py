@@ -72,7 +72,6 @@ class Run:
         return results
 
     def save(self, folder: Path, step: int) -> Path:
-        from hg_scale.training.progress import Progress
-        from hg_scale.training.state import save_state
+        from hg_scale.training.state import TrainingProgress, save_state
 
-        return save_state(self.engine, folder, Progress(step, 17, 0), self.config)
+        return save_state(self.engine, folder, TrainingProgress(step, 17, 0), self.config)

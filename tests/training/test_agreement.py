@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from hg_scale.errors import UserError
-from hg_scale.training.agreement import Stopped, together
-from hg_scale.training.begin import agreed_source
+from hg_scale.training.agreement import StoppedByPeer, run_on_all_ranks
+from hg_scale.training.resume import agree_on_resume_point
 from tests.world import Worlds
 
 FAULTS = {
@@ -30,7 +30,7 @@ def meet(kind: str) -> tuple[str, str]:
         return 3
 
     try:
-        together(action, torch.device("cpu"))
+        run_on_all_ranks(action, torch.device("cpu"))
     except Exception as error:
         return type(error).__name__, str(error)
     return "", ""
@@ -46,7 +46,7 @@ def meet(kind: str) -> tuple[str, str]:
     ],
 )
 def test_a_fault_of_one_rank_ends_all(worlds: Worlds, kind: str, raised: tuple[str, str]) -> None:
-    others = (Stopped.__name__, "rank 1 met a fault, and tells it")
+    others = (StoppedByPeer.__name__, "rank 1 met a fault, and tells it")
     assert worlds.run(3, meet, kind) == [others, raised, others]
 
 
@@ -55,7 +55,7 @@ def begin_badly(folder: Path) -> str:
     from unittest import mock
 
     from hg_scale.config.load import parse_config
-    from hg_scale.training import begin
+    from hg_scale.training import resume
     from hg_scale.training.console import Console
 
     def broken(*_: object) -> str | None:
@@ -64,11 +64,11 @@ def begin_badly(folder: Path) -> str:
     config = parse_config({"checkpoint": {"start_from": str(folder)}})
     console = Console(1, rank=dist.get_rank(), stream=None)
     with (
-        mock.patch.object(begin, "content_damage", broken if dist.get_rank() else lambda *_: None),
-        mock.patch.object(begin, "find_source", lambda *_: folder),
+        mock.patch.object(resume, "content_damage", broken if dist.get_rank() else lambda *_: None),
+        mock.patch.object(resume, "find_resume_checkpoint", lambda *_: folder),
     ):
         try:
-            agreed_source(config, folder / "none", console, torch.device("cpu"))
+            agree_on_resume_point(config, folder / "none", console, torch.device("cpu"))
         except Exception as error:
             return type(error).__name__
     return ""
@@ -77,4 +77,4 @@ def begin_badly(folder: Path) -> str:
 def test_checking_that_fails_on_one_rank(worlds: Worlds, tmp_path: Path) -> None:
     from tests.checkpoint.test_retention import checkpoint
 
-    assert worlds.run(2, begin_badly, checkpoint(tmp_path, 1)) == ["Stopped", "ValueError"]
+    assert worlds.run(2, begin_badly, checkpoint(tmp_path, 1)) == ["StoppedByPeer", "ValueError"]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.versions import FORMAT_VERSION, seal
+from hg_scale.checkpoint.versions import CHECKPOINT_VERSION, seal
 from hg_scale.config import ConfigError, load_config
 from hg_scale.config.load import parse_config
 from hg_scale.data.errors import DataError
@@ -23,7 +23,7 @@ from hg_scale.training.check import (
     check_run,
     checkpoints_to_come,
 )
-from hg_scale.training.same_model import changed_keys
+from hg_scale.training.resume import changed_keys
 from tests.manifests import META
 from tests.runs import TINY, train
 from tests.shared import ROOT
@@ -45,7 +45,7 @@ def save(folder: Path, step: int, size: int = 100) -> Path:
     name, checksum = "rank-00000.safetensors", f"xxh3_128:{0:032}"
     files = [{"name": name, "bytes": size, "checksum": checksum, "fragments": []}]
     of = {**META, "config": {"model": TINY["model"]}}
-    manifest = {"format_version": FORMAT_VERSION, "step": step, **of, "files": files}
+    manifest = {"format_version": CHECKPOINT_VERSION, "step": step, **of, "files": files}
     (checkpoint / "manifest.json").write_text(json.dumps(seal(manifest)))
     return checkpoint
 

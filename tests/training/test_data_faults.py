@@ -16,7 +16,7 @@ from hg_scale.config.read import merge
 from hg_scale.data.index import Index
 from tests.data.conftest import prepare
 from tests.ports import free_port
-from tests.training.test_batches import TREE
+from tests.training.test_batch_loader import TREE
 
 ROOT = Path(__file__).parents[2]
 

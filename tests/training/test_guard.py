@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from hg_scale.config.schema import GuardConfig
 from hg_scale.exit_codes import GAVE_UP
 from hg_scale.training import guard as module
-from hg_scale.training.culprits import in_words
-from hg_scale.training.guard import GaveUp, Guard, newest_before
+from hg_scale.training.guard import GaveUp, Guard, in_words, newest_before
 from tests.run_folders import write_checkpoint
 
 LOSSES = st.lists(st.floats(-10, 10) | st.sampled_from([math.nan, math.inf]), max_size=60)

@@ -18,9 +18,8 @@ import torch
 import torch.distributed as dist
 
 from hg_scale.exit_codes import DONE, REQUEUE
-from hg_scale.training import stop_signals
-from hg_scale.training.interruption import Interruption, end_of_job
-from hg_scale.training.stop_signals import StopSignals
+from hg_scale.training import interruption
+from hg_scale.training.interruption import Interruption, StopSignals, end_of_job
 from tests.ports import free_port
 from tests.runs import curve, records, train_here, train_in
 from tests.shared import ROOT
@@ -254,7 +253,7 @@ def test_ranks_that_still_meet_end_together(
     monkeypatch: pytest.MonkeyPatch, before: bool, others: float
 ) -> None:
     """A signal then is one like any other, noted; it may have come before the wait began."""
-    monkeypatch.setattr(stop_signals, "_OTHERS_COME", others)
+    monkeypatch.setattr(interruption, "_OTHERS_COME", others)
     ended: list[str] = []
     with StopSignals(["USR1"]) as signals:
         if before:

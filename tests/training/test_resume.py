@@ -24,13 +24,12 @@ def run_half(tree: dict[str, Any], folder: Path, first: int) -> dict[str, list[f
     """Steps `first` .. `first` + 9 in this world; begins from the folder's checkpoint, saves."""
     from hg_scale.parallel.mesh import make_mesh
     from hg_scale.training.engine import make_engine
-    from hg_scale.training.progress import Progress
-    from hg_scale.training.state import load_state, save_state
+    from hg_scale.training.state import TrainingProgress, load_state, save_state
 
     config = parse_config(tree, world_size=dist.get_world_size())
     mesh, parts = make_mesh(config.parallel)
     engine = make_engine(config, mesh, parts, torch.device("cpu"))
-    progress = Progress()
+    progress = TrainingProgress()
     if first > 1:
         checkpoint = find_latest(folder)
         assert checkpoint is not None

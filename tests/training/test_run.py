@@ -213,10 +213,12 @@ def train_in_folder(words: list[str], output: Path, folders: list[Path]) -> int:
 
 def train_and_count(words: list[str], output: Path) -> tuple[int, int, int]:
     """The exit code, and how often this rank opened the training and the validation data."""
-    from hg_scale.training import batches, held_out
+    from hg_scale.training import batch_loader, validation
 
-    stream = mock.patch.object(batches, "TrainingStream", wraps=batches.TrainingStream)
-    windows = mock.patch.object(held_out, "evaluation_windows", wraps=held_out.evaluation_windows)
+    stream = mock.patch.object(batch_loader, "TrainingStream", wraps=batch_loader.TrainingStream)
+    windows = mock.patch.object(
+        validation, "evaluation_windows", wraps=validation.evaluation_windows
+    )
     with stream as trained, windows as validated:
         code = train_here(words, output)
     return code, trained.call_count, validated.call_count

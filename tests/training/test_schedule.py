@@ -7,24 +7,24 @@ from math import cos, pi, sqrt
 
 import pytest
 
-from hg_scale.training.schedule import Schedule
+from hg_scale.training.schedule import LearningRateSchedule
 
 
 @pytest.mark.parametrize("kind", ["cosine", "rsqrt", "wsd"])
 def test_warm_up_is_a_line_from_zero_to_the_peak(kind):
-    schedule = Schedule(kind, peak=8e-4, total_steps=100, warmup_steps=8, decay_steps=0)
+    schedule = LearningRateSchedule(kind, peak=8e-4, total_steps=100, warmup_steps=8, decay_steps=0)
     # A cosine counts from the end of the warm-up and is at its top until then.
     assert [schedule(step) for step in (1, 2, 4, 8)] == pytest.approx([1e-4, 2e-4, 4e-4, 8e-4])
 
 
 @pytest.mark.parametrize("kind", ["cosine", "rsqrt", "wsd"])
 def test_without_a_warm_up_the_first_step_has_the_peak(kind):
-    assert Schedule(kind, peak=1.0, total_steps=10**9)(1) == pytest.approx(1.0)
+    assert LearningRateSchedule(kind, peak=1.0, total_steps=10**9)(1) == pytest.approx(1.0)
 
 
 def test_cosine_of_the_paper_counts_after_the_warm_up_and_ends_above_zero():
     # enwik8: peak 4e-4, 4k of warm-up, a cycle of all 200k steps.
-    schedule = Schedule("cosine", peak=4e-4, total_steps=200_000, warmup_steps=4_000)
+    schedule = LearningRateSchedule("cosine", peak=4e-4, total_steps=200_000, warmup_steps=4_000)
     assert schedule(4_000) == 4e-4
     assert schedule(104_000) == pytest.approx(2e-4)
     assert schedule(200_000) == pytest.approx(4e-4 * 0.5 * (1 + cos(pi * 0.98)))
@@ -32,7 +32,7 @@ def test_cosine_of_the_paper_counts_after_the_warm_up_and_ends_above_zero():
 
 
 def test_cosine_of_a_cycle_of_its_own_ends_at_the_minimum_and_stays():
-    schedule = Schedule(
+    schedule = LearningRateSchedule(
         "cosine", peak=1.0, total_steps=100, warmup_steps=20, cycle_steps=60, minimum_ratio=0.1
     )
     assert [schedule(s) for s in (20, 50, 80, 90, 100)] == pytest.approx([1, 0.55, 0.1, 0.1, 0.1])
@@ -40,7 +40,7 @@ def test_cosine_of_a_cycle_of_its_own_ends_at_the_minimum_and_stays():
 
 def test_rsqrt_of_imagenet32_then_a_cosine_to_zero():
     peak = 0.0442 / sqrt(8_000)
-    schedule = Schedule(
+    schedule = LearningRateSchedule(
         "rsqrt", peak=peak, total_steps=470_000, warmup_steps=8_000, decay_steps=70_000
     )
     assert schedule(8_000) == pytest.approx(4.94e-4, rel=1e-3)
@@ -51,7 +51,9 @@ def test_rsqrt_of_imagenet32_then_a_cosine_to_zero():
 
 
 def test_rsqrt_without_a_decay_is_cut_off_at_the_minimum():
-    schedule = Schedule("rsqrt", peak=1.0, total_steps=1000, warmup_steps=10, minimum_ratio=0.25)
+    schedule = LearningRateSchedule(
+        "rsqrt", peak=1.0, total_steps=1000, warmup_steps=10, minimum_ratio=0.25
+    )
     assert [schedule(s) for s in (40, 90, 160, 1000)] == pytest.approx([1 / 2, 1 / 3, 1 / 4, 1 / 4])
 
 
@@ -59,7 +61,7 @@ def test_rsqrt_without_a_decay_is_cut_off_at_the_minimum():
     ("shape", "expected"), [("linear", [1, 0.75, 0.5, 0]), ("sqrt", [1, 0.5, 1 - sqrt(0.5), 0])]
 )
 def test_wsd_is_stable_and_then_decays(shape, expected):
-    schedule = Schedule(
+    schedule = LearningRateSchedule(
         "wsd", peak=1.0, total_steps=100, warmup_steps=10, decay_steps=20, decay_shape=shape
     )
     assert [schedule(step) for step in (10, 50, 79)] == [1, 1, 1]
@@ -67,13 +69,15 @@ def test_wsd_is_stable_and_then_decays(shape, expected):
 
 
 def test_wsd_ends_at_the_minimum():
-    schedule = Schedule("wsd", peak=2.0, total_steps=10, decay_steps=4, minimum_ratio=0.1)
+    schedule = LearningRateSchedule(
+        "wsd", peak=2.0, total_steps=10, decay_steps=4, minimum_ratio=0.1
+    )
     assert [schedule(step) for step in (6, 8, 10, 99)] == pytest.approx([2.0, 1.1, 0.2, 0.2])
 
 
 def test_another_end_leaves_the_steps_before_its_decay_as_they_were():
     """So that a decay can branch off any checkpoint of the stable stretch."""
-    long = Schedule("wsd", peak=1.0, total_steps=1000, warmup_steps=10, decay_steps=100)
+    long = LearningRateSchedule("wsd", peak=1.0, total_steps=1000, warmup_steps=10, decay_steps=100)
     branch = replace(long, total_steps=450, decay_steps=50)
     assert all(branch(step) == long(step) for step in range(1, 401))
     assert [branch(step) for step in (425, 450)] == pytest.approx([0.5, 0.0])
@@ -82,4 +86,4 @@ def test_another_end_leaves_the_steps_before_its_decay_as_they_were():
 
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="'step' is not one of"):
-        Schedule("step", peak=1.0, total_steps=10)(1)  # type: ignore[arg-type]
+        LearningRateSchedule("step", peak=1.0, total_steps=10)(1)  # type: ignore[arg-type]

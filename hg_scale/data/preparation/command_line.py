@@ -14,8 +14,8 @@ from pathlib import Path
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import SPLITS, Index
 from hg_scale.data.preparation.place import Place
-from hg_scale.data.preparation.team import Stopped
-from hg_scale.data.progress import Progress
+from hg_scale.data.preparation.team import TeamStopped
+from hg_scale.data.progress import ProgressBar
 
 _GRACE = 3.0  # seconds that the others get to end by themselves before MPI ends them
 
@@ -117,16 +117,16 @@ def seed(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at most 63 bits")
 
 
-def run(name: str, work: Callable[[Progress], None], place: Place | None = None) -> int:
+def run(name: str, work: Callable[[ProgressBar], None], place: Place | None = None) -> int:
     """Do the work with progress shown; an exit code, after a line on stderr where it failed."""
     place = place or Place()
     who = f"{name}: {place}: " if place.size > 1 else f"{name}: "
     try:
-        with Progress(sys.stderr if place.rank == 0 else None) as progress:
+        with ProgressBar(sys.stderr if place.rank == 0 else None) as progress:
             work(progress)
         sys.stdout.flush()  # here, where it is known what a reader who has left means
         return 0
-    except Stopped as error:
+    except TeamStopped as error:
         print(f"{who}stopped: {error}", file=sys.stderr, flush=True)
         code = 2
     except DataError as error:

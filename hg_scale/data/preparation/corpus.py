@@ -42,7 +42,7 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Task:
+class ReadTask:
     """Segments that one process reads in one go."""
 
     number: int
@@ -53,7 +53,7 @@ class Task:
         return sum(segment.end - segment.begin for segment in self.segments)
 
 
-class Corpus(Protocol):
+class DocumentSource(Protocol):
     """A source of documents: text (`documents.py`) or images (`images.py`)."""
 
     tokenizer: Tokenizer
@@ -72,7 +72,7 @@ class Corpus(Protocol):
     def source(self) -> dict[str, Any]:
         """What decides the shards, for the index."""
 
-    def tasks(self) -> list[Task]:
+    def tasks(self) -> list[ReadTask]:
         """All the work, cut the same for every number of processes."""
 
     def documents(
@@ -142,17 +142,17 @@ def listing(files: Sequence[File]) -> dict[str, Any]:
 
 def make_tasks(
     files: Sequence[File], splittable: Callable[[File], bool], multiple: int = 1
-) -> list[Task]:
+) -> list[ReadTask]:
     """Cut large files and gather small ones; segments begin at multiples of `multiple`."""
     total = sum(file.size for file in files)
     wanted = min(max(total // _TASKS, _LEAST_TASK), _TASK_BYTES)
     wanted = -(-wanted // multiple) * multiple
-    tasks: list[Task] = []
+    tasks: list[ReadTask] = []
     gathered: list[Segment] = []
 
     def close() -> None:
         if gathered:
-            tasks.append(Task(len(tasks), tuple(gathered)))
+            tasks.append(ReadTask(len(tasks), tuple(gathered)))
             gathered.clear()
 
     for number, file in enumerate(files):

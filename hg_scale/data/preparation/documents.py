@@ -14,16 +14,16 @@ from hg_scale.data.errors import DataError
 from hg_scale.data.preparation.sources import is_packed, read_blocks
 
 Advance = Callable[[int], None]
-Kind = Literal["text", "lines", "parquet"]
+FileKind = Literal["text", "lines", "parquet"]
 
 LARGEST = 1 << 30  # bytes of a document: it has to fit into memory
-PIECE = 1 << 16  # bytes of a piece of a text without documents
-_SUFFIXES: dict[str, Kind] = {
+PIECE_BYTES = 1 << 16  # bytes of a piece of a text without documents
+_SUFFIXES: dict[str, FileKind] = {
     ".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".parquet": "parquet",
 }  # fmt: skip
 
 
-def kind_of(path: Path) -> Kind:
+def file_kind(path: Path) -> FileKind:
     """What a file holds, by its name without .gz, .xz or .zst."""
     name = path.stem if is_packed(path) else path.name
     return _SUFFIXES.get(Path(name).suffix.lower(), "text")
@@ -44,7 +44,7 @@ class TextFormat:
         A file that cannot be split is read whole. `scratch` is a folder for temporary files;
         `advance` is told the stored bytes that were read. Raises DataError, naming the file.
         """
-        match kind_of(path):
+        match file_kind(path):
             case "lines":
                 return read_lines(path, self.field, begin, end, advance)
             case "parquet":
@@ -57,7 +57,7 @@ class TextFormat:
         """Whether the documents of a part of the file can be read without what is before it."""
         if is_packed(path):
             return False
-        if kind_of(path) != "text":
+        if file_kind(path) != "text":
             return True
         # It matters where one begins to look for what may overlap itself.
         end = self.separator
@@ -217,15 +217,15 @@ def _as_bytes(column: Any, path: Path, field: str) -> list[bytes | None]:
 def read_pieces(
     path: Path, begin: int, end: int, cuts: Sequence[int], advance: Advance
 ) -> Iterator[tuple[int, bytes]]:
-    """(position, text) of pieces of a text, of up to `PIECE` bytes, that begin in [begin, end).
+    """(position, text) of pieces of a text, up to `PIECE_BYTES` each, that begin in [begin, end).
 
-    A piece ends at each multiple of `PIECE` and at each of `cuts`. `begin` is a multiple.
+    A piece ends at each multiple of `PIECE_BYTES` and at each of `cuts`. `begin` is a multiple.
     """
     position, pending = begin, b""
     stop = None if is_packed(path) else end
 
     def next_cut() -> int:
-        whole = (position // PIECE + 1) * PIECE
+        whole = (position // PIECE_BYTES + 1) * PIECE_BYTES
         return min([cut for cut in cuts if position < cut < whole], default=whole)
 
     for block in read_blocks(path, begin, advance):

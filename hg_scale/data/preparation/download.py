@@ -19,7 +19,7 @@ from typing import Literal
 from hg_scale import __version__
 from hg_scale.data.errors import DataError
 from hg_scale.data.preparation.shard_writer import PARTIAL, commit, partial_path
-from hg_scale.data.progress import Progress
+from hg_scale.data.progress import ProgressBar
 
 _BLOCK = 1 << 18
 _TRIES = 5  # in a row without a byte more
@@ -29,7 +29,7 @@ _FULL = errno.ENOSPC, errno.EDQUOT
 
 
 @dataclass(frozen=True)
-class Corpus:
+class Download:
     """A corpus to fetch: one file in a zip archive."""
 
     name: str
@@ -42,11 +42,11 @@ class Corpus:
 CORPORA = {
     corpus.name: corpus
     for corpus in (
-        Corpus(
+        Download(
             "enwik8", "https://mattmahoney.net/dc/enwik8.zip", 100_000_000, "sha256",
             "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
         ),
-        Corpus(
+        Download(
             "text8", "https://mattmahoney.net/dc/text8.zip", 100_000_000, "md5",
             "3bea1919949baf155f99411df5fada7e",
         ),
@@ -54,7 +54,7 @@ CORPORA = {
 }  # fmt: skip
 
 
-def fetch(corpus: Corpus, folder: Path, progress: Progress) -> tuple[Path, bool]:
+def fetch(corpus: Download, folder: Path, progress: ProgressBar) -> tuple[Path, bool]:
     """The corpus in a folder, and whether anything had to be fetched or unpacked.
 
     An archive or a file that was placed there by hand is taken. Raises DataError, one line, where
@@ -72,7 +72,7 @@ def fetch(corpus: Corpus, folder: Path, progress: Progress) -> tuple[Path, bool]
     return target, True
 
 
-def _download(corpus: Corpus, archive: Path, progress: Progress) -> None:
+def _download(corpus: Download, archive: Path, progress: ProgressBar) -> None:
     """Fetch the archive, from where an earlier try ended."""
     partial = archive.with_name(archive.name + PARTIAL)
     tries, pause = 0, _PAUSE
@@ -99,7 +99,7 @@ def _download(corpus: Corpus, archive: Path, progress: Progress) -> None:
     commit(partial, archive)
 
 
-def _transfer(url: str, partial: Path, progress: Progress) -> None:
+def _transfer(url: str, partial: Path, progress: ProgressBar) -> None:
     """One try: append what is missing. Raises OSError or HTTPException where it ends early."""
     begin, version = _length(partial), partial.with_name(partial.name + ".version")
     headers = {"User-Agent": f"hg_scale/{__version__}"}
@@ -132,7 +132,7 @@ def _transfer(url: str, partial: Path, progress: Progress) -> None:
     version.unlink(missing_ok=True)
 
 
-def _unpack(archive: Path, corpus: Corpus, target: Path, progress: Progress) -> None:
+def _unpack(archive: Path, corpus: Download, target: Path, progress: ProgressBar) -> None:
     partial, digest = partial_path(target), hashlib.new(corpus.algorithm)
     progress.begin(f"unpacking {archive.name}", corpus.size)
     try:
@@ -158,7 +158,7 @@ def _unpack(archive: Path, corpus: Corpus, target: Path, progress: Progress) -> 
         partial.unlink(missing_ok=True)
 
 
-def _check(target: Path, corpus: Corpus, progress: Progress) -> None:
+def _check(target: Path, corpus: Download, progress: ProgressBar) -> None:
     digest = hashlib.new(corpus.algorithm)
     progress.begin(f"checking {target.name}", target.stat().st_size)
     with target.open("rb") as file:
@@ -169,14 +169,14 @@ def _check(target: Path, corpus: Corpus, progress: Progress) -> None:
         raise DataError(_wrong(target, corpus, digest.hexdigest()))
 
 
-def _wrong(path: Path, corpus: Corpus, digest: str) -> str:
+def _wrong(path: Path, corpus: Download, digest: str) -> str:
     return (
         f"{path}: its text has {corpus.algorithm} {digest}, {corpus.name} has {corpus.digest}; "
         "remove it and start again"
     )
 
 
-def _refused(error: Exception, corpus: Corpus, archive: Path) -> str:
+def _refused(error: Exception, corpus: Download, archive: Path) -> str:
     reason = getattr(error, "reason", None) or error
     return (
         f"{corpus.url} cannot be fetched ({reason}); where there is no network, place "

@@ -21,8 +21,8 @@ from hg_scale.data.errors import DataError
 from hg_scale.data.preparation.corpus import (
     File,
     Keys,
+    ReadTask,
     Segment,
-    Task,
     list_files,
     listing,
     make_tasks,
@@ -34,7 +34,7 @@ PICTURES = (".png", ".jpg", ".jpeg")
 ARRAYS = (".npy", ".npz")
 _KNOWN = tuple(f"*{end}" for name in PICTURES + ARRAYS for end in (name, name.upper()))
 
-Shape = tuple[int, int, int]  # height, width, channels
+ImageShape = tuple[int, int, int]  # height, width, channels
 Advance = Callable[[int], None]
 
 
@@ -51,7 +51,7 @@ class ImageCorpus:
 
     tokenizer: ByteTokenizer = field(default_factory=lambda: ByteTokenizer(documents=False))
     files: list[File] = field(default_factory=list, init=False)
-    shape: Shape = field(default=(0, 0, 0), init=False)
+    shape: ImageShape = field(default=(0, 0, 0), init=False)
 
     @property
     def document_tokens(self) -> int:
@@ -87,7 +87,7 @@ class ImageCorpus:
             "seed": self.seed,
         } | ({"array": self.array} if self.array else {})
 
-    def tasks(self) -> list[Task]:
+    def tasks(self) -> list[ReadTask]:
         return make_tasks(self.files, lambda file: Path(file.path).suffix == ".npy")
 
     def documents(
@@ -108,21 +108,21 @@ class ImageCorpus:
                 )
             yield self._keys(file, place, content), content
 
-    def _first_shape(self, path: Path) -> Shape:
+    def _first_shape(self, path: Path) -> ImageShape:
         if path.suffix.lower() in PICTURES:
             return _picture(path)[1]
         with _open_array(path, self.array) as (_, shape):
             return _image_shape(shape)
 
 
-def _picture(path: Path) -> tuple[bytes, Shape]:
+def _picture(path: Path) -> tuple[bytes, ImageShape]:
     try:
         return read_picture(path)
     except DataError as error:
         raise DataError(f"{error}, or leave it out with --exclude") from None
 
 
-def read_picture(path: Path) -> tuple[bytes, Shape]:
+def read_picture(path: Path) -> tuple[bytes, ImageShape]:
     """The sub-pixels of a PNG or JPEG file, and its shape.
 
     Raises DataError where it cannot be read, or not without loss into 8 bits of gray or RGB.
@@ -159,7 +159,7 @@ def _png_depth(path: Path) -> int:
 
 def read_array(
     path: Path, name: str | None, begin: int, end: int, advance: Advance
-) -> Iterator[tuple[int, bytes, Shape]]:
+) -> Iterator[tuple[int, bytes, ImageShape]]:
     """(number, sub-pixels, shape) of the images of an array that begin in the bytes [begin, end).
 
     That is for .npy; a .npz file is read whole. Raises DataError where it cannot be read.
@@ -232,10 +232,10 @@ def _check_header(
     return shape
 
 
-def _image_shape(shape: tuple[int, ...]) -> Shape:
+def _image_shape(shape: tuple[int, ...]) -> ImageShape:
     return shape[1], shape[2], shape[3] if len(shape) == 4 else 1
 
 
-def _say(shape: Shape) -> str:
+def _say(shape: ImageShape) -> str:
     height, width, channels = shape
     return f"{height} x {width} pixels of {channels} channel{'s' * (channels > 1)}"

@@ -27,7 +27,7 @@ from hg_scale.data.preparation.sources import (
     text_length,
 )
 from hg_scale.data.preparation.team import Team
-from hg_scale.data.progress import Progress
+from hg_scale.data.progress import ProgressBar
 from hg_scale.data.tokenizer import ByteTokenizer
 
 
@@ -72,13 +72,13 @@ class _Plan:
     blocks: Callable[[], Iterator[tuple[str, bytes | None]]]  # (split, text); None ends a document
 
 
-def prepare_bytes(job: Preparation, progress: Progress | None = None) -> tuple[Index, bool]:
+def prepare_bytes(job: Preparation, progress: ProgressBar | None = None) -> tuple[Index, bool]:
     """Prepare a corpus. The index, and whether anything had to be written.
 
     Raises DataError, one line, where the source cannot be read, or the output holds something else
     or has another writer.
     """
-    progress = progress or Progress()
+    progress = progress or ProgressBar()
     source = _describe(job, progress)
     if (job.output / INDEX_FILE).exists():
         index = output.already_prepared(job.output, _job_of(job, source))
@@ -131,7 +131,7 @@ def _job_of(job: Preparation, source: dict[str, Any]) -> dict[str, Any]:
     return output.job_of(source, tokenizer.identity.model_dump())
 
 
-def _describe(job: Preparation, progress: Progress) -> dict[str, Any]:
+def _describe(job: Preparation, progress: ProgressBar) -> dict[str, Any]:
     """The source and the arguments, as far as they decide what is written."""
     source: dict[str, Any] = {"name": job.input.resolve().name}
     if job.input.is_dir():
@@ -173,7 +173,7 @@ def _plan_file(job: Preparation, source: dict[str, Any]) -> _Plan:
     return _Plan(source, ByteTokenizer(documents=False), sum(sizes), tokens, blocks)
 
 
-def _plan_folder(job: Preparation, source: dict[str, Any], progress: Progress) -> _Plan:
+def _plan_folder(job: Preparation, source: dict[str, Any], progress: ProgressBar) -> _Plan:
     """A document a file, whole in one split; empty files are left out."""
     files = find_files(job.input, job.include, job.exclude)
     lengths = {file: text_length(job.input / file) for file in files}

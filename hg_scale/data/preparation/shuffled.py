@@ -22,7 +22,7 @@ from hg_scale import __version__
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import INDEX_FILE, SPLITS, Index, Shard
 from hg_scale.data.preparation import output
-from hg_scale.data.preparation.corpus import KEY_BITS, Corpus, Task
+from hg_scale.data.preparation.corpus import KEY_BITS, DocumentSource, ReadTask
 from hg_scale.data.preparation.place import Place
 from hg_scale.data.preparation.shard_writer import (
     PARTIAL,
@@ -34,7 +34,7 @@ from hg_scale.data.preparation.shard_writer import (
 )
 from hg_scale.data.preparation.spill import Spill, SpillWriter, table_path
 from hg_scale.data.preparation.team import Team
-from hg_scale.data.progress import Progress
+from hg_scale.data.progress import ProgressBar
 
 CHUNK_TOKENS = 65536
 _BIN_BITS = 20  # of a key: where the shards may be cut
@@ -45,7 +45,7 @@ _SAMPLE = 1 << 20  # bytes of text whose tokens are counted to choose the number
 class Job:
     """What to prepare, where to, and with whom."""
 
-    corpus: Corpus
+    corpus: DocumentSource
     inputs: tuple[Path, ...]
     output: Path
     chunk_tokens: int = CHUNK_TOKENS
@@ -79,7 +79,7 @@ class Range(NamedTuple):
         return shard_name(self.split, self.number)
 
 
-def prepare(job: Job, progress: Progress) -> tuple[Index | None, bool]:
+def prepare(job: Job, progress: ProgressBar) -> tuple[Index | None, bool]:
     """Prepare a corpus, together with the other processes of `job.place`.
 
     The index (on rank 0) and whether anything had to be written. Raises DataError, one line, where
@@ -148,7 +148,7 @@ def _begin(job: Job, work: Path) -> None:
     write_durably(work / "survey.json", json.dumps(survey))
 
 
-def _scatter(job: Job, work: Path, tasks: list[Task], team: Team) -> None:
+def _scatter(job: Job, work: Path, tasks: list[ReadTask], team: Team) -> None:
     """The first pass."""
     folder = work / output.TEXT
     done = {task.number for task in tasks if table_path(folder, task.number).exists()}
@@ -168,7 +168,7 @@ def _scatter(job: Job, work: Path, tasks: list[Task], team: Team) -> None:
             ) from None
 
 
-def _scatter_task(job: Job, folder: Path, task: Task, team: Team) -> None:
+def _scatter_task(job: Job, folder: Path, task: ReadTask, team: Team) -> None:
     with SpillWriter(folder, task.number) as spill:
         for segment in task.segments:
             counter = _Counter(team, segment.end - segment.begin)

@@ -28,14 +28,14 @@ from typing import Any, TypeVar
 from hg_scale.data.errors import DataError
 from hg_scale.data.lock import BEAT, FolderLock
 from hg_scale.data.preparation.place import Place
-from hg_scale.data.progress import Progress
+from hg_scale.data.progress import ProgressBar
 
-Item = TypeVar("Item")
-Record = dict[str, Any]
+_Item = TypeVar("_Item")
+TeamRecord = dict[str, Any]
 _LEAVING = 10.0  # seconds that rank 0 waits at the end for the others to have left
 
 
-class Stopped(DataError):
+class TeamStopped(DataError):
     """Another process of the team failed; the message is its."""
 
 
@@ -46,7 +46,9 @@ class Team:
     seconds a silent process is waited for before it is taken for dead.
     """
 
-    def __init__(self, place: Place, folder: Path, *, patience: float, progress: Progress) -> None:
+    def __init__(
+        self, place: Place, folder: Path, *, patience: float, progress: ProgressBar
+    ) -> None:
         self.rank, self.size = place.rank, place.size
         self._place, self._folder, self._patience = place, folder / "team", patience
         self._progress = progress
@@ -93,7 +95,7 @@ class Team:
         if self._problem:
             raise self._problem
 
-    def share(self, items: Sequence[Item], name: Callable[[Item], str]) -> Iterator[Item]:
+    def share(self, items: Sequence[_Item], name: Callable[[_Item], str]) -> Iterator[_Item]:
         """The items that are this process's to do: each goes to one process, the next free."""
         first = self.rank * len(items) // self.size
         for item in [*items[first:], *items[:first]]:
@@ -123,7 +125,7 @@ class Team:
             self._thread.join()
         if error is None:
             self._left = True
-        elif not isinstance(error, Stopped):
+        elif not isinstance(error, TeamStopped):
             interrupted = isinstance(error, KeyboardInterrupt)
             message = "interrupted" if interrupted else str(error) or type(error).__name__
             self._failed = f"{self._place}: {message}"
@@ -167,7 +169,7 @@ class Team:
         return not late
 
     def _is_listed(self) -> Callable[[], bool]:
-        first: Record = {}
+        first: TeamRecord = {}
 
         def check() -> bool:
             pulse = self._read("pulse.json")
@@ -180,7 +182,7 @@ class Team:
             if pulse["beat"] == first["beat"]:
                 return False  # perhaps of an earlier run
             if pulse["failed"]:
-                raise Stopped(pulse["failed"])
+                raise TeamStopped(pulse["failed"])
             if pulse["members"]:
                 raise DataError(
                     f"another process is rank {self.rank} of {self.size} already; each needs a "
@@ -260,7 +262,7 @@ class Team:
             if record and ours:
                 done += record["done"][self._stage] if self._stage < len(record["done"]) else 0
                 if record["failed"]:
-                    self._problem = self._problem or Stopped(record["failed"])
+                    self._problem = self._problem or TeamStopped(record["failed"])
         if self._members or self.size == 1:
             # What was open stays open: a second process of a rank may overwrite the first's file.
             self._open = max(self._open, min(barriers))
@@ -276,12 +278,12 @@ class Team:
         """The other ranks: read what rank 0 wrote."""
         pulse = self._read("pulse.json")
         if pulse is None or self._member_of(pulse) != self._nonce:
-            self._problem = Stopped("another preparation of the same folder has taken over")
+            self._problem = TeamStopped("another preparation of the same folder has taken over")
             return
         self._check_alive(0, pulse["beat"])
         self._open = pulse["open"]
         if pulse["failed"]:
-            self._problem = self._problem or Stopped(pulse["failed"])
+            self._problem = self._problem or TeamStopped(pulse["failed"])
 
     def _check_alive(self, rank: int, count: int | None) -> None:
         now = time.monotonic()
@@ -289,12 +291,12 @@ class Team:
         if count != last:
             self._seen[rank] = (count, now)
         elif now - since > self._patience:
-            self._problem = self._problem or Stopped(
+            self._problem = self._problem or TeamStopped(
                 f"rank {rank} of {self.size} has shown no sign of life for {self._patience:g} s; "
                 "it may have been killed: start again to go on"
             )
 
-    def _member_of(self, pulse: Record) -> str | None:
+    def _member_of(self, pulse: TeamRecord) -> str | None:
         members = pulse["members"]
         return members[self.rank] if self.rank < len(members) else None
 
@@ -311,7 +313,7 @@ class Team:
             "barriers": self._barriers, "failed": self._failed, "left": self._left,
         })  # fmt: skip
 
-    def _write(self, name: str, record: Record) -> None:
+    def _write(self, name: str, record: TeamRecord) -> None:
         for _ in range(3):  # rank 0 may be moving an earlier run's folder away
             with suppress(FileNotFoundError, FileExistsError):
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -320,7 +322,7 @@ class Team:
                 partial.replace(self._folder / name)
                 return
 
-    def _read(self, name: str) -> Record | None:
+    def _read(self, name: str) -> TeamRecord | None:
         with suppress(FileNotFoundError, ValueError):
             return json.loads((self._folder / name).read_text())
         return None

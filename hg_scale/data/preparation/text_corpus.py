@@ -13,17 +13,17 @@ from hg_scale.data.preparation.corpus import (
     KEY_BITS,
     File,
     Keys,
+    ReadTask,
     Segment,
-    Task,
     list_files,
     listing,
     make_tasks,
     refuse_empty,
 )
 from hg_scale.data.preparation.documents import (
-    PIECE,
+    PIECE_BYTES,
     TextFormat,
-    kind_of,
+    file_kind,
     read_pieces,
 )
 from hg_scale.data.preparation.sources import is_packed, text_length
@@ -53,11 +53,13 @@ class TextCorpus:
         """The files. Raises DataError where the input does not suit the options."""
         files = list_files(self.inputs, self.include, self.exclude)
         paths = {file: Path(file.path) for file in files}
-        refuse_empty([f for f in files if is_packed(paths[f]) or kind_of(paths[f]) == "parquet"])
+        refuse_empty([f for f in files if is_packed(paths[f]) or file_kind(paths[f]) == "parquet"])
         if self.sizes is not None:
             self._check_single(files)
         elif (
-            len(files) == 1 and kind_of(Path(files[0].path)) == "text" and not self.format.separator
+            len(files) == 1
+            and file_kind(Path(files[0].path)) == "text"
+            and not self.format.separator
         ):
             raise DataError(
                 f"--input {files[0].path}: a plain text file is one document, so it would go whole "
@@ -79,7 +81,7 @@ class TextCorpus:
             "split": self.sizes or self.fractions or "folders",
         }
         if self.sizes is None:
-            kinds = {kind_of(Path(file.path)) for file in self.files}
+            kinds = {file_kind(Path(file.path)) for file in self.files}
             source["seed"] = self.seed
             if kinds - {"text"}:
                 source["field"] = self.format.field
@@ -87,9 +89,9 @@ class TextCorpus:
                 source["separator"] = self.format.separator.decode(errors="backslashreplace")
         return source
 
-    def tasks(self) -> list[Task]:
+    def tasks(self) -> list[ReadTask]:
         if self.sizes is not None:
-            return make_tasks(self.files, lambda file: not is_packed(Path(file.path)), PIECE)
+            return make_tasks(self.files, lambda file: not is_packed(Path(file.path)), PIECE_BYTES)
         return make_tasks(self.files, lambda file: self.format.can_split(Path(file.path)))
 
     def documents(
@@ -117,7 +119,7 @@ class TextCorpus:
     def _check_single(self, files: list[File]) -> None:
         assert self.sizes is not None
         path = Path(files[0].path)
-        if len(files) > 1 or kind_of(path) != "text" or self.format.separator is not None:
+        if len(files) > 1 or file_kind(path) != "text" or self.format.separator is not None:
             raise DataError(
                 "--split in bytes cuts a single plain text by position; for documents give "
                 "fractions such as 0.9,0.05,0.05"

@@ -21,10 +21,10 @@ from typing import Literal
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.preparation.corpus import File, Segment, list_files, make_tasks
-from hg_scale.data.preparation.documents import PIECE, TextFormat, kind_of, read_pieces
+from hg_scale.data.preparation.documents import PIECE_BYTES, TextFormat, file_kind, read_pieces
 from hg_scale.data.preparation.shard_writer import write_durably
 from hg_scale.data.preparation.sources import is_packed
-from hg_scale.data.progress import Progress
+from hg_scale.data.progress import ProgressBar
 from hg_scale.data.tokenizer import SentencePieceTokenizer
 
 END_PIECE = "<|end_of_document|>"
@@ -60,7 +60,7 @@ class TokenizerTraining:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedTokenizer:
     """What came of it."""
 
     tokenizer: SentencePieceTokenizer
@@ -68,7 +68,7 @@ class Trained:
     sample_tokens: int
 
 
-def train_tokenizer(job: TokenizerTraining, progress: Progress) -> Trained:
+def train_tokenizer(job: TokenizerTraining, progress: ProgressBar) -> TrainedTokenizer:
     """Train a model and write it. The same input, options and sentencepiece give the same model.
 
     Raises DataError, one line, where the input cannot be read or does not suit the options.
@@ -88,7 +88,7 @@ def train_tokenizer(job: TokenizerTraining, progress: Progress) -> Trained:
         tokenizer = SentencePieceTokenizer(model, documents=True)
         tokens = sum(len(tokenizer.encode(passage)) for passage in _passages_of(sample))
     write_durably(job.output, model)
-    return Trained(tokenizer, count, tokens)
+    return TrainedTokenizer(tokenizer, count, tokens)
 
 
 def _draw(job: TokenizerTraining, scratch: Path) -> Iterator[str]:
@@ -105,7 +105,7 @@ def _draw(job: TokenizerTraining, scratch: Path) -> Iterator[str]:
         path = Path(file.path)
         return not is_packed(path) if _is_one_text(job, file) else job.format.can_split(path)
 
-    tasks = make_tasks(files, can_split, PIECE)
+    tasks = make_tasks(files, can_split, PIECE_BYTES)
     segments = [segment for task in tasks for segment in task.segments]
     segments.sort(key=lambda s: _drawn(job.seed, files[s.file].name, s.begin))
     left = job.sample_bytes
@@ -123,7 +123,7 @@ def _draw(job: TokenizerTraining, scratch: Path) -> Iterator[str]:
 
 
 def _is_one_text(job: TokenizerTraining, file: File) -> bool:
-    return kind_of(Path(file.path)) == "text" and job.format.separator is None
+    return file_kind(Path(file.path)) == "text" and job.format.separator is None
 
 
 def _texts(
@@ -160,7 +160,7 @@ def _passages_of(sample: Path) -> Iterator[str]:
             yield json.loads(line)
 
 
-def _train_apart(job: TokenizerTraining, sample: Path, progress: Progress) -> bytes:
+def _train_apart(job: TokenizerTraining, sample: Path, progress: ProgressBar) -> bytes:
     """Train in a process of its own, whose log on stderr tells how far it is."""
     context = multiprocessing.get_context("spawn")
     log, log_end = context.Pipe(duplex=False)

@@ -42,7 +42,7 @@ def _scientific(value: float, largest: float, apart: float) -> str:
     return f"{value / 10.0**power:.{digits}f}e{power}"
 
 
-def short(number: float | None) -> str:
+def short_figure(number: float | None) -> str:
     """Three digits and a unit: 812, 31.2k, 4.05M; a dash for what is not there."""
     if number is None or not isfinite(number):
         return "–"
@@ -55,5 +55,5 @@ def short(number: float | None) -> str:
 
 def size(count: float) -> str:
     """Bytes in decimal units, as 50.5 MB."""
-    number = short(count)
+    number = short_figure(count)
     return f"{number[:-1]} {number[-1]}B" if number[-1].isalpha() else f"{number} B"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from hg_scale.data.evaluation import split_text
 from hg_scale.errors import UserError
 from hg_scale.evaluation.compressors import COMPRESSORS, compressed
+from hg_scale.evaluation.loaded_model import index_of_run
 from hg_scale.evaluation.report.run_folder import RunFolder
-from hg_scale.evaluation.trained import index_of_run
 
 LIMIT = 32 * 2**20  # tokens that are compressed at most; xz takes half a minute for as many
 

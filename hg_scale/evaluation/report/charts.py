@@ -19,7 +19,7 @@ from hg_scale.evaluation.report.curves import (
     validation_positions,
 )
 from hg_scale.evaluation.report.run_folder import Column, RunFolder
-from hg_scale.evaluation.report.subjects import BITS, LOSS, REST, Subject
+from hg_scale.evaluation.report.subjects import BITS, LOSS, REST, ChartSubject
 
 UNITS = 1000  # a path's coordinates are whole numbers, 0 to UNITS from left to right and top down
 _BEYOND = 3 * UNITS  # where a curve leaves the plot it is cut off here
@@ -87,7 +87,7 @@ class Plot:
 class Chart:
     """A subject over every axis that there is."""
 
-    subject: Subject
+    subject: ChartSubject
     plots: list[Plot]
     wide: bool = False
 
@@ -147,7 +147,7 @@ class _Figures:
 
 
 def _plots(
-    subject: Subject, runs: Sequence[RunFolder], baselines: Sequence[Baseline]
+    subject: ChartSubject, runs: Sequence[RunFolder], baselines: Sequence[Baseline]
 ) -> list[Plot]:
     figures = []
     for number, run in enumerate(runs):
@@ -166,7 +166,7 @@ def _plots(
 
 
 def _range(
-    subject: Subject, figures: Sequence[_Figures], baselines: Sequence[Baseline]
+    subject: ChartSubject, figures: Sequence[_Figures], baselines: Sequence[Baseline]
 ) -> tuple[float, float]:
     """From what to what the y axis goes: the steep beginning may leave it, nothing later does."""
     values: list[float] = [baseline.bits_per_byte for baseline in baselines]
@@ -184,7 +184,7 @@ def _range(
 
 def _plot(
     axis: Axis,
-    subject: Subject,
+    subject: ChartSubject,
     figures: Sequence[_Figures],
     baselines: Sequence[Baseline],
     low: float,
@@ -277,7 +277,7 @@ def _rules(baselines: Sequence[Baseline], low: float, high: float) -> list[Rule]
     return rules
 
 
-def _summary(subject: Subject, figures: Sequence[_Figures]) -> str:
+def _summary(subject: ChartSubject, figures: Sequence[_Figures]) -> str:
     """The chart in a sentence, for those who do not see it."""
     said = []
     for one in figures:

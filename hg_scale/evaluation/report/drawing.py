@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from hg_scale.config.schema import ModelConfig
-from hg_scale.evaluation.report.axes import short
+from hg_scale.evaluation.report.axes import short_figure
 from hg_scale.model.layer_table import LayerRow, layer_table
 
 _HEIGHT = 130.0  # of the full length
@@ -31,9 +31,9 @@ class Bar:
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks of one scale, with their figures under `middle`."""
+    """Blocks of one level, with their figures under `middle`."""
 
-    scale: int
+    level: int
     bars: list[Bar]
     middle: float
     right: float
@@ -161,10 +161,10 @@ def _stack(
     share, parameters = sum(r.share for r in part), sum(r.parameters for r in part)
     title = (
         f"{blocks} block{'s' if blocks != 1 else ''} on {row.positions:,} positions of width "
-        f"{row.width:,}: {short(parameters)} parameters, {share:.0%} of the forward FLOPs"
+        f"{row.width:,}: {short_figure(parameters)} parameters, {share:.0%} of the forward FLOPs"
     )
     return Stack(
-        scale=row.scale,
+        level=row.level,
         bars=bars,
         middle=round(x + width / 2, 2),
         right=round(x + width, 2),
@@ -192,15 +192,15 @@ def _funnel(model: ModelConfig, row: LayerRow, left: Stack, right: Stack, centre
         (b, centre + right.height / 2), (a, centre + left.height / 2),
     ]  # fmt: skip
     down = row.kind == "shorten"
-    k = model.parsed.factors[row.scale]
+    k = model.parsed.factors[row.level]
     how = model.pooling if down else model.upsampling
     verb = "shortened" if down else "upsampled"
     return Funnel(
         points=" ".join(f"{x:.1f},{y:.1f}" for x, y in corners),
         middle=round((a + b) / 2, 2),
         label=f"{'÷' if down else '×'}{k}",
-        title=f"{verb} by {k} ({how}): {short(row.parameters)} parameters, {row.share:.0%} of the "
-        "forward FLOPs",
+        title=f"{verb} by {k} ({how}): {short_figure(row.parameters)} parameters, "
+        f"{row.share:.0%} of the forward FLOPs",
     )
 
 

@@ -12,21 +12,21 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hg_scale import __version__
-from hg_scale.evaluation.report.axes import short, size
+from hg_scale.evaluation.report.axes import short_figure, size
 from hg_scale.evaluation.report.baselines import Baseline
 from hg_scale.evaluation.report.charts import make_charts
 from hg_scale.evaluation.report.curves import AXES, positions, stretches, validation_positions
 from hg_scale.evaluation.report.drawing import draw_hierarchy
 from hg_scale.evaluation.report.run_folder import Column, RunFolder
 from hg_scale.evaluation.report.samples import Sample
-from hg_scale.evaluation.report.tables import card, differences, score_bars
+from hg_scale.evaluation.report.tables import card, config_differences, score_bars
 from hg_scale.model.layer_table import layer_table
 
 _DIGITS = 5  # significant ones of the figures behind the curves
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportPage:
     """What a page is about; `samples` has one a run, or none at all. `reasons`: what is missing."""
 
     runs: Sequence[RunFolder]
@@ -35,7 +35,7 @@ class Report:
     samples: Sequence[Sample]
 
 
-def render(report: Report) -> str:
+def render(report: ReportPage) -> str:
     """The HTML."""
     environment = Environment(
         loader=PackageLoader("hg_scale.evaluation.report"),
@@ -44,7 +44,7 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"short": short, "size": size}
+    environment.filters |= {"short": short_figure, "size": size}
     bars = score_bars(report.runs, report.baselines)
     runs, charts = report.runs, make_charts(report.runs, report.baselines)
     there = {plot.axis.key for chart in charts for plot in chart.plots}
@@ -60,7 +60,7 @@ def render(report: Report) -> str:
         longest=max((bar.value for part in bars.values() for bar in part), default=1.0),
         charts=charts,
         axes=[axis for axis in AXES if axis.key in there],
-        differences=differences(runs) if len(runs) > 1 else [],
+        differences=config_differences(runs) if len(runs) > 1 else [],
         models=_models(runs),
         configs=[json.dumps(run.tree, indent=2) for run in runs],
         figures={

@@ -9,10 +9,10 @@ import numpy as np
 
 from hg_scale.data.inspection import printable
 from hg_scale.errors import UserError
-from hg_scale.evaluation.generation import TEMPERATURE, Writing, draw_images, write_sample
+from hg_scale.evaluation.generation import TEMPERATURE, GenerationConfig, draw_images, write_sample
+from hg_scale.evaluation.loaded_model import LoadedModel, load
 from hg_scale.evaluation.pictures import grid_png
 from hg_scale.evaluation.report.run_folder import RunFolder
-from hg_scale.evaluation.trained import Trained, load_trained
 from hg_scale.model.sampling import Sampling
 
 SUB_PIXELS = 8192  # that a sample of images takes at most, but for one image
@@ -32,7 +32,7 @@ def sample_of(run: RunFolder, tokens: int, seed: int) -> Sample:
     if not any(checkpoint.fault is None for checkpoint in run.checkpoints):
         return Sample("", "no sample: the run has no whole checkpoint")
     try:
-        trained = load_trained(run.path)
+        trained = load(run.path)
         if trained.images is not None:
             return _images(trained, seed)
         text = write_sample(trained, tokens, seed)
@@ -44,12 +44,12 @@ def sample_of(run: RunFolder, tokens: int, seed: int) -> Sample:
     )
 
 
-def _images(trained: Trained, seed: int) -> Sample:
+def _images(trained: LoadedModel, seed: int) -> Sample:
     size = trained.index.document_tokens if trained.index else None
     assert size
     count = max(1, min(8, SUB_PIXELS // size))
     nothing = [np.empty(0, np.uint8)] * count
-    drawn = draw_images(trained, nothing, Writing(Sampling(1.0), size, seed))
+    drawn = draw_images(trained, nothing, GenerationConfig(Sampling(1.0), size, seed))
     images = [image for _, image in drawn if image is not None]
     png = b64encode(grid_png([images])).decode()
     return Sample("", f"{count} images, temperature 1, seed {seed}", png)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hg_scale.config.schema import Config
-from hg_scale.evaluation.report.axes import short
+from hg_scale.evaluation.report.axes import short_figure
 from hg_scale.evaluation.report.baselines import Baseline, corpus_names
 from hg_scale.evaluation.report.curves import positions
 from hg_scale.evaluation.report.run_folder import Column, RunFolder
@@ -43,18 +43,18 @@ def card(run: RunFolder) -> Card:
     facts = [("step", f"{run.step:,}" + (f" of {run.steps:,}" if run.steps else ""))]
     tokens, hours = _last(run.column("tokens")), _last(positions(run)["hours"])
     if tokens is not None:
-        facts.append(("tokens", short(tokens)))
+        facts.append(("tokens", short_figure(tokens)))
     if hours is not None:
-        facts.append(("training time", duration(hours)))
+        facts.append(("training time", describe_hours(hours)))
     if run.model:
-        facts.append(("parameters", short(parameter_count(run.model))))
-        facts.append(("training FLOPs", f"{short(run.flops_per_token)} a token"))
+        facts.append(("parameters", short_figure(parameter_count(run.model))))
+        facts.append(("training FLOPs", f"{short_figure(run.flops_per_token)} a token"))
     validation = run.validation_column("validation_bits_per_byte")
     best = validation[np.isfinite(validation)]
     if best.size:
         facts.append(("validation", f"{best[-1]:.3f} bits per byte"))
     for key, name, show in (
-        ("tokens_per_second", "median throughput", lambda v: f"{short(v)} tokens/s"),
+        ("tokens_per_second", "median throughput", lambda v: f"{short_figure(v)} tokens/s"),
         ("mfu", "median MFU", lambda v: f"{v:.1%}"),
     ):
         values = run.column(key)
@@ -123,7 +123,7 @@ def score_bars(
     return {names[text]: sorted(bars, key=lambda b: b.value) for text, bars in found.items()}
 
 
-def differences(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
+def config_differences(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
     """(key, value in each run) of every key that is not the same in all of them.
 
     The notes are none, nor is a key that an older version lacks and that has its default elsewhere.
@@ -151,7 +151,7 @@ def flatten(tree: dict[str, Any], before: str = "") -> dict[str, str]:
     return flat
 
 
-def duration(hours: float) -> str:
+def describe_hours(hours: float) -> str:
     """A time as a person says it: 48 s, 12 min, 3 h 05 min, 2 d 4 h."""
     seconds = round(hours * 3600)
     if seconds < 100:

@@ -12,7 +12,7 @@ from pyarrow import parquet
 from hg_scale.data.errors import DataError
 from hg_scale.data.preparation import documents as module
 from hg_scale.data.preparation import sources
-from hg_scale.data.preparation.documents import TextFormat, kind_of, read_pieces
+from hg_scale.data.preparation.documents import TextFormat, file_kind, read_pieces
 
 PACKERS = {
     "": lambda data: data,
@@ -33,7 +33,7 @@ def read(path: Path, form: TextFormat = TextFormat(), begin: int = 0, end: int |
      ("a.parquet", "parquet"), ("a.parquet.xz", "parquet"), ("a", "text"), ("jsonl", "text")],
 )  # fmt: skip
 def test_kinds(name, kind):
-    assert kind_of(Path(name)) == kind
+    assert file_kind(Path(name)) == kind
 
 
 @pytest.mark.parametrize("suffix", PACKERS)

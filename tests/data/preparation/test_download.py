@@ -17,8 +17,8 @@ import pytest
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.preparation import download
-from hg_scale.data.preparation.download import CORPORA, Corpus, fetch
-from hg_scale.data.progress import Progress
+from hg_scale.data.preparation.download import CORPORA, Download, fetch
+from hg_scale.data.progress import ProgressBar
 from tests.data.preparation.test_in_order import contents
 from tests.ports import free_port
 from tests.shared import ROOT
@@ -104,8 +104,8 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "_PAUSE", 0.0)
 
 
-def made(url: str) -> Corpus:
-    return Corpus("made", url, len(TEXT), "sha256", hashlib.sha256(TEXT).hexdigest())
+def made(url: str) -> Download:
+    return Download("made", url, len(TEXT), "sha256", hashlib.sha256(TEXT).hexdigest())
 
 
 def nowhere() -> str:
@@ -114,17 +114,17 @@ def nowhere() -> str:
 
 
 def test_fetched_once_and_then_there(store, tmp_path):
-    path, fetched = fetch(made(store.url), tmp_path / "new" / "folder", Progress())
+    path, fetched = fetch(made(store.url), tmp_path / "new" / "folder", ProgressBar())
     assert fetched and path.read_bytes() == TEXT
     assert contents(path.parent) == {"made": TEXT}  # and nothing else
-    assert fetch(made(store.url), path.parent, Progress()) == (path, False)
+    assert fetch(made(store.url), path.parent, ProgressBar()) == (path, False)
     assert store.asked == [None]
 
 
 @pytest.mark.parametrize("breaks", [1, 2])
 def test_goes_on_where_a_transfer_broke_off(store, tmp_path, breaks):
     store.breaks = breaks
-    path, _ = fetch(made(store.url), tmp_path, Progress())
+    path, _ = fetch(made(store.url), tmp_path, ProgressBar())
     assert contents(tmp_path) == {"made": TEXT} and path.name == "made"
     third = len(store.content) // 3
     assert store.asked == [None, *(f"bytes={third * n}-" for n in range(1, breaks + 1))]
@@ -136,9 +136,9 @@ def test_goes_on_in_another_process(store, tmp_path, monkeypatch):
     store.breaks = 1
     with monkeypatch.context() as patch, pytest.raises(DataError, match="more expected"):
         patch.setattr(download, "_TRIES", 1)
-        fetch(made(store.url), tmp_path, Progress())
+        fetch(made(store.url), tmp_path, ProgressBar())
     assert not (tmp_path / "made").exists() and not (tmp_path / "made.zip").exists()
-    fetch(made(store.url), tmp_path, Progress())
+    fetch(made(store.url), tmp_path, ProgressBar())
     assert contents(tmp_path) == {"made": TEXT}
     assert store.sent == len(store.content)
 
@@ -149,9 +149,9 @@ def test_a_file_that_changed_is_fetched_whole(store, tmp_path):
     store.content, store.tag = other, '"two"'
     with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError):
         patch.setattr(download, "_TRIES", 1)
-        fetch(made(store.url), tmp_path, Progress())
+        fetch(made(store.url), tmp_path, ProgressBar())
     store.content, store.tag = sound, '"one"'
-    fetch(made(store.url), tmp_path, Progress())
+    fetch(made(store.url), tmp_path, ProgressBar())
     assert contents(tmp_path) == {"made": TEXT}
 
 
@@ -159,7 +159,7 @@ def test_a_file_that_changed_is_fetched_whole(store, tmp_path):
 def test_a_server_without_ranges_is_asked_for_all_again(store, tmp_path, lack):
     store.breaks = 1
     setattr(store, lack, None)
-    fetch(made(store.url), tmp_path, Progress())
+    fetch(made(store.url), tmp_path, ProgressBar())
     assert contents(tmp_path) == {"made": TEXT}
     assert store.sent == len(store.content) // 3 + len(store.content)
 
@@ -167,20 +167,20 @@ def test_a_server_without_ranges_is_asked_for_all_again(store, tmp_path, lack):
 def test_a_server_that_always_breaks_off_is_given_up(store, tmp_path):
     store.breaks, store.ranges = 10**9, False
     with pytest.raises(DataError, match="cannot be fetched") as caught:
-        fetch(made(store.url), tmp_path, Progress())
+        fetch(made(store.url), tmp_path, ProgressBar())
     assert "\n" not in str(caught.value) and len(store.asked) == 5
 
 
 def test_another_part_than_asked_for_is_not_appended(store, tmp_path):
     store.breaks, store.shifted = 1, 1
-    fetch(made(store.url), tmp_path, Progress())
+    fetch(made(store.url), tmp_path, ProgressBar())
     assert contents(tmp_path) == {"made": TEXT}
 
 
 def test_a_part_longer_than_the_file_is_dropped(store, tmp_path):
     (tmp_path / "made.zip.partial").write_bytes(store.content + b"more")
     (tmp_path / "made.zip.partial.version").write_text('"one"')
-    fetch(made(store.url), tmp_path, Progress())
+    fetch(made(store.url), tmp_path, ProgressBar())
     assert contents(tmp_path) == {"made": TEXT}
     assert store.asked == [f"bytes={len(store.content) + 4}-", None]
 
@@ -189,7 +189,7 @@ def test_a_part_longer_than_the_file_is_dropped(store, tmp_path):
 def test_a_server_that_refuses(store, tmp_path, status):
     store.status = status
     with pytest.raises(DataError, match=r"made\.zip cannot be fetched .*by hand") as caught:
-        fetch(made(store.url), tmp_path, Progress())
+        fetch(made(store.url), tmp_path, ProgressBar())
     assert "\n" not in str(caught.value) and len(store.asked) == 1
     assert contents(tmp_path) == {}
 
@@ -197,7 +197,7 @@ def test_a_server_that_refuses(store, tmp_path, status):
 @pytest.mark.parametrize("url", ["", "no url", "ftps://x/y", "http://[::1", "http://no.invalid./x"])
 def test_what_is_no_url(tmp_path, url):
     with pytest.raises(DataError, match="cannot be fetched .*place made.zip or made in") as caught:
-        fetch(made(url or nowhere()), tmp_path, Progress())
+        fetch(made(url or nowhere()), tmp_path, ProgressBar())
     assert "\n" not in str(caught.value)
 
 
@@ -208,7 +208,7 @@ def test_placed_by_hand(tmp_path, what):
         (tmp_path / "made").write_bytes(TEXT)
     else:
         (tmp_path / "made.zip").write_bytes(zipped(TEXT))
-    path, new = fetch(made(nowhere()), tmp_path, Progress())
+    path, new = fetch(made(nowhere()), tmp_path, ProgressBar())
     assert contents(tmp_path) == {"made": TEXT} and new == (what == "archive")
     assert path == tmp_path / "made"
 
@@ -226,27 +226,27 @@ def test_placed_by_hand(tmp_path, what):
 def test_what_came_is_something_else(store, tmp_path, content, message):
     store.content = content
     with pytest.raises(DataError, match=message) as caught:
-        fetch(made(store.url), tmp_path, Progress())
+        fetch(made(store.url), tmp_path, ProgressBar())
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "made").exists()
     # It is not taken the next time either, until it is removed.
     store.content = zipped(TEXT)
     with pytest.raises(DataError, match=message):
-        fetch(made(store.url), tmp_path, Progress())
+        fetch(made(store.url), tmp_path, ProgressBar())
     (tmp_path / "made.zip").unlink()
-    assert fetch(made(store.url), tmp_path, Progress())[0].read_bytes() == TEXT
+    assert fetch(made(store.url), tmp_path, ProgressBar())[0].read_bytes() == TEXT
 
 
 def test_a_damaged_text_is_not_taken(tmp_path):
     (tmp_path / "made").write_bytes(TEXT[:-1])
     with pytest.raises(DataError, match=r"made: its text has sha256"):
-        fetch(made(nowhere()), tmp_path, Progress())
+        fetch(made(nowhere()), tmp_path, ProgressBar())
 
 
 def test_progress_counts_the_bytes_that_were_there(store, tmp_path):
     seen = []
 
-    class Recorder(Progress):
+    class Recorder(ProgressBar):
         def begin(self, what, total, before=0):
             super().begin(what, total, before)
             seen.append((what, total, before))

@@ -11,7 +11,7 @@ from hg_scale.config import load_config
 from hg_scale.data.errors import DataError
 from hg_scale.data.preparation.images import ImageCorpus
 from hg_scale.data.preparation.shuffled import Job, prepare
-from hg_scale.data.progress import Progress
+from hg_scale.data.progress import ProgressBar
 from hg_scale.data.shards import SplitReader
 from tests.data.preparation.test_in_order import contents
 from tests.shared import ROOT
@@ -21,7 +21,9 @@ COLOUR = np.random.default_rng(0).integers(0, 256, (40, 6, 5, 3), np.uint8)
 
 def run(source, output, **options):
     corpus = ImageCorpus((source,), **options)
-    return prepare(Job(corpus, (source,), output, chunk_tokens=300, shard_tokens=900), Progress())
+    return prepare(
+        Job(corpus, (source,), output, chunk_tokens=300, shard_tokens=900), ProgressBar()
+    )
 
 
 def images_of(index, name):

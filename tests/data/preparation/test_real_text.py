@@ -13,7 +13,7 @@ import pytest
 
 from hg_scale.data.evaluation import evaluation_windows, split_text
 from hg_scale.data.index import read_index
-from hg_scale.data.inspection import faults_of, tokenizer_line
+from hg_scale.data.inspection import shard_problems, tokenizer_line
 from hg_scale.data.protocol import IGNORED
 from hg_scale.data.shards import SplitReader
 from tests.shared import ROOT, shared
@@ -93,4 +93,4 @@ def test_shuffled_articles_in_8000_pieces(part, model, tmp_path):
     assert sorted(found) == sorted(filter(None, expected))
     assert tokenizer_line(index).endswith("gives every text back")
     shards = [shard for split in index.splits.values() for shard in split.shards]
-    assert not any(faults_of(index, shard, tokenizer) for shard in shards)
+    assert not any(shard_problems(index, shard, tokenizer) for shard in shards)

@@ -14,7 +14,7 @@ from hg_scale.data.preparation import spill
 from hg_scale.data.preparation.documents import TextFormat
 from hg_scale.data.preparation.shuffled import Job, prepare
 from hg_scale.data.preparation.text_corpus import TextCorpus
-from hg_scale.data.progress import Progress
+from hg_scale.data.progress import ProgressBar
 from hg_scale.data.shards import SplitReader
 from hg_scale.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from tests.data.conftest import prose
@@ -42,7 +42,7 @@ def run(source, output, tokenizer, **options):
     job = {"chunk_tokens": 512, "shard_tokens": 3000}
     job |= {key: options.pop(key) for key in ("chunk_tokens", "shard_tokens") if key in options}
     corpus = TextCorpus((source,), tokenizer, **{"fractions": FRACTIONS} | options)
-    return prepare(Job(corpus, (source,), output, **job), Progress())
+    return prepare(Job(corpus, (source,), output, **job), ProgressBar())
 
 
 def documents_of(index, name, tokenizer):

@@ -14,11 +14,11 @@ from hg_scale.data import lock as lock_module
 from hg_scale.data.errors import DataError
 from hg_scale.data.lock import FolderLock
 from hg_scale.data.preparation.place import Place, find_place
-from hg_scale.data.preparation.team import Stopped, Team
-from hg_scale.data.progress import Progress
+from hg_scale.data.preparation.team import Team, TeamStopped
+from hg_scale.data.progress import ProgressBar
 
 
-class Recorder(Progress):
+class Recorder(ProgressBar):
     """Remembers what was shown."""
 
     def __init__(self):
@@ -34,7 +34,7 @@ def run_team(folder, size, work, patience=20.0, progress=None):
     """`work(team)` in a thread for each rank; what each returned or raised."""
 
     def member(rank):
-        shown = progress if progress and rank == 0 else Progress()
+        shown = progress if progress and rank == 0 else ProgressBar()
         try:
             with Team(Place(rank, size), folder, patience=patience, progress=shown) as team:
                 return work(team)
@@ -89,7 +89,7 @@ def test_one_failure_ends_all_with_its_message(tmp_path, failing):
 
     ended = run_team(tmp_path, 3, work)
     for rank, error in enumerate(ended):
-        assert isinstance(error, Stopped) == (rank != failing)
+        assert isinstance(error, TeamStopped) == (rank != failing)
         assert "part-7.jsonl is broken" in str(error)
         assert rank == failing or f"rank {failing} of 3" in str(error)
 
@@ -122,7 +122,7 @@ def test_a_silent_process_ends_the_others(tmp_path, silent):
 
 def test_processes_that_do_not_come(tmp_path):
     def start(rank):
-        team = Team(Place(rank, 3), tmp_path, patience=0.5, progress=Progress())
+        team = Team(Place(rank, 3), tmp_path, patience=0.5, progress=ProgressBar())
         with pytest.raises(DataError) as caught, team:
             pass
         return str(caught.value)
@@ -134,7 +134,7 @@ def test_processes_that_do_not_come(tmp_path):
 def test_two_of_one_rank_are_refused(tmp_path):
     def member(rank):
         try:
-            with Team(Place(rank, 2), tmp_path, patience=20.0, progress=Progress()) as team:
+            with Team(Place(rank, 2), tmp_path, patience=20.0, progress=ProgressBar()) as team:
                 team.barrier()
         except DataError as error:
             return str(error)
@@ -149,7 +149,7 @@ def test_two_of_one_rank_are_refused(tmp_path):
 def test_sizes_that_differ_are_refused(tmp_path):
     def member(place):
         try:
-            with Team(place, tmp_path, patience=4.0, progress=Progress()):
+            with Team(place, tmp_path, patience=4.0, progress=ProgressBar()):
                 pass
         except DataError as error:
             return str(error)

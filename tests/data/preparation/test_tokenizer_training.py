@@ -8,14 +8,16 @@ import pytest
 from hg_scale.data.errors import DataError
 from hg_scale.data.preparation.documents import TextFormat
 from hg_scale.data.preparation.tokenizer_training import TokenizerTraining, train_tokenizer
-from hg_scale.data.progress import Progress
+from hg_scale.data.progress import ProgressBar
 from hg_scale.data.tokenizer import SentencePieceTokenizer
 from tests.data.conftest import prose
 from tests.shared import ROOT
 
 
 def train(source, output, size=600, model="bpe", **options):
-    return train_tokenizer(TokenizerTraining((source,), output, size, model, **options), Progress())
+    return train_tokenizer(
+        TokenizerTraining((source,), output, size, model, **options), ProgressBar()
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,42 @@
+"""The mean of several sets of weights, as one more source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hg_scale.checkpoint.jobs import ProgressReporter
+from hg_scale.convert.compare import require_same_model
+from hg_scale.convert.source import WeightSource
+
+
+class AverageSource(WeightSource):
+    """Weights only: the moments of an average are those of no training run."""
+
+    what = "average"
+
+    def __init__(self, sources: Sequence[WeightSource]) -> None:
+        """Raises CheckpointError where they are of different models."""
+        first = sources[0]
+        for other in sources[1:]:
+            require_same_model(first, other)
+        super().__init__((sources,), first.path, first.model, first.shapes)
+        self._sources = sources
+        self.step = max(source.step for source in sources)
+        self.tokenizer = first.tokenizer
+
+    def _read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        total = torch.zeros(stop - start, dtype=torch.float64)
+        for source in self._sources:
+            total += source.read(name, kind, start, stop)
+        return (total / len(self._sources)).float()
+
+    def require_unchanged(self, workers: int, report: ProgressReporter) -> None:
+        for source in self._sources:
+            source.require_unchanged(workers, report)
+
+    def close(self) -> None:
+        for source in self._sources:
+            source.close()

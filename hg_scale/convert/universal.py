@@ -1,0 +1,142 @@
+"""Writing DeepSpeed's universal format: what `deepspeed.checkpoint.ds_to_universal` would write.
+
+    latest_universal                    the name of the folder below
+    global_stepN/zero/NAME/fp32.pt      {"param": whole tensor, "cat_dim": ...}; exp_avg.pt and
+                                        exp_avg_sq.pt alike, step.pt the optimizer's step count
+    global_stepN/zero/optimizer_state.pt
+    global_stepN/*_model_states.pt      counters; one name for ZeRO 1 and 2, one for ZeRO 3
+
+A DeepSpeed engine around a model with our parameter names loads it with
+`{"checkpoint": {"load_universal": true}}`. `cat_dim` is where tensor parallelism cuts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from hg_scale.checkpoint.fragments import KINDS
+from hg_scale.checkpoint.jobs import ProgressReporter, run_jobs
+from hg_scale.config.schema import ModelConfig
+from hg_scale.convert.deepspeed_files import LATEST, OURS, ZERO
+from hg_scale.convert.output import new_folder
+from hg_scale.convert.source import CheckpointSource
+from hg_scale.model.hourglass import Hourglass
+from hg_scale.model.layers import PlainLayers
+from hg_scale.model.sharding import TensorShard, mark, shard_of
+
+DEEPSPEED_VERSION = "0.19.8"  # whose converter this follows
+UNIVERSAL_VERSION = 0.4
+_GROUPS = 1024  # more parameter groups than any optimizer here has
+
+
+class _Cuts(PlainLayers):
+    """Plain layers whose parameters say along which dimension Megatron's are cut."""
+
+    def column(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
+        layer = super().column(d_in, d_out, bias)
+        for parameter in layer.parameters():
+            mark(parameter, TensorShard(0))
+        return layer
+
+    def row(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
+        layer = nn.Linear(d_in, d_out, bias)
+        mark(cast(nn.Parameter, layer.weight), TensorShard(1))
+        return layer
+
+    def projection(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
+        return self.row(d_in, d_out, bias)
+
+    def embedding(self, vocab: int, d: int) -> nn.Module:
+        layer = nn.Embedding(vocab, d)
+        mark(cast(nn.Parameter, layer.weight), TensorShard(0))
+        return layer
+
+    def by_head(self, heads: int, d_head: int, value: float) -> nn.Parameter:
+        return mark(super().by_head(heads, d_head, value), TensorShard(0))
+
+
+def cut_dimensions(model: ModelConfig) -> dict[str, int | None]:
+    """Where tensor parallelism cuts each parameter; None: nowhere."""
+    with torch.device("meta"):
+        hourglass = Hourglass(model, _Cuts())
+    return {name: shard_of(p).dim for name, p in hourglass.named_parameters()}
+
+
+@dataclass(frozen=True)
+class WriteParameter:
+    """Writes the files of one parameter; sent to the workers."""
+
+    source: CheckpointSource
+    folder: Path
+    dims: dict[str, int | None]
+
+    def __call__(self, name: str) -> int:
+        """Bytes written."""
+        folder = self.folder / name
+        folder.mkdir(parents=True)
+        cut = {} if self.dims[name] is None else {"cat_dim": self.dims[name]}
+        for kind in KINDS:  # zeros where training is to begin anew: DeepSpeed wants them there
+            torch.save({"param": self.source.whole(name, kind), **cut}, folder / f"{kind}.pt")
+        torch.save(torch.tensor(float(self.source.optimizer_step)), folder / "step.pt")
+        return 4 * len(KINDS) * prod(self.source.shapes[name])
+
+
+def to_deepspeed(
+    source: CheckpointSource, out: Path, *, workers: int = 1, report: ProgressReporter
+) -> None:
+    """Write the new folder `out`. Raises CheckpointError; on a damaged source, too."""
+    source.require_unchanged(workers, report)
+    tag = f"global_step{source.step}"
+    with new_folder(out) as folder:
+        zero = folder / tag / ZERO
+        zero.mkdir(parents=True)
+        write = WriteParameter(source, zero, cut_dimensions(source.model))
+        report.begin("writing DeepSpeed's files", 4 * len(KINDS) * source.parameters)
+        for _, written in run_jobs(write, list(source.shapes), workers):
+            report.advance(written)
+        torch.save(_optimizer_state(source), zero / "optimizer_state.pt")
+        for name in ("mp_rank_00", "zero_pp_rank_0_mp_rank_00"):
+            torch.save(_model_states(source), folder / tag / f"{name}_model_states.pt")
+        (folder / LATEST).write_text(tag, encoding="utf-8")
+
+
+def _optimizer_state(source: CheckpointSource) -> dict[str, Any]:
+    """What DeepSpeed overwrites its optimizer's settings with: nothing.
+
+    It goes through the parameter groups here and its own side by side, setting what these hold.
+    Empty ones leave the loading run's learning rates and decays as configured, whatever its groups
+    are; there must be no fewer than it has.
+    """
+    step = torch.tensor(float(source.optimizer_step))
+    return {
+        "ds_version": DEEPSPEED_VERSION,
+        "param_groups": [{} for _ in range(_GROUPS)],
+        "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": [{}]},  # ZeRO 3
+    }
+
+
+def _model_states(source: CheckpointSource) -> dict[str, Any]:
+    progress = source.progress or {}
+    return {
+        "module": None,
+        "global_steps": source.step,
+        "global_samples": 0,
+        "skipped_steps": progress.get("skipped", 0),
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "lr_scheduler": None,
+        "ds_version": DEEPSPEED_VERSION,
+        "universal_checkpoint_info": {"universal_checkpoint_version": UNIVERSAL_VERSION},
+        OURS: {
+            "model": source.model.model_dump(),
+            "config": source.config,
+            "progress": progress,
+            "tokenizer": source.tokenizer,
+        },
+    }
