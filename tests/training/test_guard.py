@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hg_scale.config.schema import GuardConfig
 from hg_scale.exit_codes import GAVE_UP
 from hg_scale.training import guard as module
-from hg_scale.training.guard import GaveUp, Guard, in_words, newest_before
+from hg_scale.training.guard import GaveUp, Guard, describe_culprits, newest_before
 from tests.run_folders import write_checkpoint
 
 LOSSES = st.lists(st.floats(-10, 10) | st.sampled_from([math.nan, math.inf]), max_size=60)
@@ -30,7 +30,7 @@ def run(guard: Guard, losses: list[float], first: int = 1) -> list[bool]:
     bad = []
     for step, loss in enumerate(losses, first):
         bad.append(guard.judge(loss, True) is not None)
-        guard.note(step, loss, bad[-1])
+        guard.record(step, loss, bad[-1])
     return bad
 
 
@@ -61,7 +61,7 @@ def test_a_spike_is_judged_by_the_last_good_losses(
             len(set(last)) < 2 or np.std(last) > 1e-9
         ):
             assert judged == bad
-        guard.note(step, loss, judged)
+        guard.record(step, loss, judged)
         if not judged:
             good.append(loss)
 
@@ -104,9 +104,9 @@ def test_an_older_checkpoint_begins_anew() -> None:
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process is the rank that tells."""
+    """This process is the reporting rank."""
 
-    def stop(fault: Exception, teller: int) -> None:
+    def stop(fault: Exception, reporting_rank: int) -> None:
         raise fault
 
     monkeypatch.setattr(module, "stop_all", stop)
@@ -115,10 +115,10 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def last_allowed(guard: Guard, bad: list[int], upto: int, folder: Path) -> int:
     """The last step before the run gives up."""
     for step in range(1, upto + 1):
-        guard.note(step, 2.0, step in bad)
+        guard.record(step, 2.0, step in bad)
         if step in bad:
             try:
-                guard.require_better(step, "why", folder)
+                guard.require_progress(step, "why", folder)
             except GaveUp:
                 return step
     return upto
@@ -142,16 +142,16 @@ def test_it_names_the_checkpoint_to_go_back_to(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         write_checkpoint(tmp_path, step, LAYOUT)
     guard = make(8, most=1)
-    guard.note(22, math.nan, True)
-    guard.require_better(22, "gradients are not finite", checkpoints)
-    guard.note(25, math.nan, True)
+    guard.record(22, math.nan, True)
+    guard.require_progress(22, "gradients are not finite", checkpoints)
+    guard.record(25, math.nan, True)
     with pytest.raises(GaveUp) as caught:
-        guard.require_better(25, "gradients are not finite", checkpoints)
+        guard.require_progress(25, "gradients are not finite", checkpoints)
     said = str(caught.value)
     good = checkpoints / "step-00000020"
     assert said.startswith(
         "gave up after step 25: 2 of the last 8 steps were skipped, more than guard.max_skipped "
-        "= 1, the last since gradients are not finite; the last good checkpoint is "
+        "= 1, the last: gradients are not finite; the last good checkpoint is "
         f"{good}; start a new run from it (--run NEW --set checkpoint.start_from={good})"
     )
     assert "\n" not in said and caught.value.exit_code == GAVE_UP
@@ -168,11 +168,11 @@ def test_where_there_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_culprits_in_words() -> None:
     weight, many = ["blocks.2.qkv.weight"], [f"w{n}" for n in range(6)]
-    assert in_words("a spike", [(2.0, []), (2.1, [])]) == "a spike"
-    assert in_words("bad", [(2.0, []), (2.0, weight)]) == (
+    assert describe_culprits("a spike", [(2.0, []), (2.1, [])]) == "a spike"
+    assert describe_culprits("bad", [(2.0, []), (2.0, weight)]) == (
         "gradients of 1 tensor are not finite: blocks.2.qkv.weight (rank 1)"
     )
-    assert in_words("bad", [(2.0, many), (math.nan, many)]) == (
+    assert describe_culprits("bad", [(2.0, many), (math.nan, many)]) == (
         "the loss is nan on rank 1; gradients of 6 tensors are not finite: w0 (ranks 0, 1), "
         "w1 (ranks 0, 1), w2 (ranks 0, 1), w3 (ranks 0, 1) and 2 more"
     )
