@@ -30,7 +30,7 @@ def run_on_all_ranks(action: Callable[[], _T], device: torch.device) -> _T:
     try:
         result = action()
     except (OSError, MemoryError) as error:
-        failure = UserError(f"rank {dist.get_rank()}: {error or 'out of host memory'}")
+        failure = UserError(f"rank {dist.get_rank()}: {str(error) or 'out of host memory'}")
         failure.__cause__ = error
     except Exception as error:
         failure = error
