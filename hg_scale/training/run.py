@@ -42,6 +42,7 @@ from hg_scale.training.profiling import StepProfiler
 from hg_scale.training.resume import ResumePoint, agree_on_resume_point
 from hg_scale.training.run_lock import RunLock, Taken
 from hg_scale.training.run_log import RunLog
+from hg_scale.training.same_run import require_same_run
 from hg_scale.training.validation import Validator
 
 if TYPE_CHECKING:
@@ -143,6 +144,8 @@ def _train_connected(run: Run) -> bool:
 
     with run.interruption.signals.ending_a_wait(leave):
         device = start_processes(launch)
+    options = {"stop_at": run.stop_at, "profile": run.profile}
+    require_same_run(run.config, folder, options)
     lock = run_on_all_ranks(lambda: RunLock(folder) if launch.rank == 0 else None, device)
     monitoring = monitor_run(run.config, folder, launch, run.console, device)
     with lock or nullcontext(), monitoring as monitor:
