@@ -80,8 +80,7 @@ def detect_type(path: Path) -> FileType:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     except UnpackError as error:
         raise DataError(
-            f"{path}: cannot be unpacked: {error}; fetch it again, or leave it "
-            "out with --exclude"
+            f"{path}: cannot be unpacked: {error}; fetch it again, or leave it out with --exclude"
         ) from None
     kind, what = _kind_of(head, _unpacked_name(path))
     if packing_of(head):
