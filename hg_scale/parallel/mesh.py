@@ -147,4 +147,4 @@ def compare_group(mesh: Mesh, axis: str, ranks: list[int], whose: str) -> None:
 def forget_groups() -> None:
     """Forget Megatron's groups, where they were made, before the world is taken down."""
     if "hg_scale.parallel.megatron" in sys.modules:
-        sys.modules["hg_scale.parallel.megatron"].destroy()
+        sys.modules["hg_scale.parallel.megatron"].destroy_groups()

@@ -338,7 +338,7 @@ def test_versions_are_migrated_one_after_the_other(
 ) -> None:
     path = folder / "step-00000001"
     as_version_1(path, sealed=False)
-    monkeypatch.setattr("hg_scale.checkpoint.find.FORMAT_VERSION", 3)
+    monkeypatch.setattr("hg_scale.checkpoint.find.CHECKPOINT_VERSION", 3)
 
     def double(older: dict[str, Any]) -> dict[str, Any]:
         assert older["format_version"] == 2

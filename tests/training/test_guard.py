@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hg_scale.config.schema import GuardConfig
 from hg_scale.exit_codes import GAVE_UP
 from hg_scale.training import guard as module
-from hg_scale.training.guard import GaveUp, Guard, in_words, newest_before
+from hg_scale.training.guard import GaveUp, Guard, describe_culprits, newest_before
 from tests.run_folders import write_checkpoint
 
 LOSSES = st.lists(st.floats(-10, 10) | st.sampled_from([math.nan, math.inf]), max_size=60)
@@ -168,11 +168,11 @@ def test_where_there_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_culprits_in_words() -> None:
     weight, many = ["blocks.2.qkv.weight"], [f"w{n}" for n in range(6)]
-    assert in_words("a spike", [(2.0, []), (2.1, [])]) == "a spike"
-    assert in_words("bad", [(2.0, []), (2.0, weight)]) == (
+    assert describe_culprits("a spike", [(2.0, []), (2.1, [])]) == "a spike"
+    assert describe_culprits("bad", [(2.0, []), (2.0, weight)]) == (
         "gradients of 1 tensor are not finite: blocks.2.qkv.weight (rank 1)"
     )
-    assert in_words("bad", [(2.0, many), (math.nan, many)]) == (
+    assert describe_culprits("bad", [(2.0, many), (math.nan, many)]) == (
         "the loss is nan on rank 1; gradients of 6 tensors are not finite: w0 (ranks 0, 1), "
         "w1 (ranks 0, 1), w2 (ranks 0, 1), w3 (ranks 0, 1) and 2 more"
     )
