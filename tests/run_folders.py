@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hg_scale.checkpoint.versions import CHECKPOINT_VERSION, seal
+from hg_scale.checkpoint.manifest import CHECKPOINT_VERSION, seal
 from hg_scale.config.load import parse_config
 from hg_scale.config.read import merge
 from tests.manifests import META
@@ -55,7 +55,7 @@ def validation_record(step: int, offset: float = 0.0) -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, step: int, layout: dict[str, int]) -> None:
-    """A checkpoint that is whole as far as names and sizes go."""
+    """Write a checkpoint that is complete as far as names and sizes go."""
     path = folder / "checkpoints" / f"step-{step:08}"
     path.mkdir(parents=True, exist_ok=True)
     (path / "rank-00000.safetensors").write_bytes(bytes(1000))

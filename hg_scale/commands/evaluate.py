@@ -69,12 +69,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _checkpoints(run: Path) -> list[Path]:
     """All whole ones of a run, oldest first."""
-    from hg_scale.checkpoint.find import checkpoints_in, damage
+    from hg_scale.checkpoint.find import checkpoints_in, verify_sizes
 
     folder = run / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"--all: {run} is not a run folder with checkpoints/")
-    whole = [path for _, path in sorted(checkpoints_in(folder).items()) if not damage(path)]
+    whole = [path for _, path in sorted(checkpoints_in(folder).items()) if not verify_sizes(path)]
     if not whole:
         raise UserError(f"--all: {folder} holds no whole checkpoint")
     return whole

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from hg_scale.checkpoint.find import MANIFEST, content_damage, find_latest, read_manifest
+from hg_scale.checkpoint.find import find_latest, verify_checksums
 from hg_scale.checkpoint.load import read_parameters
-from hg_scale.checkpoint.run_tokenizer import kept_tokenizer
+from hg_scale.checkpoint.manifest import MANIFEST, read_manifest
+from hg_scale.checkpoint.run_tokenizer import load_run_tokenizer
 from hg_scale.config.load import parse_config
 from hg_scale.config.schema import ModelConfig, Precision
 from hg_scale.convert.export import load_export
+from hg_scale.convert.export_source import ExportSource
 from hg_scale.convert.open import is_export
-from hg_scale.convert.source import ExportSource
 from hg_scale.data.index import Index, read_index
 from hg_scale.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerIdentity, load_tokenizer
 from hg_scale.errors import UserError
@@ -93,7 +94,7 @@ def _checkpoint(folder: Path, data: str | None) -> LoadedModel:
             )
         checkpoint = folder
     manifest = read_manifest(checkpoint)
-    if fault := content_damage(checkpoint):
+    if fault := verify_checksums(checkpoint):
         raise UserError(f"{checkpoint}: {fault}; use another checkpoint")
     config = parse_config({"model": manifest["config"]["model"]}, source=str(checkpoint))
     ours, step = manifest.get("tokenizer"), manifest["step"]
@@ -102,7 +103,7 @@ def _checkpoint(folder: Path, data: str | None) -> LoadedModel:
             read_index(data) if data else _index_of(manifest["config"].get("data", {}), checkpoint)
         )
     except UserError:
-        tokenizer = None if data else kept_tokenizer(checkpoint, ours)
+        tokenizer = None if data else load_run_tokenizer(checkpoint, ours)
         if tokenizer is None:
             raise
         return LoadedModel(

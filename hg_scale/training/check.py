@@ -11,12 +11,8 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from hg_scale.checkpoint.find import (
-    checkpoints_in,
-    damage,
-    find_latest,
-    read_manifest,
-)
+from hg_scale.checkpoint.find import checkpoints_in, find_latest, verify_sizes
+from hg_scale.checkpoint.manifest import read_manifest
 from hg_scale.config import ConfigError, load_config
 from hg_scale.config.errors import Problem
 from hg_scale.config.layouts import (
@@ -207,6 +203,6 @@ def _superseded_later(checkpoints: Path, done: int, keep_every: int) -> int:
     if not checkpoints.is_dir():
         return 0
     return sum(
-        step <= done and not (keep_every and step % keep_every == 0) and damage(path) is None
+        step <= done and not (keep_every and step % keep_every == 0) and verify_sizes(path) is None
         for step, path in checkpoints_in(checkpoints).items()
     )

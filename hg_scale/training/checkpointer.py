@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.rank_file import HostBuffer, Staged, gather
-from hg_scale.checkpoint.retention import Keep
+from hg_scale.checkpoint.rank_file import HostBuffer, Staged, stage
+from hg_scale.checkpoint.retention import RetentionPolicy
 from hg_scale.checkpoint.save import write_checkpoint
 from hg_scale.config.schema import Config
 from hg_scale.convert.source import parameter_shapes
@@ -64,7 +64,7 @@ class Checkpointer:
         self._permit = permit
         self._names = parameter_shapes(config.model).keys()
         self._written_in = 0.0  # seconds of the save before
-        self._keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every)
+        self._retention = RetentionPolicy(config.checkpoint.keep_last, config.checkpoint.keep_every)
         self.group = dist.new_group(backend="gloo", timeout=LONG)  # it waits for disks
         self._buffer = HostBuffer()
         self._thread: ThreadPoolExecutor | None = None
@@ -85,7 +85,7 @@ class Checkpointer:
         if last:
             self._last_step = progress.step
         meta = describe_state(self._engine, progress, self._config)
-        staged = gather(written_here(self._engine))
+        staged = stage(written_here(self._engine))
         if self._thread is None:
             self._write(progress.step, lambda: staged, meta, start)
             return
@@ -127,8 +127,8 @@ class Checkpointer:
                 staged,
                 meta,
                 group=self.group,
-                keep=self._keep,
-                damaged=self._damaged,
+                retention=self._retention,
+                corrupt=self._damaged,
                 warn=self._warn,
                 permit=self._permit,
                 names=self._names,

@@ -20,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hg_scale.checkpoint.find import checkpoints_in, damage
+from hg_scale.checkpoint.find import checkpoints_in, verify_sizes
 from hg_scale.checkpoint.fragments import Slice
 from hg_scale.config.schema import GuardConfig
 from hg_scale.errors import UserError
@@ -116,7 +116,7 @@ def newest_before(checkpoints: Path, step: int) -> Path | None:
         return None
     found = checkpoints_in(checkpoints)
     older = (found[of] for of in sorted(found, reverse=True) if of < step)
-    return next((path for path in older if damage(path) is None), None)
+    return next((path for path in older if verify_sizes(path) is None), None)
 
 
 def name_culprits(

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.find import content_damage, damage, find_latest, newest_of, read_manifest
+from hg_scale.checkpoint.find import (
+    find_latest,
+    resolve_checkpoint,
+    verify_checksums,
+    verify_sizes,
+)
+from hg_scale.checkpoint.manifest import read_manifest
 from hg_scale.config.errors import ConfigError, Problem
 from hg_scale.config.schema import FREE_MODEL_KEYS, Config, ModelConfig
 from hg_scale.errors import UserError
@@ -74,7 +80,7 @@ def agree_on_resume_point(
         return find_resume_checkpoint(config, checkpoints, known, lines) if rank == 0 else None
 
     def require_visible(source: Path) -> None:
-        if problem := damage(source):
+        if problem := verify_sizes(source):
             raise UserError(
                 f"rank {rank} does not see the checkpoint {source} that rank 0 sees ({problem}); "
                 "put the run folder on a file system that all nodes share"
@@ -84,7 +90,7 @@ def agree_on_resume_point(
         size = sum(file["bytes"] for file in read_manifest(source)["files"])
         if rank == 0 and size / world_size > _LARGE:
             console.print(f"verifying {source} ({size / 1e9:,.0f} GB)")
-        return content_damage(source, rank, world_size)
+        return verify_checksums(source, rank, world_size)
 
     while True:
         lines: list[str] = []
@@ -151,10 +157,10 @@ def find_start_checkpoint(
     if not named:
         raise _unusable("names no folder; null starts from scratch", named)
     try:
-        source = newest_of(Path(named), report, known)
+        source = resolve_checkpoint(Path(named), report, known)
     except (CheckpointError, OSError) as error:
         raise _unusable(str(error), named) from None
-    if problem := (known or {}).get(source) or damage(source):
+    if problem := (known or {}).get(source) or verify_sizes(source):
         message = f"not a complete checkpoint, such as RUN/checkpoints/step-00001000: {problem}"
         raise _unusable(message, str(source))
     refuse_other_model(config, source)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hg_scale.checkpoint.run_tokenizer import keep_tokenizer
+from hg_scale.checkpoint.run_tokenizer import save_run_tokenizer
 from hg_scale.config.schema import Config
 from hg_scale.data.errors import DataError
 from hg_scale.data.schedule import DataSource
@@ -232,7 +232,7 @@ def _train_alone(run: Run, device: torch.device, lock: RunLock | None, watch: Mo
 def _keep_tokenizer(run: Run, sources: list[DataSource]) -> None:
     """All sources have the same."""
     try:
-        keep_tokenizer(run.folder, sources[0].index.open_tokenizer())
+        save_run_tokenizer(run.folder, sources[0].index.open_tokenizer())
     except DataError as error:
         run.console.warn(f"{error}; the run goes on without a copy of its tokenizer")
 

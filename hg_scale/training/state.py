@@ -16,8 +16,8 @@ from hg_scale.checkpoint.deepspeed_state import (
     optimizer_step,
 )
 from hg_scale.checkpoint.load import CheckpointReader
-from hg_scale.checkpoint.rank_file import share
-from hg_scale.checkpoint.save import save
+from hg_scale.checkpoint.rank_file import equal_share
+from hg_scale.checkpoint.save import save_checkpoint
 from hg_scale.config.schema import Config
 from hg_scale.convert.source import parameter_shapes
 
@@ -39,7 +39,7 @@ def save_state(engine: Engine, folder: Path, progress: TrainingProgress, config:
     """Write a checkpoint of all ranks; the data position is part of `progress`."""
     meta = describe_state(engine, progress, config)
     names = parameter_shapes(config.model).keys()
-    return save(folder, progress.step, written_here(engine), meta, names)
+    return save_checkpoint(folder, progress.step, written_here(engine), meta, names)
 
 
 def describe_state(engine: Engine, progress: TrainingProgress, config: Config) -> dict[str, Any]:
@@ -85,8 +85,8 @@ def written_here(engine: Engine) -> Iterator[LocalState]:
         (whole if local.fragment.slice.dim is None else cut).append(local)
     # Without ZeRO, all is alike on the data-parallel ranks.
     index, count = (mesh.data_rank, mesh.data) if copies else (0, 1)
-    yield from share(cut, index, count)
-    yield from share(whole, index * mesh.tensor + mesh.tensor_rank, count * mesh.tensor)
+    yield from equal_share(cut, index, count)
+    yield from equal_share(whole, index * mesh.tensor + mesh.tensor_rank, count * mesh.tensor)
 
 
 def load_state(engine: Engine, checkpoint: Path) -> TrainingProgress:

@@ -64,7 +64,9 @@ def begin_badly(folder: Path) -> str:
     config = parse_config({"checkpoint": {"start_from": str(folder)}})
     console = Console(1, rank=dist.get_rank(), stream=None)
     with (
-        mock.patch.object(resume, "content_damage", broken if dist.get_rank() else lambda *_: None),
+        mock.patch.object(
+            resume, "verify_checksums", broken if dist.get_rank() else lambda *_: None
+        ),
         mock.patch.object(resume, "find_resume_checkpoint", lambda *_: folder),
     ):
         try:

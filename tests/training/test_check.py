@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.versions import CHECKPOINT_VERSION, seal
+from hg_scale.checkpoint.manifest import CHECKPOINT_VERSION, seal
 from hg_scale.config import ConfigError, load_config
 from hg_scale.config.load import parse_config
 from hg_scale.data.errors import DataError
@@ -159,9 +159,9 @@ def test_damaged_checkpoints(config: Path, tmp_path: Path) -> None:
     older, newer = save(run, 3), save(run, 5)
     (newer / "rank-00000.safetensors").write_bytes(b"x")
     told = check_run(config, (), run, 1)
-    assert "passing over" in told[0] and newer.name in told[0] and older.name in told[1]
+    assert "skipping" in told[0] and newer.name in told[0] and older.name in told[1]
     (older / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="none of the checkpoints here is whole"):
+    with pytest.raises(CheckpointError, match="none of the checkpoints is complete"):
         check_run(config, (), run, 1)
     with pytest.raises(ConfigError, match="checkpoint.start_from"):
         check_run(config, [f"checkpoint.start_from={newer}"], tmp_path / "other", 1)
@@ -258,7 +258,7 @@ def test_the_command_checks_and_ends(config: Path, tmp_path: Path) -> None:
     checkpoint = save(run, 3)
     (checkpoint / "manifest.json").write_text("{")
     damaged = train(*words, environment=environment)
-    assert damaged.returncode == 1 and "begin anew in another run folder" in damaged.stderr
+    assert damaged.returncode == 1 and "start from scratch in another run folder" in damaged.stderr
     assert "Traceback" not in wrong.stderr + damaged.stderr and not (run / "logs").exists()
 
 

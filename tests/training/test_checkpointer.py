@@ -16,8 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hg_scale.checkpoint.find import damage, find_latest, read_manifest
+from hg_scale.checkpoint.find import find_latest, verify_sizes
 from hg_scale.checkpoint.load import CheckpointReader
+from hg_scale.checkpoint.manifest import read_manifest
 from tests.convert.verified import verify
 from tests.disks import Mount, make_read_only, mount
 from tests.runs import Finished, curve, train, train_here, train_in
@@ -140,7 +141,7 @@ def test_what_is_kept(start: Start, tmp_path: Path, kind: str) -> None:
         kind == "true",
     )
     for path in folder.glob("step-*"):
-        assert damage(path) is None
+        assert verify_sizes(path) is None
 
 
 def test_one_found_damaged_is_not_among_those_kept(start: Start, tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_a_flipped_bit_and_an_empty_latest(start: Start, tmp_path: Path) -> None
     lines = done.told.splitlines()
     newest = folder / "step-00000004"
     assert (
-        f"passing over {newest}: rank-00001.safetensors: changed since it was written "
+        f"skipping {newest}: rank-00001.safetensors: changed since it was written "
         "(checksum differs)" in lines
     )
     assert f"{folder / 'latest'} names nothing; taking step-00000002" in lines
@@ -186,7 +187,7 @@ def test_a_flipped_bit_and_an_empty_latest(start: Start, tmp_path: Path) -> None
     done = start(2)
     assert done.code == 1
     (line,) = done.told.splitlines()
-    assert line.startswith(f"{folder}: none of the checkpoints here is whole (the newest, step-0")
+    assert line.startswith(f"{folder}: none of the checkpoints is complete (the newest, step-0")
 
 
 def test_another_layout_is_told(start: Start) -> None:

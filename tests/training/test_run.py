@@ -170,13 +170,13 @@ def test_damaged_checkpoints_do_not_begin_the_run_anew(
     shutil.copytree(run, tmp_path / "copy")
     done = start(1, "copy")
     assert done.code == 0, done.told
-    assert "passing over" in done.told and "resumed at step 2" in done.told
+    assert "skipping" in done.told and "resumed at step 2" in done.told
 
     (oldest / "manifest.json").write_text("{")
     done = start(1, "run")
     assert done.code == 1
     (line,) = done.told.splitlines()
-    assert line.startswith(f"{checkpoints}: none of the checkpoints here is whole (the newest, ")
+    assert line.startswith(f"{checkpoints}: none of the checkpoints is complete (the newest, ")
     assert "step-00000004: rank-00000.safetensors is missing" in line
     assert "another run folder" in line
     assert (run / "metrics.jsonl").read_text() == before

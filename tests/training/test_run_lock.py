@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hg_scale.checkpoint.find import damage, find_latest
+from hg_scale.checkpoint.find import find_latest, verify_sizes
 from hg_scale.data import lock as folder_lock
 from hg_scale.errors import UserError
 from hg_scale.training.run_lock import RunLock
@@ -49,7 +49,7 @@ def test_a_second_run_is_told_of_the_first(worlds: Worlds, config: Path, tmp_pat
     assert (run / "owner.json").exists()
     assert train_in(worlds, 2, tmp_path, *arguments).code == 0
     newest = find_latest(run / "checkpoints")
-    assert newest and newest.name == "step-00000006" and damage(newest) is None
+    assert newest and newest.name == "step-00000006" and verify_sizes(newest) is None
     assert not (run / "owner.json").exists()
 
 

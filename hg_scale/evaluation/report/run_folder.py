@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.find import damage, read_manifest
+from hg_scale.checkpoint.find import verify_sizes
+from hg_scale.checkpoint.manifest import read_manifest
 from hg_scale.config.errors import ConfigError
 from hg_scale.config.read import read_tree
 from hg_scale.config.schema import DataConfig, ModelConfig, SourceConfig
@@ -206,7 +207,7 @@ def _checkpoints(folder: Path) -> Iterator[Checkpoint]:
             continue
         size = sum(int(file.get("bytes", 0)) for file in manifest["files"])
         layout = manifest.get("layout")
-        fault = damage(path)
+        fault = verify_sizes(path)
         yield Checkpoint(
             path.name, int(match[1]), size, layout if isinstance(layout, dict) else {}, fault
         )

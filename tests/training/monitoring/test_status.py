@@ -226,7 +226,7 @@ def test_a_finished_run_and_a_damaged_one(run: Path) -> None:
     write_beats(run, make_beats({"step": 130, "phase": "end", "ended": True}))
     assert status_of(run, NOW).lines["state"] == "not running: trained to the last step"
     (save(run, 130) / "rank-00000.safetensors").unlink()
-    assert "none of the checkpoints here is whole" in status_of(run, NOW).lines["checkpoint"]
+    assert "none of the checkpoints is complete" in status_of(run, NOW).lines["checkpoint"]
 
 
 def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
