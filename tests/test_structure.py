@@ -69,12 +69,16 @@ def imports_of(tree: ast.AST, known: set[str], runtime: bool) -> Iterator[str]:
             for alias in node.names:
                 submodule = f"{node.module}.{alias.name}"
                 yield submodule if submodule in known else str(node.module)
-        elif runtime and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        elif runtime and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        elif runtime and _runs_later(node):
             continue
         else:
             yield from imports_of(node, known, runtime)
+
+
+def _runs_later(node: ast.AST) -> bool:
+    if isinstance(node, ast.If):
+        return ast.unparse(node.test) == "TYPE_CHECKING"
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
 
 
 def layer_of(module: str) -> int:
