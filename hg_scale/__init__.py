@@ -1,3 +1,3 @@
 """Train hierarchical (Hourglass) Transformer language models, from a laptop to a cluster."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
