@@ -45,7 +45,7 @@ def forks() -> Iterator[Forks]:
 def train_and_meet(fault: str, arguments: Words, output: Path) -> None:
     """Train; the last rank meets something after step 3. Ends as `train.py` does."""
     import hg_scale.checkpoint.save as saving
-    from hg_scale.train import leave
+    from hg_scale.train import exit_process
     from hg_scale.training import loop
 
     concerned = dist.get_rank() == dist.get_world_size() - 1
@@ -76,7 +76,7 @@ def train_and_meet(fault: str, arguments: Words, output: Path) -> None:
             code = train_here(arguments, output)
         except Exception:
             code = FAILED
-    leave(code)
+    exit_process(code)
 
 
 @pytest.mark.parametrize(
