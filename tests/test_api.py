@@ -36,7 +36,7 @@ def folder(worlds: Worlds, corpus: Path, tmp_path_factory: pytest.TempPathFactor
     config.write_text(json.dumps({**TINY, "data": {"path": str(corpus)}}))
     run = str(folder / "runs" / "quickstart")
     done = train_in(worlds, 1, folder, "--config", str(config), "--run", run)
-    assert done.code == 0, done.told
+    assert done.code == 0, done.output
     return folder
 
 

@@ -155,7 +155,7 @@ def test_every_launcher_resumes_the_run_of_another(
         assert (run / "checkpoints" / "latest").read_text() == f"step-{stop:08}\n"
         before = stop
     single = train_in(worlds, 1, tmp_path, *common, "--run", str(tmp_path / "single"))
-    assert single.code == 0, single.told
+    assert single.code == 0, single.output
     assert [step for step, _, _ in curve(run)] == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose(curve(run), curve(tmp_path / "single"), rtol=1e-4)
     identity = (run / "wandb_id").read_text().strip()
@@ -177,4 +177,4 @@ def test_every_launcher_resumes_the_run_of_another(
 
     other = train_in(worlds, 1, tmp_path, *common, "--run", str(run), "--set", "model.d_ff=128")
     assert other.code == 2
-    assert "model.d_ff" in other.told and "checkpoint" in other.told
+    assert "model.d_ff" in other.output and "checkpoint" in other.output
