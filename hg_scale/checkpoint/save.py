@@ -18,12 +18,11 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from hg_scale.checkpoint.atomic import replace_file, sync_path
-from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import folder_name
 from hg_scale.checkpoint.fragments import Fragment, coverage_problems
 from hg_scale.checkpoint.manifest import CHECKPOINT_VERSION, MANIFEST, seal
-from hg_scale.checkpoint.rank_file import Staged, stage, write_rank_file
+from hg_scale.checkpoint.rank_file import LocalState, Staged, stage, write_rank_file
 from hg_scale.checkpoint.retention import RetentionPolicy, prune, remove_leftovers
 from hg_scale.errors import UserError
 

@@ -12,9 +12,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hg_scale.checkpoint.checksum import ComputeChecksum
-from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice, coverage_problems
-from hg_scale.checkpoint.rank_file import HostBuffer, equal_share, stage, write_rank_file
+from hg_scale.checkpoint.rank_file import (
+    HostBuffer,
+    LocalState,
+    equal_share,
+    stage,
+    write_rank_file,
+)
 
 
 def states(*lengths: int) -> list[LocalState]:

@@ -19,7 +19,6 @@ from safetensors import safe_open
 from torch import nn
 
 from hg_scale.checkpoint import save as module
-from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import find_latest, verify_checksums
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
@@ -30,7 +29,7 @@ from hg_scale.checkpoint.manifest import (
     read_manifest,
     seal,
 )
-from hg_scale.checkpoint.rank_file import stage
+from hg_scale.checkpoint.rank_file import LocalState, stage
 from hg_scale.checkpoint.save import _rename_into_place, save_checkpoint
 from hg_scale.errors import UserError
 from tests.checkpoint.test_rank_file import states

@@ -59,7 +59,7 @@ def test_resumed_run_has_the_curve_of_the_uninterrupted_run(
     arguments = ["--config", str(run / "config.json"), "--run", str(run), *overrides]
     finished = train_in(worlds, world_size, tmp_path, *arguments)
     assert finished.code == 0
-    assert f"resumed at step {STEP} from {run}" in finished.told
+    assert f"resumed at step {STEP} from {run}" in finished.output
     expected = [tuple(line) for line in json.loads((RUN / "curve.json").read_text())]
     resumed = curve(run)
     assert [step for step, *_ in resumed] == list(range(STEP + 1, STEPS + 1))
