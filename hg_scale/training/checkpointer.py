@@ -136,8 +136,8 @@ class Checkpointer:
             )
         except CheckpointError as error:
             self._last_error = error
-        except (RuntimeError, OSError) as error:  # of gloo; training is about to meet it, too
-            self._last_error = CheckpointError(f"not saved: a rank is lost: {first_line(error)}")
+        except (RuntimeError, OSError) as error:  # from gloo: training is about to fail, too
+            self._last_error = CheckpointError(f"not saved: lost a rank: {first_line(error)}")
             self._last_error.__cause__ = error
         self._save_seconds = time.monotonic() - start
         if self._last_error and step != self._last_step and dist.get_rank() == 0:
