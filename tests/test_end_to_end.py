@@ -35,7 +35,7 @@ def train(worlds: Worlds, folder: Path, shards: Path, *sets: str) -> Path:
     done = train_in(
         worlds, 2, folder, "--config", str(folder / "tiny.json"), "--run", str(run), *words
     )
-    assert done.code == 0, done.told
+    assert done.code == 0, done.output
     return run
 
 

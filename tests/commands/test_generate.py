@@ -46,7 +46,7 @@ def trained(worlds: Worlds, folder: Path, shards: Path, *sets: str) -> Path:
     words = [word for key in sets for word in ("--set", key)]
     done = train_in(worlds, 1, folder, "--config", str(folder / "tiny.json"), "--run",
                     str(folder / "run"), *words)  # fmt: skip
-    assert done.code == 0, done.told
+    assert done.code == 0, done.output
     return folder / "run"
 
 

@@ -35,7 +35,7 @@ def run(worlds: Worlds, corpus: Path, tmp_path_factory: pytest.TempPathFactory) 
     config.write_text(json.dumps({**TINY, "data": {"path": str(corpus)}}))
     arguments = ("--config", str(config), "--set", "training.validation_windows=null")
     done = train_in(worlds, 1, folder, *arguments, "--run", str(folder / "run"))
-    assert done.code == 0, done.told
+    assert done.code == 0, done.output
     return folder / "run"
 
 
@@ -106,10 +106,12 @@ def test_the_layout_that_wrote_the_weights_changes_nothing(
     """The same weights by one rank, and by four after a step that moves nothing."""
     shutil.copytree(run, tmp_path / "run")
     sets = ("training.steps=7", "optimizer.learning_rate=1e-30", "parallel.tensor=2")
-    words = [word for key in sets for word in ("--set", key)]
+    overrides = [word for key in sets for word in ("--set", key)]
     config = str(tmp_path / "run" / "config.json")
-    done = train_in(worlds, 4, tmp_path, "--config", config, "--run", str(tmp_path / "run"), *words)
-    assert done.code == 0, done.told
+    done = train_in(
+        worlds, 4, tmp_path, "--config", config, "--run", str(tmp_path / "run"), *overrides
+    )
+    assert done.code == 0, done.output
     for protocol in ((), ("--window", "48", "--stride", "20")):
         ours, theirs = (
             evaluate(tmp_path, str(folder), "--split", "validation", *protocol)

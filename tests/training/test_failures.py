@@ -31,7 +31,7 @@ from hg_scale.training.failures import (
 from hg_scale.training.interruption import Interruption, StopSignals
 from tests.faults.worlds import MODULES
 from tests.forks import KILLED, Forks, finish
-from tests.runs import records, train_here
+from tests.runs import records, run_train
 from tests.training.test_interruption import Arguments, arguments
 from tests.world import Worlds
 
@@ -72,7 +72,7 @@ def train_and_fail(how: str, command_line: Arguments, output: Path) -> None:
         mock.patch.object(saving, "write_rank_file", write),
     ):
         try:
-            code = train_here(command_line, output)
+            code = run_train(command_line, output)
         except Exception:
             code = FAILED
     leave(code)
@@ -128,7 +128,7 @@ def ends_at_disconnect(command_line: Arguments, output: Path, run: Path) -> tupl
         destroy()
 
     with mock.patch.object(module.dist, "destroy_process_group", record_and_destroy):
-        return train_here(command_line, output), recorded
+        return run_train(command_line, output), recorded
 
 
 def test_an_error_is_recorded_before_the_connections_close(
