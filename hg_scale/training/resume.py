@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from hg_scale.training.console import Console
 
-_LARGE = 4e9  # bytes; verifying more than this per rank takes seconds, so the console says so
+_LARGE = 4e9  # bytes per rank to verify: above this it takes seconds and is announced
 
-# The keys, beside the model's shape and the seed, that change a loss curve in any layout.
+# The keys, besides the model's shape and the seed, that change a loss curve in any layout.
 _CURVE_KEYS = {
     "optimizer": None,
     "schedule": None,
@@ -39,7 +39,7 @@ class ResumePoint:
     """The checkpoint to resume from (None: start from scratch) and the corrupt ones skipped."""
 
     checkpoint: Path | None
-    damaged: frozenset[Path] = frozenset()
+    corrupt: frozenset[Path] = frozenset()
 
     def describe(self, step: int, layout: dict[str, int]) -> str:
         """One line for the console; names the layout that wrote the checkpoint if it differs."""

@@ -100,7 +100,7 @@ def train(
             log = folder / "logs" / f"rank-{launch.rank}.log"
             terminal = stack.enter_context(quiet_libraries(log))
         except OSError as error:
-            why = f"rank {launch.rank} cannot write there: {error.strerror}"
+            why = f"rank {launch.rank} cannot write to it: {error.strerror}"
             print(f"{folder}: {why}; choose another --run", file=sys.stderr)
             return FAILED
         console = Console(config.training.steps, rank=launch.rank, stream=terminal)
@@ -158,7 +158,7 @@ def _train_connected(run: Run) -> bool:
             reached = f"step {progress.step} of {run.last_step} is reached"
             run.console.print(f"nothing to do: {reached}")
             return False
-        return fit(run, engine, progress, sources, monitor, lock, resume.damaged)
+        return fit(run, engine, progress, sources, monitor, lock, resume.corrupt)
 
 
 def build(run: Run, device: torch.device, draw_weights: bool) -> Engine:
@@ -193,7 +193,7 @@ def fit(
     sources: list[DataSource],
     monitor: Monitor,
     lock: RunLock | None,
-    damaged: frozenset[Path],
+    corrupt: frozenset[Path],
 ) -> bool:
     """Train to the run's last step. Returns whether the run was interrupted before it."""
     from hg_scale.training.checkpointer import Checkpointer
@@ -232,7 +232,7 @@ def fit(
             config,
             last_step=last_step,
             warn=console.warn,
-            damaged=damaged,
+            corrupt=corrupt,
             permit=lock.require if lock else lambda: None,
         ) as checkpointer,
         monitor.training(),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainingProgress:
-    """The current step and data position: saved beside weights and optimizer."""
+    """The current step and data position: saved with weights and optimizer."""
 
     step: int = 0
     position: int = 0  # in the data, in tokens of all ranks

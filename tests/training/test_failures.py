@@ -31,8 +31,7 @@ from hg_scale.training.failures import (
 from hg_scale.training.interruption import Interruption, StopSignals
 from tests.faults.worlds import MODULES
 from tests.forks import KILLED, Forks, finish
-from tests.runs import records, run_train
-from tests.training.test_interruption import Arguments, arguments
+from tests.runs import arguments, records, run_train
 from tests.world import Worlds
 
 
@@ -41,7 +40,7 @@ def forks() -> Iterator[Forks]:
     yield Forks("tests.training.test_failures", *MODULES)
 
 
-def train_and_fail(how: str, command_line: Arguments, output: Path) -> None:
+def train_and_fail(how: str, command_line: list[str], output: Path) -> None:
     """Train; the last rank fails after step 3. Ends as `train.py` does."""
     import hg_scale.checkpoint.save as saving
     from hg_scale.train import leave
@@ -116,7 +115,7 @@ def test_all_ranks_end_when_one_fails(
         assert "Traceback" in (run / "logs" / f"rank-{rank}.log").read_text()
 
 
-def ends_at_disconnect(command_line: Arguments, output: Path, run: Path) -> tuple[int, list]:
+def ends_at_disconnect(command_line: list[str], output: Path, run: Path) -> tuple[int, list]:
     """The exit code, and the ends that are recorded when the process group is destroyed."""
     from hg_scale.training import run as module
 
