@@ -52,16 +52,16 @@ class Checkpointer:
         *,
         last_step: int,
         warn: Callable[[str], None],
-        damaged: Collection[Path] = (),
+        corrupt: Collection[Path] = (),
         permit: Callable[[], None] = lambda: None,
     ) -> None:
-        """`damaged`: checkpoints known to be corrupt, which do not count among those kept.
+        """`corrupt`: checkpoints that are known to be corrupt and do not count as kept.
 
         `permit` is called on rank 0 before each save and raises to forbid it.
         """
         self.folder = folder
         self._engine, self._config = engine, config
-        self._last_step, self._warn, self._damaged = last_step, warn, damaged
+        self._last_step, self._warn, self._corrupt = last_step, warn, corrupt
         self._permit = permit
         self._names = parameter_shapes(config.model).keys()
         self._save_seconds = 0.0  # of the last save
@@ -129,15 +129,15 @@ class Checkpointer:
                 metadata,
                 group=self.group,
                 retention=self._retention,
-                corrupt=self._damaged,
+                corrupt=self._corrupt,
                 warn=self._warn,
                 permit=self._permit,
                 names=self._names,
             )
         except CheckpointError as error:
             self._last_error = error
-        except (RuntimeError, OSError) as error:  # of gloo; training is about to meet it, too
-            self._last_error = CheckpointError(f"not saved: a rank is lost: {first_line(error)}")
+        except (RuntimeError, OSError) as error:  # from gloo: training is about to fail, too
+            self._last_error = CheckpointError(f"not saved: lost a rank: {first_line(error)}")
             self._last_error.__cause__ = error
         self._save_seconds = time.monotonic() - start
         if self._last_error and step != self._last_step and dist.get_rank() == 0:

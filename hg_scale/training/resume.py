@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     from hg_scale.training.console import Console
 
-_LARGE = 4e9  # bytes; verifying more than this per rank takes seconds, so the console says so
+_LARGE = 4e9  # bytes per rank to verify: above this it takes seconds and is announced
 
-# The keys, beside the model's shape and the seed, that change a loss curve in any layout.
+# The keys, besides the model's shape and the seed, that change a loss curve in any layout.
 _CURVE_KEYS = {
     "optimizer": None,
     "schedule": None,
@@ -45,7 +45,7 @@ class ResumePoint:
     """The checkpoint to resume from (None: start from scratch) and the corrupt ones skipped."""
 
     checkpoint: Path | None
-    damaged: frozenset[Path] = frozenset()
+    corrupt: frozenset[Path] = frozenset()
 
     def describe(self, step: int, layout: dict[str, int]) -> str:
         """One line for the console; names the layout that wrote the checkpoint if it differs."""
@@ -168,7 +168,7 @@ def find_start_checkpoint(
 
 
 def changed_keys(config: Config, before: dict[str, Any]) -> list[str]:
-    """What differs from a checkpoint's configuration and moves the curve: `key old -> new`."""
+    """List the keys that differ from a checkpoint's and change the loss: `key old -> new`."""
     now = config.model_dump()
     return [
         f"{section}.{key} {before[section][key]} -> {now[section][key]}"
@@ -183,17 +183,16 @@ def changed_keys(config: Config, before: dict[str, Any]) -> list[str]:
 def refuse_other_model(config: Config, checkpoint: Path) -> None:
     """Raise ConfigError listing the keys in which a checkpoint's model differs."""
     manifest = read_manifest(checkpoint)
-    ours = config.model.model_dump()
-    # A key added after the checkpoint was written had the meaning of its default.
-    theirs: dict[str, Any] = ModelConfig().model_dump() | manifest["config"]["model"]  # type: ignore[call-arg]
+    # A key that is newer than the checkpoint had the meaning of its default.
+    saved: dict[str, Any] = ModelConfig().model_dump() | manifest["config"]["model"]  # type: ignore[call-arg]
     problems = [
         Problem(
             f"model.{key}",
-            f"the checkpoint {checkpoint} has {theirs.get(key)!r}; set it so, or use another --run",
+            f"the checkpoint {checkpoint} has {saved.get(key)!r}; set that, or use another --run",
             value,
         )
-        for key, value in ours.items()
-        if key not in FREE_MODEL_KEYS and value != theirs.get(key)
+        for key, value in config.model.model_dump().items()
+        if key not in FREE_MODEL_KEYS and value != saved.get(key)
     ]
     if problems:
         raise ConfigError(problems)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainingProgress:
-    """The current step and data position: saved beside weights and optimizer."""
+    """The current step and data position: saved with weights and optimizer."""
 
     step: int = 0
     position: int = 0  # in the data, in tokens of all ranks
@@ -43,7 +43,7 @@ def save_state(engine: Engine, folder: Path, progress: TrainingProgress, config:
 
 
 def state_metadata(engine: Engine, progress: TrainingProgress, config: Config) -> dict[str, Any]:
-    """What the manifest holds beside the files; later steps do not change it.
+    """Return the metadata of a checkpoint's manifest, as a copy that later steps do not change.
 
     No random state: everything random is a function of `training.seed` and the step.
     """
@@ -59,14 +59,14 @@ def state_metadata(engine: Engine, progress: TrainingProgress, config: Config) -
 
 
 def layout_of(engine: Engine) -> dict[str, int]:
-    """The layout as written in a manifest."""
+    """Return the layout of an engine as it is written in a manifest."""
     mesh, zero_stage = engine.mesh, engine.config.parallel.zero_stage
     sizes = {"tensor": mesh.tensor, "pipeline": mesh.pipeline, "data": mesh.data}
     return {**sizes, "zero_stage": zero_stage}
 
 
 def describe_layout(layout: dict[str, int]) -> str:
-    """A layout in one short string."""
+    """Format a layout, as in "TP2 x PP1 x DP4, ZeRO 1"."""
     return (
         f"TP{layout['tensor']} x PP{layout['pipeline']} x DP{layout['data']}, "
         f"ZeRO {layout['zero_stage']}"
@@ -74,7 +74,7 @@ def describe_layout(layout: dict[str, int]) -> str:
 
 
 def states_to_write(engine: Engine) -> Iterator[LocalState]:
-    """The fragments that this rank writes; of what several ranks hold, an equal share."""
+    """The fragments that this rank writes: ranks that hold identical state write equal shares."""
     mesh, replicated = engine.mesh, engine.config.parallel.zero_stage == 0
     sharded: list[LocalState] = []
     unsharded: list[LocalState] = []  # identical on all tensor ranks
