@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from hg_scale.atomic_write import sync_path, write_durable
 from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import MANIFEST, folder_name
@@ -24,7 +25,6 @@ from hg_scale.checkpoint.fragments import Fragment, cover_problems
 from hg_scale.checkpoint.rank_file import Staged, gather, write_rank_file
 from hg_scale.checkpoint.retention import Keep, prune, remove_leftovers
 from hg_scale.checkpoint.versions import CHECKPOINT_VERSION, seal
-from hg_scale.convert.output import sync_path
 from hg_scale.errors import UserError
 
 _T = TypeVar("_T")
@@ -98,8 +98,8 @@ def write_checkpoint(
         raise
     if rank == 0:
         try:
-            _replace(folder / "latest", final.name + "\n")
-            sync_path(folder)  # before what the older `latest` named may go
+            # Durable before what the older `latest` named may go.
+            write_durable(folder / "latest", final.name + "\n")
         except OSError as error:  # what it names must stay, too
             warn(f"{folder / 'latest'} does not name {final.name}: {error.strerror}")
         else:
@@ -140,8 +140,7 @@ def _write_manifest(
     if problems:
         raise ValueError(f"parameters are not written whole and once: {'; '.join(problems[:3])}")
     manifest = {"format_version": CHECKPOINT_VERSION, "step": step, **meta, "files": files}
-    _replace(folder / MANIFEST, json.dumps(seal(manifest)))
-    sync_path(folder)
+    write_durable(folder / MANIFEST, json.dumps(seal(manifest)))
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
@@ -165,20 +164,6 @@ def _put_in_place(temporary: Path, final: Path) -> None:
         raise
     sync_path(final.parent)
     shutil.rmtree(older, ignore_errors=True)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _sync_parents(folder: Path) -> None:

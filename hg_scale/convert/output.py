@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hg_scale.atomic_write import sync_path
 from hg_scale.checkpoint.errors import CheckpointError
 
 
@@ -63,12 +64,3 @@ def _sync(folder: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
         sync_path(path)
     sync_path(folder)
-
-
-def sync_path(path: Path) -> None:
-    """Put a file, or the renames in a folder, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,6 @@ fault leaves `RUN/ranks/rank-00003.end` behind, before it closes its connections
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import sys
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.distributed as dist
 
+from hg_scale.atomic_write import write_json
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import FAILED, LOST, starts_again
 from hg_scale.parallel.launch import Launch
@@ -111,11 +111,9 @@ def clear_end(folder: Path, rank: int) -> None:
 def write_end(folder: Path, rank: int, code: int, line: str) -> None:
     """Say that this rank ends by a fault of its own; on a disk that cannot be written, nothing."""
     path = _path(folder, rank)
-    temporary = path.with_suffix(".end.tmp")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"code": code, "line": line}) + "\n")
-        os.replace(temporary, path)
+        write_json(path, {"code": code, "line": line})
 
 
 def error_of_peer(

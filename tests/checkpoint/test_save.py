@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 
+from hg_scale import atomic_write
 from hg_scale.checkpoint import save as module
 from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.errors import CheckpointError
@@ -179,11 +180,11 @@ def test_latest_is_durable_before_anything_goes(
 ) -> None:
     """After a loss of power it must not name what was removed."""
     order: list[str] = []
-    replace, sync = module._replace, module.sync_path
+    write, sync = module.write_durable, module.sync_path
 
-    def noted_replace(path: Path, text: str) -> None:
+    def noted_write(path: Path, text: str) -> None:
         order.append(f"write {path.name}")
-        replace(path, text)
+        write(path, text)
 
     def noted_sync(folder: Path) -> None:
         order.append(f"sync {folder.name}")
@@ -193,8 +194,9 @@ def test_latest_is_durable_before_anything_goes(
         order.append("prune")
         return []
 
-    monkeypatch.setattr(module, "_replace", noted_replace)
+    monkeypatch.setattr(module, "write_durable", noted_write)
     monkeypatch.setattr(module, "sync_path", noted_sync)
+    monkeypatch.setattr(atomic_write, "sync_path", noted_sync)
     monkeypatch.setattr(module, "prune", noted_prune)
     save(tmp_path / "runs" / "run" / "checkpoints", 1, states(3), META)
     assert order == [
