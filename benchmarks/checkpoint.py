@@ -50,7 +50,7 @@ def make_engine_of(width: int, tensor: int = 1) -> Any:
     mesh, parts = make_mesh(config.parallel)
     engine = make_engine(config, mesh, parts, torch.device("cpu"))
     ids = torch.randint(
-        0, 256, (engine.rows, LENGTH + 1), generator=torch.Generator().manual_seed(1)
+        0, 256, (engine.local_batch_size, LENGTH + 1), generator=torch.Generator().manual_seed(1)
     )
     return engine, ids
 

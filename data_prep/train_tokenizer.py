@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
 
+from hg_scale.arguments import positive_int
 from hg_scale.data.preparation import command_line
 from hg_scale.data.preparation.documents import TextFormat
 from hg_scale.data.preparation.tokenizer_training import TokenizerTraining, train_tokenizer
@@ -29,12 +30,12 @@ def main() -> int:
     add("--input", type=Path, required=True, nargs="+", metavar="PATH", help="files and folders")
     add("--output", type=Path, default=Path("tok.model"), metavar="FILE", help="file to write "
         "(default: %(default)s)")  # fmt: skip
-    add("--vocab-size", type=command_line.positive_count, required=True, metavar="N",
+    add("--vocab-size", type=positive_int, required=True, metavar="N",
         help="number of pieces, including the 256 bytes")  # fmt: skip
     add("--model", choices=("unigram", "bpe"), default="unigram", help="(default: %(default)s)")
     command_line.add_format_options(parser)
     command_line.add_file_options(parser)
-    add("--sample-bytes", type=command_line.positive_count, default=TokenizerTraining.sample_bytes,
+    add("--sample-bytes", type=positive_int, default=TokenizerTraining.sample_bytes,
         metavar="N", help="text to train on; training needs several times that much memory "
         "(default: %(default)s)")  # fmt: skip
     add("--seed", type=command_line.parse_seed, default=0, help="seed of the sample (default: 0)")

@@ -17,14 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hg_scale.checkpoint.checksum import checksum_text, new_digest
-from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.fragments import KINDS, Fragment
 
 _CHUNK = 4 << 20  # elements written at a time: 16 MiB
 _FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True)
+class LocalState:
+    """A parameter's fragment on this rank, as flat views into the optimizer's own tensors."""
+
+    parameter: nn.Parameter
+    fragment: Fragment
+    tensors: dict[str, Tensor]  # by kind, see fragments.KINDS
+
+    def part(self, start: int, length: int) -> LocalState:
+        """Elements [start, start + length) of the fragment."""
+        piece = Fragment(self.fragment.slice, self.fragment.start + start, length)
+        tensors = {kind: tensor.narrow(0, start, length) for kind, tensor in self.tensors.items()}
+        return LocalState(self.parameter, piece, tensors)
 
 
 @dataclass(frozen=True)

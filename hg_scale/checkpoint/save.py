@@ -18,11 +18,10 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from hg_scale.atomic_write import sync_path, write_durable
-from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import MANIFEST, folder_name
 from hg_scale.checkpoint.fragments import Fragment, cover_problems
-from hg_scale.checkpoint.rank_file import Staged, gather, write_rank_file
+from hg_scale.checkpoint.rank_file import LocalState, Staged, gather, write_rank_file
 from hg_scale.checkpoint.retention import Keep, prune, remove_leftovers
 from hg_scale.checkpoint.versions import CHECKPOINT_VERSION, seal
 from hg_scale.errors import UserError

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+MetricsRecord = dict[str, Any]
 StepPhase = Literal["data", "compute", "rest", "paused"]
 
 _GIB = 2**30

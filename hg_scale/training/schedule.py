@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from math import cos, pi, sqrt
 from typing import Literal
 
+from hg_scale.config.schema import Config
+
 ScheduleKind = Literal["cosine", "rsqrt", "wsd"]
 DecayShape = Literal["linear", "sqrt"]
 
@@ -35,6 +37,15 @@ class LearningRateSchedule:
     decay_shape: DecayShape = "linear"
     cycle_steps: int | None = None
     minimum_ratio: float = 0.0
+
+    @classmethod
+    def from_config(cls, config: Config) -> LearningRateSchedule:
+        """The schedule of a run; its peak is `optimizer.learning_rate`."""
+        return cls(
+            peak=config.optimizer.learning_rate,
+            total_steps=config.training.steps,
+            **config.schedule.model_dump(),
+        )
 
     def __call__(self, step: int) -> float:
         """The rate of the `step`-th update, the first being 1."""

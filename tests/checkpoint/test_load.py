@@ -55,7 +55,7 @@ def save(tree: dict[str, Any], folder: Path) -> Path:
 
 def bytes_read(tree: dict[str, Any], path: Path) -> tuple[int, int, int]:
     """Of a resume on this rank: fp32 bytes it holds, bytes read, bytes read ahead."""
-    from hg_scale.checkpoint.deepspeed_state import local_states
+    from hg_scale.checkpoint.local_state import local_states
     from hg_scale.training.state import load_state
 
     run = Run(tree)

@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hg_scale.checkpoint.checksum import Checksum
-from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice, cover_problems
-from hg_scale.checkpoint.rank_file import HostBuffer, gather, share, write_rank_file
+from hg_scale.checkpoint.rank_file import HostBuffer, LocalState, gather, share, write_rank_file
 
 
 def states(*lengths: int) -> list[LocalState]:

@@ -20,12 +20,11 @@ from torch import nn
 
 from hg_scale import atomic_write
 from hg_scale.checkpoint import save as module
-from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import content_damage, find_latest, read_manifest
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
 from hg_scale.checkpoint.load import CheckpointReader, read_parameters
-from hg_scale.checkpoint.rank_file import gather
+from hg_scale.checkpoint.rank_file import LocalState, gather
 from hg_scale.checkpoint.save import _put_in_place, save
 from hg_scale.checkpoint.versions import CHECKPOINT_VERSION, MIGRATIONS, seal
 from hg_scale.errors import UserError

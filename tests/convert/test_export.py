@@ -263,7 +263,7 @@ def test_a_run_its_export_and_its_import_score_alike(
     arguments = ["--config", str(config), "--set", f"checkpoint.start_from={back}"]
     done = train_in(worlds, 1, tmp_path, *arguments, "--run", str(again))
     assert done.code == 0
-    assert f"resumed at step 0 from {back}" in done.told
+    assert f"resumed at step 0 from {back}" in done.output
     first = json.loads((again / "metrics.jsonl").read_text().splitlines()[0])
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert first["loss"] < last[0]["loss"] - 0.1  # it does not begin where a new model does

@@ -63,7 +63,7 @@ def engine_of(tree: dict[str, Any]) -> tuple[Any, Any]:
 def train(engine: Any, config: Any, first: int, count: int) -> list[float]:
     """Losses of the steps from `first` on."""
     mesh = engine.mesh
-    rows = slice(mesh.data_rank * engine.rows, (mesh.data_rank + 1) * engine.rows)
+    rows = engine.local_samples
     reads = mesh.is_first_stage or mesh.is_last_stage
     losses = []
     for step in range(first, first + count):

@@ -56,7 +56,7 @@ def test_too_many_end_the_run(forks: Forks, config: Path, tmp_path: Path) -> Non
     checkpoints = tmp_path / "run" / "checkpoints"
     assert line.startswith(
         "gave up after step 5: 3 of the last 5 steps were skipped, more than guard.max_skipped "
-        "= 2, the last since the loss is nan on rank 1; "
+        "= 2, the last: the loss is nan on rank 1; "
     )
     assert f"the last good checkpoint is {checkpoints / 'step-00000002'}; start a new run" in line
     newest = find_latest(checkpoints)

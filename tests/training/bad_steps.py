@@ -29,7 +29,7 @@ def train_with(tree: dict[str, Any], steps: list[int], faults: dict[int, str]) -
     config = parse_config(tree, world_size=dist.get_world_size())
     mesh, parts = make_mesh(config.parallel)
     engine = make_engine(config, mesh, parts, torch.device("cpu"))
-    rows = slice(mesh.data_rank * engine.rows, (mesh.data_rank + 1) * engine.rows)
+    rows = engine.local_samples
     reads = mesh.is_first_stage or mesh.is_last_stage
     judge = engine.guard.judge
     results = []
@@ -48,7 +48,7 @@ def train_with(tree: dict[str, Any], steps: list[int], faults: dict[int, str]) -
     return {
         "skipped": [result.skipped for result in results],
         "counted": engine.deepspeed.skipped_steps,
-        "why": [result.why for result in results],
+        "why": [result.skip_reason for result in results],
         "loss": [result.loss for result in results],
         "norm": [result.grad_norm for result in results],
         "finite": all(bool(tensor.isfinite().all()) for tensor in held.values()),
@@ -58,7 +58,7 @@ def train_with(tree: dict[str, Any], steps: list[int], faults: dict[int, str]) -
 
 def held_here(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """Weights, moments, the copies computed with, and Adam's count of steps, of this rank."""
-    from hg_scale.checkpoint.deepspeed_state import local_states, optimizer_step
+    from hg_scale.checkpoint.local_state import local_states, optimizer_step
 
     yield "step", torch.tensor(optimizer_step(engine.deepspeed))
     for local in local_states(engine.deepspeed, engine.slices):

@@ -92,14 +92,14 @@ def run_layout(tree: dict[str, Any], steps: int) -> dict[str, list[float]]:
     reads = mesh.is_first_stage or mesh.is_last_stage
 
     def mine(step: int) -> torch.Tensor | None:
-        rows = slice(mesh.data_rank * engine.rows, (mesh.data_rank + 1) * engine.rows)
+        rows = engine.local_samples
         return random_batch(config, step)[rows] if reads else None
 
     results = [engine.train_step(mine(step), step, 1e-3) for step in range(1, steps + 1)]
     held_out = mine(0)
     micro = config.training.micro_batch_size
     if held_out is None:
-        batches: list[Any] = [None] * (engine.rows // micro)
+        batches: list[Any] = [None] * (engine.local_batch_size // micro)
     else:
         batches = [(m[:, :-1], m[:, 1:]) for m in held_out.split(micro)]
     nats = engine.evaluate(batches, config.model.sequence_length)

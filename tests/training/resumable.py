@@ -62,8 +62,7 @@ class Run:
     def train(self, first: int, count: int) -> Curve:
         """(loss, gradient norm) of each step."""
         reads = self.mesh.is_first_stage or self.mesh.is_last_stage
-        begin = self.mesh.data_rank * self.engine.rows
-        rows = slice(begin, begin + self.engine.rows)
+        rows = self.engine.local_samples
         results = []
         for step in range(first, first + count):
             batch = random_batch(self.config, step)[rows] if reads else None

@@ -41,12 +41,12 @@ def meet(kind: str) -> tuple[str, str]:
     [
         ("user", ("UserError", "this is wrong")),
         ("disk", ("UserError", "rank 1: [Errno 5] Input/output error: 'a file'")),
-        ("memory", ("UserError", "rank 1: no memory left on its host")),
+        ("memory", ("UserError", "rank 1: out of host memory")),
         ("bug", ("KeyError", "'files'")),
     ],
 )
 def test_a_fault_of_one_rank_ends_all(worlds: Worlds, kind: str, raised: tuple[str, str]) -> None:
-    others = (StoppedByPeer.__name__, "rank 1 met a fault, and tells it")
+    others = (StoppedByPeer.__name__, "rank 1 reports an error")
     assert worlds.run(3, meet, kind) == [others, raised, others]
 
 

@@ -20,7 +20,7 @@ from hg_scale.checkpoint.find import damage, find_latest, read_manifest
 from hg_scale.checkpoint.load import CheckpointReader
 from tests.convert.verified import verify
 from tests.disks import Mount, make_read_only, mount
-from tests.runs import Finished, curve, train, train_here, train_in
+from tests.runs import Finished, curve, run_train, train, train_in
 from tests.training.resumable import Run, parse
 from tests.world import Worlds
 
@@ -149,9 +149,9 @@ def test_one_found_damaged_is_not_among_those_kept(start: Start, tmp_path: Path)
     assert start(1, "checkpoint.every=2", options=("--stop-at", "4")).code == 0
     flip(folder / "step-00000004" / "rank-00000.safetensors")
     done = start(1, "checkpoint.every=5", "checkpoint.keep_last=2")
-    assert done.code == 0, done.told
-    assert "step-00000004: rank-00000.safetensors: changed since it was written" in done.told
-    assert "resumed at step 2" in done.told
+    assert done.code == 0, done.output
+    assert "step-00000004: rank-00000.safetensors: changed since it was written" in done.output
+    assert "resumed at step 2" in done.output
     assert steps(folder) == [5, 6]
     assert [step for step, _, _ in curve(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
@@ -170,8 +170,8 @@ def test_a_flipped_bit_and_an_empty_latest(start: Start, tmp_path: Path) -> None
     (folder / "latest").write_text("")
     shutil.copytree(tmp_path / "run", tmp_path / "before")
     done = start(2, options=("--stop-at", "5"))
-    assert done.code == 0, done.told
-    lines = done.told.splitlines()
+    assert done.code == 0, done.output
+    lines = done.output.splitlines()
     newest = folder / "step-00000004"
     assert (
         f"passing over {newest}: rank-00001.safetensors: changed since it was written "
@@ -185,20 +185,20 @@ def test_a_flipped_bit_and_an_empty_latest(start: Start, tmp_path: Path) -> None
     flip(folder / "step-00000002" / "rank-00000.safetensors")
     done = start(2)
     assert done.code == 1
-    (line,) = done.told.splitlines()
+    (line,) = done.output.splitlines()
     assert line.startswith(f"{folder}: none of the checkpoints here is whole (the newest, step-0")
 
 
 def test_another_layout_is_told(start: Start) -> None:
     assert start(2, "parallel.tensor=2", options=("--stop-at", "2")).code == 0
     done = start(1, options=("--stop-at", "3"))
-    (line,) = (line for line in done.told.splitlines() if line.startswith("resumed"))
+    (line,) = (line for line in done.output.splitlines() if line.startswith("resumed"))
     assert line.endswith("written by TP2 x PP1 x DP1, ZeRO 1; now TP1 x PP1 x DP1, ZeRO 1")
     done = start(1, options=("--stop-at", "4"))
-    (line,) = (line for line in done.told.splitlines() if line.startswith("resumed"))
+    (line,) = (line for line in done.output.splitlines() if line.startswith("resumed"))
     assert line.endswith("step-00000003")
     done = start(1, "training.seed=2", options=("--stop-at", "5"))
-    assert "training.seed is 2, that of step-00000004 was 1: the data goes on in an" in done.told
+    assert "training.seed is 2, that of step-00000004 was 1: the data goes on in an" in done.output
 
 
 def test_processes_that_do_not_divide_the_batch(config: Path, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_full_disk(start: Start, mount: Mount, tmp_path: Path, kind: str) -> N
         file.write(bytes((8 << 20) - used - used // 2))
     done = start(2, *sets)
     assert done.code == 1
-    *before, last = [line for line in done.told.splitlines() if "not saved" in line]
+    *before, last = [line for line in done.output.splitlines() if "not saved" in line]
     (warning,) = before
     assert warning.startswith("warning (rank 0): step 4 not saved: rank ")
     assert "could not write its file: No space left on device" in warning
@@ -240,7 +240,7 @@ def test_a_full_disk(start: Start, mount: Mount, tmp_path: Path, kind: str) -> N
 
     filler.unlink()
     done = start(2, *sets)
-    assert done.code == 0 and "resumed at step 2" in done.told
+    assert done.code == 0 and "resumed at step 2" in done.output
     assert steps(folder) == [2, 4, 6]
 
 
@@ -251,7 +251,7 @@ def test_a_disk_that_becomes_read_only(start: Start, mount: Mount, tmp_path: Pat
     make_read_only(folder)
     done = start(1, "checkpoint.every=2")
     assert done.code == 1
-    warning, last = (line for line in done.told.splitlines() if "not saved" in line)
+    warning, last = (line for line in done.output.splitlines() if "not saved" in line)
     assert warning.startswith(NOT_SAVED.format(4, 0) + "prepare the folder: Read-only file system")
     assert last.startswith("step 6 not saved: rank 0 could not prepare the folder: Read-only file")
     assert [step for step, _, _ in curve(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
@@ -265,19 +265,19 @@ def test_a_run_folder_that_cannot_be_written(start: Start, mount: Mount, tmp_pat
     make_read_only(folder)
     done = start(1)
     assert done.code == 1
-    (line,) = done.told.splitlines()
+    (line,) = done.output.splitlines()
     assert line.startswith(f"{folder}: rank 0 cannot write there: ")
     assert "Read-only file system" in line
 
 
 def train_with_small_files(words: list[str], output: Path, rank: int) -> int:
-    """`train_here`, where the `rank`-th may write no file of more than 300 kB: a quota of sorts."""
+    """`run_train`, where the `rank`-th may write no file of more than 300 kB: a quota of sorts."""
     if dist.get_rank() != rank:
-        return train_here(words, output)
+        return run_train(words, output)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
     try:
-        return train_here(words, output)
+        return run_train(words, output)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

@@ -32,7 +32,7 @@ from hg_scale.training.failures import (
 from hg_scale.training.interruption import Interruption, StopSignals
 from tests.faults.worlds import MODULES
 from tests.forks import KILLED, Forks, finish
-from tests.runs import records, train_here
+from tests.runs import records, run_train
 from tests.training.test_interruption import Words, words
 from tests.world import Worlds
 
@@ -45,7 +45,7 @@ def forks() -> Iterator[Forks]:
 def train_and_meet(fault: str, arguments: Words, output: Path) -> None:
     """Train; the last rank meets something after step 3. Ends as `train.py` does."""
     import hg_scale.checkpoint.save as saving
-    from hg_scale.train import leave
+    from hg_scale.train import exit_process
     from hg_scale.training import loop
 
     concerned = dist.get_rank() == dist.get_world_size() - 1
@@ -73,10 +73,10 @@ def train_and_meet(fault: str, arguments: Words, output: Path) -> None:
         mock.patch.object(saving, "write_rank_file", write),
     ):
         try:
-            code = train_here(arguments, output)
+            code = run_train(arguments, output)
         except Exception:
             code = FAILED
-    leave(code)
+    exit_process(code)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def ends_when_connections_close(arguments: Words, output: Path, run: Path) -> tu
         close()
 
     with mock.patch.object(module.dist, "destroy_process_group", look):
-        return train_here(arguments, output), found
+        return run_train(arguments, output), found
 
 
 def test_a_fault_is_written_down_before_the_others_can_miss_this_rank(

@@ -30,7 +30,7 @@ def run(guard: Guard, losses: list[float], first: int = 1) -> list[bool]:
     bad = []
     for step, loss in enumerate(losses, first):
         bad.append(guard.judge(loss, True) is not None)
-        guard.note(step, loss, bad[-1])
+        guard.record(step, loss, bad[-1])
     return bad
 
 
@@ -61,7 +61,7 @@ def test_a_spike_is_judged_by_the_last_good_losses(
             len(set(last)) < 2 or np.std(last) > 1e-9
         ):
             assert judged == bad
-        guard.note(step, loss, judged)
+        guard.record(step, loss, judged)
         if not judged:
             good.append(loss)
 
@@ -104,9 +104,9 @@ def test_an_older_checkpoint_begins_anew() -> None:
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process is the rank that tells."""
+    """This process is the reporting rank."""
 
-    def stop(fault: Exception, teller: int) -> None:
+    def stop(fault: Exception, reporting_rank: int) -> None:
         raise fault
 
     monkeypatch.setattr(module, "stop_all", stop)
@@ -115,10 +115,10 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def last_allowed(guard: Guard, bad: list[int], upto: int, folder: Path) -> int:
     """The last step before the run gives up."""
     for step in range(1, upto + 1):
-        guard.note(step, 2.0, step in bad)
+        guard.record(step, 2.0, step in bad)
         if step in bad:
             try:
-                guard.require_better(step, "why", folder)
+                guard.require_progress(step, "why", folder)
             except GaveUp:
                 return step
     return upto
@@ -142,16 +142,16 @@ def test_it_names_the_checkpoint_to_go_back_to(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         write_checkpoint(tmp_path, step, LAYOUT)
     guard = make(8, most=1)
-    guard.note(22, math.nan, True)
-    guard.require_better(22, "gradients are not finite", checkpoints)
-    guard.note(25, math.nan, True)
+    guard.record(22, math.nan, True)
+    guard.require_progress(22, "gradients are not finite", checkpoints)
+    guard.record(25, math.nan, True)
     with pytest.raises(GaveUp) as caught:
-        guard.require_better(25, "gradients are not finite", checkpoints)
+        guard.require_progress(25, "gradients are not finite", checkpoints)
     said = str(caught.value)
     good = checkpoints / "step-00000020"
     assert said.startswith(
         "gave up after step 25: 2 of the last 8 steps were skipped, more than guard.max_skipped "
-        "= 1, the last since gradients are not finite; the last good checkpoint is "
+        "= 1, the last: gradients are not finite; the last good checkpoint is "
         f"{good}; start a new run from it (--run NEW --set checkpoint.start_from={good})"
     )
     assert "\n" not in said and caught.value.exit_code == GAVE_UP

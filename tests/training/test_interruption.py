@@ -21,7 +21,7 @@ from hg_scale.exit_codes import DONE, REQUEUE
 from hg_scale.training import interruption
 from hg_scale.training.interruption import Interruption, StopSignals, end_of_job
 from tests.ports import free_port
-from tests.runs import curve, records, train_here, train_in
+from tests.runs import curve, records, run_train, train_in
 from tests.shared import ROOT
 from tests.world import Worlds
 
@@ -53,7 +53,7 @@ def signalled(arguments: Words, output: Path, at: int, number: int) -> int:
     make_mesh = run.make_mesh
     early = mock.Mock(side_effect=lambda *a: (at == 0 and note(), make_mesh(*a))[1])
     with mock.patch.object(loop, "StepTimer", Timer), mock.patch.object(run, "make_mesh", early):
-        return train_here(arguments, output)
+        return run_train(arguments, output)
 
 
 @pytest.mark.parametrize(("size", "kind"), [(1, "false"), (2, "true")])
@@ -74,7 +74,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(
     assert [r["step"] for r in records(run)] == [1, 2, 3]  # the last one is logged
 
     done = train_in(worlds, size, tmp_path, *words(config, run, *sets))
-    assert done.code == DONE and "resumed at step 3" in done.told, done.told
+    assert done.code == DONE and "resumed at step 3" in done.output, done.output
     whole = train_in(worlds, size, tmp_path, *words(config, tmp_path / "whole", *sets))
     assert whole.code == DONE
     assert [point for point in curve(run) if point[0] != 3] == curve(tmp_path / "whole")
@@ -94,7 +94,7 @@ def signalled_in_validation(arguments: Words, output: Path, of: int) -> tuple[in
         return islice(batches, number)
 
     with mock.patch.object(loop, "STRETCH", 2), mock.patch.object(loop, "islice", stretch):
-        return train_here(arguments, output), stretches
+        return run_train(arguments, output), stretches
 
 
 def test_a_signal_in_a_validation_ends_it(worlds: Worlds, config: Path, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def out_of_time(arguments: Words, output: Path) -> int:
     if dist.get_rank() == 0:
         os.environ["HG_END_TIME"] = str(int(time.time()) + 1)
     try:
-        return train_here(arguments, output)
+        return run_train(arguments, output)
     finally:
         os.environ.pop("HG_END_TIME", None)
 

@@ -37,7 +37,7 @@ def run_half(tree: dict[str, Any], folder: Path, first: int) -> dict[str, list[f
         assert progress.step == first - 1
     results = []
     for step in range(first, first + HALF):
-        rows = slice(mesh.data_rank * engine.rows, (mesh.data_rank + 1) * engine.rows)
+        rows = engine.local_samples
         reads = mesh.is_first_stage or mesh.is_last_stage
         batch = random_batch(config, step)[rows] if reads else None
         results.append(engine.train_step(batch, step, 1e-3))
@@ -46,7 +46,10 @@ def run_half(tree: dict[str, Any], folder: Path, first: int) -> dict[str, list[f
         save_state(engine, folder, progress, config)
         # Saving disturbs nothing: the curve goes on from here too.
         for step in range(HALF + 1, STEPS + 1):
-            rows = slice(mesh.data_rank * engine.rows, (mesh.data_rank + 1) * engine.rows)
+            rows = slice(
+                mesh.data_rank * engine.local_batch_size,
+                (mesh.data_rank + 1) * engine.local_batch_size,
+            )
             reads = mesh.is_first_stage or mesh.is_last_stage
             batch = random_batch(config, step)[rows] if reads else None
             results.append(engine.train_step(batch, step, 1e-3))

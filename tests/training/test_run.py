@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runs import Finished, curve, records, train_here, train_in
+from tests.runs import Finished, curve, records, run_train, train_in
 from tests.world import Worlds
 
 Start = Callable[..., Finished]
@@ -56,7 +56,7 @@ def test_overrides_of_every_kind_reach_the_run(start: Start, tmp_path: Path) -> 
     words = [f"{key}={json.dumps(value)}" for key, value in sets.items()]
     words[4] = "model.norm=rmsnorm"  # a bare word is a string
     done = start(1, "run", *words, "notes=two words, a = b", options=("--stop-at", "2"))
-    assert done.code == 0, done.told
+    assert done.code == 0, done.output
     resolved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert resolved["notes"] == "two words, a = b"
     for key, value in sets.items():
@@ -69,7 +69,7 @@ def test_overrides_of_every_kind_reach_the_run(start: Start, tmp_path: Path) -> 
 
 def test_a_step_is_profiled_on_every_rank(start: Start, tmp_path: Path) -> None:
     done = start(2, "run", options=("--profile", "3", "--stop-at", "4"))
-    assert done.code == 0, done.told
+    assert done.code == 0, done.output
     folder = tmp_path / "run" / "profile"
     for rank in (0, 1):
         stem = f"step-3-rank-{rank}"
@@ -83,7 +83,7 @@ def test_a_step_is_profiled_on_every_rank(start: Start, tmp_path: Path) -> None:
     assert len(list(folder.glob("*.trace.json.gz"))) == 2
 
     done = start(2, "run", options=("--profile", "3"))
-    assert done.code == 0 and "no profile: step 3 is not among 5 to 6" in done.told
+    assert done.code == 0 and "no profile: step 3 is not among 5 to 6" in done.output
 
 
 def wandb_that(fault: str) -> Any:
@@ -102,7 +102,7 @@ def wandb_that(fault: str) -> Any:
 
 def train_with_wandb(fault: str, words: list[str], output: Path) -> int:
     with mock.patch.dict(sys.modules, {"wandb": wandb_that(fault)}):
-        return train_here(words, output)
+        return run_train(words, output)
 
 
 @pytest.mark.parametrize("fault", ["import", "init", "log", "finish"])
@@ -130,10 +130,10 @@ def test_a_decay_branches_off_a_checkpoint(start: Start, tmp_path: Path) -> None
     assert start(1, "direct", *branch).code == 0
     off = f"checkpoint.start_from={source}"
     done = start(1, "branch", *branch, off, options=("--stop-at", "8"))
-    assert done.code == 0 and f"resumed at step 6 from {source}" in done.told
+    assert done.code == 0 and f"resumed at step 6 from {source}" in done.output
     done = start(1, "branch", *branch, off)  # goes on from its own checkpoint
     assert (
-        done.code == 0 and f"{tmp_path / 'branch' / 'checkpoints' / 'step-00000008'}" in done.told
+        done.code == 0 and f"{tmp_path / 'branch' / 'checkpoints' / 'step-00000008'}" in done.output
     )
 
     curves = {name: curve(tmp_path / name) for name in ("trunk", "direct", "branch")}
@@ -153,7 +153,7 @@ def test_a_decay_branches_off_a_checkpoint(start: Start, tmp_path: Path) -> None
 def test_a_branch_off_what_is_no_checkpoint(start: Start, tmp_path: Path) -> None:
     done = start(1, "run", f"checkpoint.start_from={tmp_path}")
     assert done.code == 2
-    assert "checkpoint.start_from = " in done.told and "not a whole checkpoint" in done.told
+    assert "checkpoint.start_from = " in done.output and "not a whole checkpoint" in done.output
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -169,20 +169,20 @@ def test_damaged_checkpoints_do_not_begin_the_run_anew(
     (newest / "rank-00000.safetensors").unlink()
     shutil.copytree(run, tmp_path / "copy")
     done = start(1, "copy")
-    assert done.code == 0, done.told
-    assert "passing over" in done.told and "resumed at step 2" in done.told
+    assert done.code == 0, done.output
+    assert "passing over" in done.output and "resumed at step 2" in done.output
 
     (oldest / "manifest.json").write_text("{")
     done = start(1, "run")
     assert done.code == 1
-    (line,) = done.told.splitlines()
+    (line,) = done.output.splitlines()
     assert line.startswith(f"{checkpoints}: none of the checkpoints here is whole (the newest, ")
     assert "step-00000004: rank-00000.safetensors is missing" in line
     assert "another run folder" in line
     assert (run / "metrics.jsonl").read_text() == before
     assert sorted(p.name for p in checkpoints.iterdir()) == ["latest", oldest.name, newest.name]
 
-    assert start(2, "run").told == done.told  # one rank tells
+    assert start(2, "run").output == done.output  # one rank tells
 
 
 def test_a_checkpoint_that_one_rank_does_not_see(
@@ -201,12 +201,12 @@ def test_a_checkpoint_that_one_rank_does_not_see(
 
 
 def train_in_folder(words: list[str], output: Path, folders: list[Path]) -> int:
-    """`train_here` with a folder of its own as the current one."""
+    """`run_train` with a folder of its own as the current one."""
     before, folder = Path.cwd(), folders[int(os.environ["RANK"])]
     folder.mkdir(exist_ok=True)
     os.chdir(folder)
     try:
-        return train_here(words, output)
+        return run_train(words, output)
     finally:
         os.chdir(before)
 
@@ -220,7 +220,7 @@ def train_and_count(words: list[str], output: Path) -> tuple[int, int, int]:
         validation, "evaluation_windows", wraps=validation.evaluation_windows
     )
     with stream as trained, windows as validated:
-        code = train_here(words, output)
+        code = run_train(words, output)
     return code, trained.call_count, validated.call_count
 
 

@@ -38,7 +38,7 @@ def test_a_second_run_is_refused(worlds: Worlds, config: Path, tmp_path: Path) -
             assert first.stdout and first.stdout.readline() == "held\n"
             done = train_in(worlds, 2, tmp_path, *arguments)
             assert done.code == 1
-            (line,) = done.told.splitlines()
+            (line,) = done.output.splitlines()
             where = f"{run}: process {first.pid} on {socket.gethostname()}, since "
             assert line.startswith(where)
             assert line.endswith("is training there; end it, or choose another --run")

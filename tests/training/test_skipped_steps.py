@@ -64,7 +64,7 @@ def poison_the_second_step(tree: dict[str, Any]) -> list[tuple[float, str | None
     config = parse_config(tree, world_size=dist.get_world_size())
     mesh, parts = make_mesh(config.parallel)
     engine = make_engine(config, mesh, parts, torch.device("cpu"))
-    rows = slice(mesh.data_rank * engine.rows, (mesh.data_rank + 1) * engine.rows)
+    rows = engine.local_samples
     reads = mesh.is_first_stage or mesh.is_last_stage
     batch = random_batch(config, 1)[rows] if reads else None
     head = dict(engine.model.named_modules())["head.linear"] if mesh.is_last_stage else None
@@ -76,7 +76,7 @@ def poison_the_second_step(tree: dict[str, Any]) -> list[tuple[float, str | None
         results.append(engine.train_step(batch, step, 1e-3))
         if hook:
             hook.remove()
-    return [(r.loss, r.why) for r in results]
+    return [(r.loss, r.skip_reason) for r in results]
 
 
 @pytest.mark.parametrize(

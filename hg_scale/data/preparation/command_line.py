@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from hg_scale.arguments import positive_int
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import SPLITS, Index
 from hg_scale.data.preparation.rank_group import OtherRankFailed
@@ -52,19 +53,19 @@ def add_shard_options(parser: argparse.ArgumentParser, *, chunk: int | None) -> 
     add = parser.add_argument
     add(
         "--chunk-tokens",
-        type=positive_count,
+        type=positive_int,
         default=chunk,
         metavar="N",
         help="tokens per tar member (default: " + (f"{chunk})" if chunk else "about 65536)"),
     )
-    add("--shard-tokens", type=positive_count, metavar="N",
+    add("--shard-tokens", type=positive_int, metavar="N",
         help="tokens per shard (default: at least 16 equal shards of about 1 Mi tokens; from 256 "
         "shards on larger ones, up to 64 Mi)")  # fmt: skip
 
 
 def add_rank_options(parser: argparse.ArgumentParser) -> None:
     """Add --patience."""
-    parser.add_argument("--patience", type=positive_count, default=120, metavar="SECONDS",
+    parser.add_argument("--patience", type=positive_int, default=120, metavar="SECONDS",
         help="with several processes: after so long without a sign of life a process is taken for "
         "dead (default: %(default)s)")  # fmt: skip
 
@@ -109,13 +110,6 @@ def parse_separator(text: str) -> bytes:
     if not value:
         raise argparse.ArgumentTypeError("is empty")
     return value
-
-
-def positive_count(text: str) -> int:
-    """Parse an integer above 0."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer above 0")
-    return int(text)
 
 
 def parse_seed(text: str) -> int:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import SPLITS
-from hg_scale.data.preparation.sources import Advance, find_files, refuse_other_packing
+from hg_scale.data.preparation.sources import Advance, find_files, refuse_unsupported_compression
 from hg_scale.data.tokenizer import Tokenizer
 
 KEY_BITS = 62  # low bits of a key: the order in the split; the bits above are the split's number
@@ -98,7 +98,7 @@ def list_files(
         if given.is_dir():
             names = find_files(given, include, exclude)
         else:
-            refuse_other_packing(given)
+            refuse_unsupported_compression(given)
             names = [given.name]
         for name in names:
             path = given / name if given.is_dir() else given
@@ -199,7 +199,7 @@ def _salt(seed: int) -> bytes:
 
 
 def split_of(content: Iterable[bytes], fractions: Sequence[float], seed: int) -> str:
-    """Return the split of a document by a hash of its content, which comes in pieces."""
+    """Return the split of a document by a hash of its content, an iterable of pieces."""
     digest = hashlib.blake2b(key=_salt(seed), digest_size=8)
     for piece in content:
         digest.update(piece)

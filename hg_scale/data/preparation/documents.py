@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hg_scale.data.errors import DataError
-from hg_scale.data.preparation.sources import Advance, is_packed, read_blocks
+from hg_scale.data.preparation.sources import Advance, is_compressed, read_blocks
 
 FileKind = Literal["text", "lines", "parquet"]
 
@@ -24,7 +24,7 @@ _SUFFIXES: dict[str, FileKind] = {
 
 def file_kind(path: Path) -> FileKind:
     """Return the format of a file, by its name without .gz, .xz or .zst."""
-    name = path.stem if is_packed(path) else path.name
+    name = path.stem if is_compressed(path) else path.name
     return _SUFFIXES.get(Path(name).suffix.lower(), "text")
 
 
@@ -54,7 +54,7 @@ class TextFormat:
 
     def can_split(self, path: Path) -> bool:
         """Return whether a part of the file can be read without the bytes before it."""
-        if is_packed(path):
+        if is_compressed(path):
             return False
         if file_kind(path) != "text":
             return True
@@ -87,7 +87,7 @@ def read_separated(
     position, skipping = start, begin > 0  # of the pending text; up to the first separator
     pending: list[bytes] = []
     held, tail = 0, b""  # bytes pending; the last bytes, in which a separator may begin
-    stop = None if is_packed(path) else end
+    stop = None if is_compressed(path) else end
     for block in read_blocks(path, start, advance):
         pending.append(block)
         held += len(block)
@@ -160,7 +160,7 @@ def read_parquet(
     try:
         with ExitStack() as stack:
             source: Any = path
-            if is_packed(path):
+            if is_compressed(path):
                 source = stack.enter_context(tempfile.TemporaryFile(dir=scratch))
                 for block in read_blocks(path, advance=advance):
                     source.write(block)
@@ -177,7 +177,7 @@ def read_parquet(
                 group = file.metadata.row_group(number)
                 first = row
                 row += group.num_rows
-                if not is_packed(path) and not begin <= _group_offset(group) < end:
+                if not is_compressed(path) and not begin <= _group_offset(group) < end:
                     continue
                 for batch in file.iter_batches(1024, row_groups=[number], columns=[field]):
                     texts = _as_bytes(batch.column(0), path, field)
@@ -185,7 +185,7 @@ def read_parquet(
                         if text is not None:
                             yield number_in_file, text
                     first += len(texts)
-                if not is_packed(path):
+                if not is_compressed(path):
                     advance(sum(group.column(c).total_compressed_size
                                 for c in range(group.num_columns)))  # fmt: skip
     except (pyarrow.ArrowException, OSError) as error:
@@ -223,7 +223,7 @@ def read_pieces(
     A piece ends at each multiple of `PIECE_BYTES` and at each of `cuts`. `begin` is a multiple.
     """
     position, pending = begin, b""
-    stop = None if is_packed(path) else end
+    stop = None if is_compressed(path) else end
 
     def next_cut() -> int:
         multiple = (position // PIECE_BYTES + 1) * PIECE_BYTES

@@ -23,7 +23,7 @@ from hg_scale.data.preparation.sources import (
     file_digest,
     find_files,
     read_blocks,
-    refuse_other_packing,
+    refuse_unsupported_compression,
     text_length,
 )
 from hg_scale.data.progress import ProgressBar
@@ -51,7 +51,7 @@ class Preparation:
                 "--split in bytes is for a single file; for a folder, where each file is in one "
                 "split, set it to fractions such as 0.9,0.05,0.05"
             )
-        refuse_other_packing(self.input)
+        refuse_unsupported_compression(self.input)
         if not self.input.is_dir() and (self.include != ("*",) or self.exclude):
             raise DataError(f"--include and --exclude are for a folder; {self.input} is a file")
 

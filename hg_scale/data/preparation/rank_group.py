@@ -156,10 +156,10 @@ class RankGroup:
     def _join(self) -> None:
         """Find the others: rank 0 lists the ranks that joined, which wait to be listed."""
         if self.rank == 0:
-            self._missing = f"the other {self.size - 1} processes have not come"
+            self._missing = f"the other {self.size - 1} processes have not joined"
             self._wait(self._all_joined)
         else:
-            self._missing = "rank 0 has not come"
+            self._missing = "rank 0 has not joined"
             self._wait(self._make_listed_check())
 
     def _all_joined(self) -> bool:
@@ -171,7 +171,7 @@ class RankGroup:
                     "with one mpirun or srun"
                 )
         missing = [str(rank) for rank, record in records.items() if not record]
-        self._missing = f"rank {', '.join(missing[:8])} of {self.size} has not come"
+        self._missing = f"rank {', '.join(missing[:8])} of {self.size} has not joined"
         if not missing:
             self._members = [self._nonce, *(r["nonce"] for r in records.values() if r)]
         return not missing

@@ -60,7 +60,7 @@ def find_files(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> 
             if not matches(relative, include) or matches(relative, exclude):
                 continue
             if path.is_file():
-                refuse_other_packing(path)
+                refuse_unsupported_compression(path)
                 found.append(relative)
             elif path.is_symlink() and not path.exists():
                 raise DataError(
@@ -76,12 +76,12 @@ def find_files(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> 
     return sorted(found, key=os.fsencode)
 
 
-def is_packed(path: Path) -> bool:
+def is_compressed(path: Path) -> bool:
     """Return whether the file is compressed, by its name."""
     return path.suffix.lower() in _OPENERS
 
 
-def refuse_other_packing(path: Path) -> None:
+def refuse_unsupported_compression(path: Path) -> None:
     """Raise DataError where a file, by its name, has an unsupported compression."""
     if path.suffix.lower() in _NOT_READ:
         raise DataError(
@@ -99,7 +99,7 @@ def read_blocks(path: Path, begin: int = 0, advance: Advance | None = None) -> I
     try:
         with path.open("rb") as stored:
             stored.seek(begin)
-            file = _OPENERS[path.suffix.lower()](stored) if is_packed(path) else stored
+            file = _OPENERS[path.suffix.lower()](stored) if is_compressed(path) else stored
             counted = begin
             with closing(file):
                 while block := file.read(_BLOCK):
@@ -110,7 +110,7 @@ def read_blocks(path: Path, begin: int = 0, advance: Advance | None = None) -> I
     except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
         raise _corrupt(path, error) from None
     except OSError as error:
-        if error.errno is None and is_packed(path):  # from the zstd reader
+        if error.errno is None and is_compressed(path):  # from the zstd reader
             raise _corrupt(path, error) from None
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
@@ -124,7 +124,7 @@ def _corrupt(path: Path, error: Exception) -> DataError:
 
 def text_length(path: Path) -> int:
     """Return the bytes of a file's text; a compressed file is decompressed to count them."""
-    if is_packed(path):
+    if is_compressed(path):
         return sum(len(block) for block in read_blocks(path))
     return path.stat().st_size
 

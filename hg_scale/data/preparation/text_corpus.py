@@ -26,7 +26,7 @@ from hg_scale.data.preparation.documents import (
     file_kind,
     read_pieces,
 )
-from hg_scale.data.preparation.sources import Advance, is_packed, text_length
+from hg_scale.data.preparation.sources import Advance, is_compressed, text_length
 from hg_scale.data.tokenizer import Tokenizer
 
 
@@ -53,7 +53,9 @@ class TextCorpus:
         """Return the files. Raises DataError where the input does not suit the options."""
         files = list_files(self.inputs, self.include, self.exclude)
         paths = {file: Path(file.path) for file in files}
-        refuse_empty([f for f in files if is_packed(paths[f]) or file_kind(paths[f]) == "parquet"])
+        refuse_empty(
+            [f for f in files if is_compressed(paths[f]) or file_kind(paths[f]) == "parquet"]
+        )
         if self.sizes is not None:
             self._check_single(files)
         elif (
@@ -93,7 +95,9 @@ class TextCorpus:
     def tasks(self) -> list[ReadTask]:
         """Return all tasks; they do not depend on the number of processes."""
         if self.sizes is not None:
-            return make_tasks(self.files, lambda file: not is_packed(Path(file.path)), PIECE_BYTES)
+            return make_tasks(
+                self.files, lambda file: not is_compressed(Path(file.path)), PIECE_BYTES
+            )
         return make_tasks(self.files, lambda file: self.format.can_split(Path(file.path)))
 
     def documents(

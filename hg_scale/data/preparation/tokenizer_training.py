@@ -22,7 +22,7 @@ from hg_scale.atomic_write import write_durable
 from hg_scale.data.errors import DataError
 from hg_scale.data.preparation.corpus import Segment, SourceFile, list_files, make_tasks
 from hg_scale.data.preparation.documents import PIECE_BYTES, TextFormat, file_kind, read_pieces
-from hg_scale.data.preparation.sources import is_packed
+from hg_scale.data.preparation.sources import is_compressed
 from hg_scale.data.progress import ProgressBar
 from hg_scale.data.tokenizer import SentencePieceTokenizer
 
@@ -103,7 +103,7 @@ def _draw(job: TokenizerTraining, scratch: Path) -> Iterator[str]:
 
     def can_split(file: SourceFile) -> bool:
         path = Path(file.path)
-        return not is_packed(path) if _is_one_text(job, file) else job.format.can_split(path)
+        return not is_compressed(path) if _is_one_text(job, file) else job.format.can_split(path)
 
     tasks = make_tasks(files, can_split, PIECE_BYTES)
     segments = [segment for task in tasks for segment in task.segments]

@@ -175,7 +175,7 @@ def test_a_killed_rank_ends_the_others(corpus, tmp_path):
         time.sleep(0.005)
     second.kill()
     (code, _, error), _ = finish([first, second])
-    assert code == 2 and ("no sign of life for 5 s" in error or "has not come" in error)
+    assert code == 2 and ("no sign of life for 5 s" in error or "has not joined" in error)
     assert run(command).returncode == 0
     assert run(arguments(corpus, tmp_path / "alone")).returncode == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")

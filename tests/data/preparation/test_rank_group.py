@@ -122,8 +122,8 @@ def test_missing_ranks_are_reported(tmp_path):
             pass
         return str(caught.value)
 
-    assert "rank 1, 2 of 3 has not come within 0.5 s" in start(0)
-    assert "rank 0 has not come within 0.5 s" in start(2)
+    assert "rank 1, 2 of 3 has not joined within 0.5 s" in start(0)
+    assert "rank 0 has not joined within 0.5 s" in start(2)
 
 
 def test_two_processes_with_one_rank_are_refused(tmp_path):

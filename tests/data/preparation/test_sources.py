@@ -8,7 +8,7 @@ from hg_scale.data.errors import DataError
 from hg_scale.data.preparation.sources import (
     file_digest,
     find_files,
-    is_packed,
+    is_compressed,
     read_blocks,
     text_length,
 )
@@ -55,7 +55,7 @@ def test_corrupt_compressed_files_are_reported(tmp_path, suffix, pack):
 def test_suffixes_in_any_case(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(dict(PACKERS)[path.suffix.lower()](TEXT))
-    assert is_packed(path) and b"".join(read_blocks(path)) == TEXT
+    assert is_compressed(path) and b"".join(read_blocks(path)) == TEXT
 
 
 @pytest.mark.parametrize("name", ["b.jsonl.bz2", "b.txt.ZSTD", "b.lz4", "b.7z", "b.tar"])
