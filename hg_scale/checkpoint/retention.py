@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from hg_scale.atomic_write import PARTIAL
 from hg_scale.checkpoint.find import checkpoints_in, verify_sizes
 
 
@@ -77,3 +79,6 @@ def remove_leftovers(folder: Path) -> None:
     for pattern in (".step-*.tmp", ".step-*.old"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f"latest.*{PARTIAL}"):
+        with suppress(OSError):
+            path.unlink()

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from hg_scale.checkpoint.atomic import replace_file, sync_path
+from hg_scale.atomic_write import sync_path, write_durable
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import folder_name
 from hg_scale.checkpoint.fragments import Fragment, coverage_problems
@@ -98,8 +98,8 @@ def write_checkpoint(
         raise
     if rank == 0:
         try:
-            replace_file(folder / "latest", final.name + "\n")
-            sync_path(folder)  # before the checkpoint that the older `latest` names is removed
+            # Durable before the checkpoint that the older `latest` names is removed.
+            write_durable(folder / "latest", final.name + "\n")
         except OSError as error:  # nothing is removed: `latest` may still name an older one
             warn(f"{folder / 'latest'} does not name {final.name}: {error.strerror}")
         else:
@@ -141,8 +141,7 @@ def _write_manifest(
     if problems:
         raise ValueError(f"not every element was written exactly once: {'; '.join(problems[:3])}")
     manifest = {"format_version": CHECKPOINT_VERSION, "step": step, **meta, "files": files}
-    replace_file(folder / MANIFEST, json.dumps(seal(manifest)))
-    sync_path(folder)
+    write_durable(folder / MANIFEST, json.dumps(seal(manifest)))
 
 
 def _rename_into_place(temporary: Path, final: Path) -> None:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from hg_scale import __version__
-from hg_scale.checkpoint.atomic import new_folder
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.jobs import ProgressReporter, run_jobs
 from hg_scale.checkpoint.safetensors_file import DTYPES, TensorRegion, create_safetensors
@@ -28,6 +27,7 @@ from hg_scale.convert.checkpoint_source import CheckpointSource
 from hg_scale.convert.export_source import CONFIG, SAFETENSORS, SAFETENSORS_INDEX, ExportSource
 from hg_scale.convert.layerwise_forward import BOUND, largest_difference
 from hg_scale.convert.model_card import model_card
+from hg_scale.convert.output import new_folder
 from hg_scale.convert.source import WeightSource, parameter_chunks
 from hg_scale.data.tokenizer import MODEL_FILE, Tokenizer
 from hg_scale.model.hourglass import Hourglass

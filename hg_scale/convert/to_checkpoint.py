@@ -14,13 +14,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from hg_scale.checkpoint.atomic import new_folder
 from hg_scale.checkpoint.checksum import ComputeChecksum
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
 from hg_scale.checkpoint.jobs import ProgressReporter, run_jobs
 from hg_scale.checkpoint.manifest import CHECKPOINT_VERSION, MANIFEST, seal
 from hg_scale.checkpoint.safetensors_file import TensorRegion, create_safetensors
 from hg_scale.convert.export import copy_tensors, split_into_files
+from hg_scale.convert.output import new_folder
 from hg_scale.convert.source import WeightSource
 
 FILE_BYTES = 16_000_000_000

@@ -20,12 +20,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from hg_scale.checkpoint.atomic import new_folder
 from hg_scale.checkpoint.fragments import KINDS
 from hg_scale.checkpoint.jobs import ProgressReporter, run_jobs
 from hg_scale.config.schema import ModelConfig
 from hg_scale.convert.checkpoint_source import CheckpointSource
 from hg_scale.convert.deepspeed_files import EXTRA_STATE, LATEST_UNIVERSAL, ZERO_FOLDER
+from hg_scale.convert.output import new_folder
 from hg_scale.model.hourglass import Hourglass
 from hg_scale.model.layers import PlainLayers
 from hg_scale.model.sharding import TensorShard, mark, shard_of

@@ -9,7 +9,6 @@ starting the job again would not fix it. A rank with such an error writes
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import sys
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.distributed as dist
 
+from hg_scale.atomic_write import write_json
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import FAILED, LOST, starts_again
 from hg_scale.parallel.launch import Launch
@@ -112,11 +112,9 @@ def clear_end(folder: Path, rank: int) -> None:
 def write_end(folder: Path, rank: int, code: int, line: str) -> None:
     """Record that this rank ends with an error of its own; ignore a disk that is not writable."""
     path = _path(folder, rank)
-    temporary = path.with_suffix(".end.tmp")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"code": code, "line": line}) + "\n")
-        os.replace(temporary, path)
+        write_json(path, {"code": code, "line": line})
 
 
 def error_of_peer(

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 
+from hg_scale import atomic_write
 from hg_scale.checkpoint import save as module
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import find_latest, verify_checksums
@@ -183,11 +184,11 @@ def test_latest_is_durable_before_checkpoints_are_removed(
 ) -> None:
     """After a power loss `latest` must not name a checkpoint that was removed."""
     order: list[str] = []
-    replace, sync = module.replace_file, module.sync_path
+    write, sync = module.write_durable, module.sync_path
 
-    def recorded_replace(path: Path, text: str) -> None:
+    def recorded_write(path: Path, text: str) -> None:
         order.append(f"write {path.name}")
-        replace(path, text)
+        write(path, text)
 
     def recorded_sync(folder: Path) -> None:
         order.append(f"sync {folder.name}")
@@ -197,8 +198,9 @@ def test_latest_is_durable_before_checkpoints_are_removed(
         order.append("prune")
         return []
 
-    monkeypatch.setattr(module, "replace_file", recorded_replace)
+    monkeypatch.setattr(module, "write_durable", recorded_write)
     monkeypatch.setattr(module, "sync_path", recorded_sync)
+    monkeypatch.setattr(atomic_write, "sync_path", recorded_sync)
     monkeypatch.setattr(module, "prune", recorded_prune)
     save_checkpoint(tmp_path / "runs" / "run" / "checkpoints", 1, states(3), META)
     assert order == [

@@ -165,7 +165,7 @@ def test_a_run_with_incomplete_checkpoints_does_not_start_from_scratch(
     shutil.copytree(run, tmp_path / "copy")
     done = start(1, "copy")
     assert done.code == 0, done.output
-    assert "passing over" in done.output and "resumed at step 2" in done.output
+    assert "skipping" in done.output and "resumed at step 2" in done.output
 
     (oldest / "manifest.json").write_text("{")
     done = start(1, "run")

@@ -1,4 +1,4 @@
-"""Files and folders that appear complete under their name, or not at all."""
+"""The output folder of a conversion: it appears complete under its name, or not at all."""
 
 from __future__ import annotations
 
@@ -9,30 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hg_scale.atomic_write import sync_path
 from hg_scale.checkpoint.errors import CheckpointError
-
-
-def sync_path(path: Path) -> None:
-    """Flush a file, or the directory entries of a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file to a temporary name, flush it and rename it to `path`. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
