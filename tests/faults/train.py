@@ -168,12 +168,12 @@ FAULTS: dict[str, Callable[[int], None]] = {
 
 def train_with(fault: str, arguments: list[str], output: Path) -> None:
     """A rank of `tests.forks`: `train.py` with the fault, its terminal in `output-RANK`."""
-    from tests.runs import train_here
+    from tests.runs import run_train
 
     rank = int(os.environ["RANK"])
     Fault.parse(fault).plant(rank)
     try:
-        code = train_here(arguments, output)
+        code = run_train(arguments, output)
     except Exception:  # as Python would end a program
         with open(f"{output}-{rank}", "a") as terminal:
             traceback.print_exc(file=terminal)
