@@ -21,7 +21,6 @@ from hg_scale.config.schema import ModelConfig
 from hg_scale.model.costs import cache_bytes
 from hg_scale.model.decoding import Decoder
 from hg_scale.model.hourglass import Hourglass
-from hg_scale.model.initialization import initialize_weights
 
 KINDS = {
     "paper": {"positions": "relative", "shared_position_bias": True},
@@ -37,9 +36,7 @@ STEPS = 12  # of a round: a multiple of the factor
 def make(hierarchy: str, kind: str, **changes: object) -> Hourglass:
     """A model of width 512 on bytes."""
     config = ModelConfig(hierarchy=hierarchy, **{**KINDS[kind], **changes})  # type: ignore[arg-type]
-    model = Hourglass(config)
-    initialize_weights(list(model.named_parameters()), config, seed=1)
-    return model.eval()
+    return Hourglass(config).eval()
 
 
 def decoding(model: Hourglass, position: int, length: int) -> Callable[[], object]:

@@ -78,13 +78,13 @@ def read_golden(path: Path, tensor: int = 1) -> Golden:
 
 def load_model(golden: Golden, layers: PlainLayers | None = None) -> Hourglass:
     """The model of a golden file with its weights (this rank's slices of them)."""
-    hourglass = Hourglass(golden.model, layers)
+    hourglass = Hourglass(golden.model, layers, seed=None)
     parameters = dict(hourglass.named_parameters())
     assert parameters.keys() == golden.weights.keys()
     with torch.no_grad():
         for name, parameter in parameters.items():
             whole = torch.from_numpy(np.ascontiguousarray(golden.weights[name], np.float32))
-            parameter.copy_(shard_of(parameter).take(whole))
+            parameter.copy_(shard_of(parameter).slice_of(whole))
     return hourglass
 
 

@@ -36,7 +36,7 @@ PAPER = {
 def test_the_module_has_the_closed_forms_parameters(name: str) -> None:
     config = load_config(CONFIGS / name, world_size=64 if "30b" in name else None)
     with torch.device("meta"):
-        model = Hourglass(config.model)
+        model = Hourglass(config.model, seed=None)
     assert sum(p.numel() for p in model.parameters()) == parameter_count(config.model)
     assert re.search(r"arXiv \d{4}\.\d{5}\b", config.notes)  # cites where its numbers come from
 

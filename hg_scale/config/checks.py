@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from math import lcm
 
 from hg_scale.config.arithmetic import divisors, near_multiples, nearest
+from hg_scale.config.constants import SWIGLU_CHUNKS
 from hg_scale.config.deepspeed import deepspeed_problems
 from hg_scale.config.errors import Problem
 from hg_scale.config.model_checks import model_problems, whole_lists
 from hg_scale.config.schema import Config
-
-SWIGLU_CHUNKS = 64  # gate and up rows alternate in this many chunks, so tensor slices are whole
 
 
 def cross_checks(config: Config, world_size: int | None = None) -> list[Problem]:

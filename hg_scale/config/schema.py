@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from hg_scale.config.constants import DEFAULT_SEED
 from hg_scale.config.expert_keys import ExpertKeys
 from hg_scale.config.hierarchy import Hierarchy
 from hg_scale.config.section import (
@@ -331,7 +332,8 @@ class TrainingConfig(Section):
         "bf16", description="`bf16` (fp32 master weights under ZeRO) or `fp32`."
     )
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(
-        1, description="Fixes initial weights, order of the data, and dropout in every layout."
+        DEFAULT_SEED,
+        description="Fixes initial weights, order of the data, and dropout in every layout.",
     )
     activation_checkpointing: bool | list[bool] = Field(
         False, description="Recompute blocks in the backward pass to save memory, by level."

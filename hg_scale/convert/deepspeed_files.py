@@ -25,8 +25,8 @@ from hg_scale.convert.source import (
     WeightSource,
     files_by_name,
     model_of,
-    parameter_shapes,
 )
+from hg_scale.model.hourglass import parameter_shapes
 
 LATEST, ZERO = "latest_universal", "zero"
 TORCH_FILE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

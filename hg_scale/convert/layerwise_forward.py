@@ -30,7 +30,7 @@ def layerwise_logits(source: WeightSource, ids: Tensor, report: ProgressReporter
     """ids (B, L) -> fp32 logits (B, L, vocabulary) of the plain model with these weights."""
     model = source.model
     with torch.device("meta"):
-        hourglass = Hourglass(model)
+        hourglass = Hourglass(model, seed=None)
     if hourglass.position_bias is not None:
         _fill(hourglass.position_bias, "position_bias", source)
     state, context = Activations(ids), Context(model.parsed.factors)

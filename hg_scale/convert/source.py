@@ -26,7 +26,7 @@ from hg_scale.config.errors import ConfigError
 from hg_scale.config.load import parse_config
 from hg_scale.config.schema import ModelConfig
 from hg_scale.convert.reference import read_entries, reference_config, reference_weights, under
-from hg_scale.model.hourglass import Hourglass
+from hg_scale.model.hourglass import parameter_shapes
 
 PIECE_ELEMENTS = (
     1 << 20
@@ -121,13 +121,6 @@ def pieces(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, int]]:
     size = prod(shape)
     for start in range(0, size, PIECE_ELEMENTS):
         yield name, start, min(size, start + PIECE_ELEMENTS)
-
-
-def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the plain model, in its order."""
-    with torch.device("meta"):
-        hourglass = Hourglass(model)
-    return {name: tuple(p.shape) for name, p in hourglass.named_parameters()}
 
 
 def model_of(tree: Any, where: Path) -> ModelConfig:

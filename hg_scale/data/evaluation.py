@@ -8,8 +8,9 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from hg_scale.config.constants import IGNORED_LABEL
 from hg_scale.data.index import Index
-from hg_scale.data.protocol import IGNORED, WindowProtocol, batches
+from hg_scale.data.protocol import WindowProtocol, batches
 from hg_scale.data.shards import RetryPolicy, SplitReader
 
 
@@ -28,8 +29,8 @@ def evaluation_windows(
 
     An input is the token before its label, also at the start of a window; the first of the split
     is the end-of-document id, or 0 where there is none; where a window is a document (images), the
-    first of every window is. Labels past the end are IGNORED. Each rank has consecutive windows,
-    and all ranks have the same number of batches, so that collective operations match.
+    first of every window is. Labels past the end are IGNORED_LABEL. Each rank has consecutive
+    windows, and all ranks have the same number of batches, so that collectives match.
     `limit_windows` takes the first windows of the split only.
     Raises DataError where the split is empty or a shard cannot be read.
     """
@@ -51,7 +52,7 @@ def evaluation_windows(
     )
     for _ in range(share // rows):
         inputs = np.zeros((rows, sequence_length), np.int64)
-        labels = np.full((rows, sequence_length), IGNORED, np.int64)
+        labels = np.full((rows, sequence_length), IGNORED_LABEL, np.int64)
         for part in islice(found, 1):  # none where the text has ended before this rank's share
             filled = np.s_[: part[0].shape[0], : part[0].shape[1]]
             inputs[filled], labels[filled] = part

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-IGNORED = -1  # label of a position that does not count
+from hg_scale.config.constants import IGNORED_LABEL
 
 
 class ScoredWindow(NamedTuple):
@@ -78,7 +78,7 @@ def batches(
     n is the length of the longest of the windows: less than `how.length` where the text is. An
     input is the token before its label; at the beginning of the text, and of every window where
     each is a document of its own (`separate`, images), it is the token `begin`. Labels that do not
-    count are IGNORED.
+    count are IGNORED_LABEL.
     """
     last = how.count(tokens) if last is None else last
     for number in range(first, last, rows):
@@ -88,7 +88,7 @@ def batches(
         ids[0], ids[1:] = begin, text.read(start, stop)
         longest = max(window.stop - window.start for window in windows)
         inputs = np.full((len(windows), longest), begin, np.int64)
-        labels = np.full((len(windows), longest), IGNORED, np.int64)
+        labels = np.full((len(windows), longest), IGNORED_LABEL, np.int64)
         for row, window in enumerate(windows):
             n, place = window.stop - window.start, window.start - start + 1
             inputs[row, :n] = ids[place - 1 : place - 1 + n]

@@ -287,7 +287,7 @@ def read_corpus_index(path: str) -> Index:
 
 def load_model(config: ModelConfig, checkpoint: Path) -> Hourglass:
     """Return the unsharded model with a checkpoint's weights, in fp32 on the CPU."""
-    with torch.device("meta"):  # no initial weights, which would only be thrown away
-        model = Hourglass(config)
+    with torch.device("meta"):  # no memory for weights that the checkpoint's replace
+        model = Hourglass(config, seed=None)
     model.load_state_dict(dict(read_parameters(checkpoint)), assign=True)
     return model.eval()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hg_scale.config.checks import SWIGLU_CHUNKS
+from hg_scale.config.constants import SWIGLU_CHUNKS
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.attention import Attention, PositionBias
 from hg_scale.model.context import Context

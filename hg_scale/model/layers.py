@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hg_scale.config.constants import IGNORED_LABEL
 from hg_scale.model.context import Dropout
-
-IGNORED = -1  # a label that counts for nothing
 
 
 class PlainLayers:
@@ -52,6 +51,9 @@ class PlainLayers:
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """logits (B, L, V / size), labels (B, L) -> fp32 losses (B, L); 0 where label is -1."""
         losses = F.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+            logits.float().flatten(0, 1),
+            labels.flatten(),
+            ignore_index=IGNORED_LABEL,
+            reduction="none",
         )
         return losses.view_as(labels)

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hg_scale.config.constants import IGNORED_LABEL
 from hg_scale.model.context import Dropout
-from hg_scale.model.layers import IGNORED, PlainLayers
-from hg_scale.model.sharding import TensorShard, mark
+from hg_scale.model.layers import PlainLayers
+from hg_scale.model.sharding import TensorShard, mark_shard
 
 # A run sets it before CUDA starts (`training/run.py`); without it Megatron warns at every layer.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -132,9 +133,9 @@ class MegatronLayers(PlainLayers):
         layer = _Column(
             d_in, d_out, config=self._config, init_method=_ignore, bias=bias, gather_output=False
         )
-        mark(layer.weight, self._shard(0))
+        mark_shard(layer.weight, self._shard(0))
         if bias:
-            mark(layer.bias, self._shard(0))
+            mark_shard(layer.bias, self._shard(0))
         return layer
 
     def row(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
@@ -153,16 +154,16 @@ class MegatronLayers(PlainLayers):
             input_is_parallel=True,
             skip_bias_add=False,
         )
-        mark(layer.weight, self._shard(1))
+        mark_shard(layer.weight, self._shard(1))
         return layer
 
     def embedding(self, vocab: int, d: int) -> nn.Module:
         layer = VocabParallelEmbedding(vocab, d, init_method=_ignore, config=self._config)
-        mark(layer.weight, self._shard(0))
+        mark_shard(layer.weight, self._shard(0))
         return layer
 
     def by_head(self, heads: int, d_head: int, value: float) -> nn.Parameter:
-        return mark(super().by_head(heads // self.size, d_head, value), self._shard(0))
+        return mark_shard(super().by_head(heads // self.size, d_head, value), self._shard(0))
 
     def dropout(self, rate: float, split_dim: int | None = None) -> Dropout:
         return Dropout(rate, split_dim, self.rank, self.size)
@@ -171,6 +172,6 @@ class MegatronLayers(PlainLayers):
         return self.rank * (vocab // self.size)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        counted = labels != IGNORED
+        counted = labels != IGNORED_LABEL
         losses = vocab_parallel_cross_entropy(logits.float(), labels * counted)
         return losses * counted

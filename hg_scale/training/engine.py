@@ -24,7 +24,6 @@ from hg_scale.config.deepspeed import deepspeed_config
 from hg_scale.config.schema import Config, by_level
 from hg_scale.model.context import Context, draw_factors
 from hg_scale.model.hourglass import Hourglass
-from hg_scale.model.initialization import initialize_weights
 from hg_scale.model.layers import PlainLayers
 from hg_scale.model.sharding import shard_of
 from hg_scale.parallel.deepspeed_adapter import (
@@ -71,20 +70,19 @@ def make_engine(
         load_extensions()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     recompute = by_level(config.training.activation_checkpointing, config.model.parsed.level_count)
+    seed = config.training.seed if draw else None
     kind: type[ModuleEngine] | type[PipelineEngine]
     if mesh.pipeline == 1:
-        model: Any = Hourglass(config.model, parts, recompute)
+        model: Any = Hourglass(config.model, parts, recompute, seed=seed)
         kind = ModuleEngine
     else:
         from hg_scale.parallel.pipeline import HourglassPipeline
 
         micro = config.training.micro_batch_size
         cut = cut_pipeline(config.model, mesh.pipeline)
-        model = HourglassPipeline(config.model, parts, mesh, cut, micro, recompute)
+        model = HourglassPipeline(config.model, parts, mesh, cut, micro, recompute, seed=seed)
         kind = PipelineEngine
     named = list(model.named_parameters())
-    if draw:
-        initialize_weights(named, config.model, config.training.seed)
     slices = {parameter: describe_slice(name, parameter) for name, parameter in named}
     optimizer = run_on_all_ranks(lambda: make_optimizer(config, named), device)
     settings = deepspeed_config(config, config.micro_batches(mesh.world_size))
@@ -102,7 +100,7 @@ def make_engine(
 def describe_slice(name: str, parameter: nn.Parameter) -> Slice:
     """The slice that this rank holds of a parameter; call it before ZeRO 3 frees the parameter."""
     shard = shard_of(parameter)
-    shape = shard.whole_shape(tuple(parameter.shape))
+    shape = shard.unsharded_shape(tuple(parameter.shape))
     return Slice(name, shape, shard.dim, shard.index, shard.count)
 
 

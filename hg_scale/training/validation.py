@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hg_scale.config.constants import IGNORED_LABEL
 from hg_scale.config.schema import Config
 from hg_scale.data.errors import DataError
 from hg_scale.data.evaluation import evaluation_windows, split_bytes
 from hg_scale.data.index import Index
-from hg_scale.data.protocol import IGNORED
 from hg_scale.data.schedule import DataSource
 from hg_scale.data.shards import SplitReader
 from hg_scale.parallel.mesh import Mesh
@@ -97,7 +97,7 @@ class Validator:
             limit_windows=self.config.training.validation_windows,
             patience=patience(self.config),
         )
-        nothing = np.stack([np.zeros((rows, length)), np.full((rows, length), IGNORED)])
+        nothing = np.stack([np.zeros((rows, length)), np.full((rows, length), IGNORED_LABEL)])
         for _ in range(count):
             pair = nothing.astype(np.int64)
             if self._fault is None:

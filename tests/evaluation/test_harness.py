@@ -22,7 +22,6 @@ from hg_scale.data.tokenizer import ByteTokenizer
 from hg_scale.evaluation.loaded_model import LoadedModel
 from hg_scale.evaluation.scoring import score_windows
 from hg_scale.model.hourglass import Hourglass
-from hg_scale.model.initialization import initialize_weights
 from tests.runs import TINY, train_in
 from tests.shared import ROOT
 from tests.world import Worlds
@@ -37,7 +36,6 @@ def loaded() -> LoadedModel:
         pooling="average", upsampling="linear", positions="rotary",
     )  # fmt: skip
     model = Hourglass(config)
-    initialize_weights(list(model.named_parameters()), config, seed=1)
     return LoadedModel(model.eval(), Path("model"), 0, None, lambda: ByteTokenizer(documents=True))
 
 

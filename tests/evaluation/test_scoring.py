@@ -13,7 +13,6 @@ from hg_scale.config.schema import ModelConfig
 from hg_scale.data.protocol import Tokens, WindowProtocol
 from hg_scale.evaluation.scoring import MIN_BATCHES, Losses, Score, score_windows, student_95
 from hg_scale.model.hourglass import Hourglass
-from hg_scale.model.initialization import initialize_weights
 
 TEXT = (b"the quick brown fox jumps over the lazy dog. " * 60)[1000:1700]
 TOKENS = Tokens(np.frombuffer(TEXT, np.uint8))
@@ -25,9 +24,7 @@ def model() -> Hourglass:
         hierarchy="1@1 1@2 1@1", d_model=32, heads=2, d_ff=64, sequence_length=64, window=[8, None],
         pooling="average", upsampling="linear", positions="rotary",
     )  # fmt: skip
-    model = Hourglass(config)
-    initialize_weights(list(model.named_parameters()), config, seed=1)
-    return model
+    return Hourglass(config)
 
 
 def score(model: Hourglass, protocol: WindowProtocol, **options: int) -> Score:

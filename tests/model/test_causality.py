@@ -15,7 +15,6 @@ from torch import Tensor
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.grouping import FixedGroups
 from hg_scale.model.hourglass import Hourglass
-from hg_scale.model.initialization import initialize_weights
 
 POOLINGS = ("average", "linear", "attention+average", "attention+linear")
 UPSAMPLINGS = ("repeat", "linear", "attention+repeat", "attention+linear", "attention+none")
@@ -26,8 +25,7 @@ def make(hierarchy: str, **changes: object) -> Hourglass:
     """A small model in float64 whose weights are nowhere special."""
     settings = {"d_model": 8, "heads": 2, "d_ff": 16, "vocab_size": VOCAB, "vocab_multiple": 1}
     config = ModelConfig(hierarchy=hierarchy, **{**settings, **changes})  # type: ignore[arg-type]
-    model = Hourglass(config)
-    initialize_weights(list(model.named_parameters()), config, seed=3)
+    model = Hourglass(config, seed=3)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():

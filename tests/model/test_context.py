@@ -8,7 +8,6 @@ import torch
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.context import Context, Dropout, draw_factors, mix
 from hg_scale.model.hourglass import Hourglass
-from hg_scale.model.initialization import initialize_weights
 
 
 def small(**changes: object) -> ModelConfig:
@@ -46,7 +45,6 @@ def test_recomputed_blocks_have_the_same_gradients() -> None:
     gradients = []
     for recompute in (None, [True, True]):
         model = Hourglass(config, recompute=recompute)
-        initialize_weights(list(model.named_parameters()), config, 1)
         model(ids, ids, Context((2,), (1, 1))).backward()
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
@@ -64,20 +62,11 @@ def test_drawn_factors_are_a_function_of_seed_and_step() -> None:
 
 def test_a_drawn_factor_is_the_model_with_that_factor() -> None:
     two, three = small(), small(hierarchy="1@1 1@3 1@1")
-    model, other = Hourglass(two), Hourglass(three)
-    initialize_weights(list(model.named_parameters()), two, 1)
+    model, other = Hourglass(two), Hourglass(three, seed=None)
     other.load_state_dict(model.state_dict())
     ids = torch.randint(0, 16, (2, 17))
     assert torch.equal(model(ids, context=Context((3,))), other(ids))
     assert not torch.equal(model(ids), other(ids))
-
-
-def test_a_model_of_resampling_alone_is_initialised() -> None:
-    config = small(hierarchy="0@1 0@2 0@1", initialization="scaled_normal")
-    model = Hourglass(config)
-    initialize_weights(list(model.named_parameters()), config, 1)
-    out = model.get_parameter("level0.shorten.attend.attention.out.weight")
-    assert float(out.detach().std()) == pytest.approx((2 * out.shape[1]) ** -0.5, rel=0.2)
 
 
 def test_mix_spreads() -> None:
@@ -88,8 +77,7 @@ def test_mix_spreads() -> None:
 
 def test_padded_logits_do_not_change_the_loss() -> None:
     padded, exact = small(vocab_size=13), small(vocab_size=13, vocab_multiple=1)
-    model, plain = Hourglass(padded), Hourglass(exact)
-    initialize_weights(list(model.named_parameters()), padded, 1)
+    model, plain = Hourglass(padded), Hourglass(exact, seed=None)
     weights = {
         name: value[: plain.get_parameter(name).shape[0]]
         for name, value in model.state_dict().items()

@@ -15,7 +15,6 @@ from hg_scale.config.schema import ModelConfig
 from hg_scale.model.costs import cache_bytes
 from hg_scale.model.decoding import Decoder, generate
 from hg_scale.model.hourglass import Hourglass
-from hg_scale.model.initialization import initialize_weights
 from hg_scale.model.sampling import Sampling
 from tests.model.test_causality import POOLINGS, UPSAMPLINGS
 from tests.model.test_costs import models
@@ -33,8 +32,7 @@ def make(hierarchy: str, **changes: Any) -> Hourglass:
 
 
 def randomise(config: ModelConfig) -> Hourglass:
-    model = Hourglass(config)
-    initialize_weights(list(model.named_parameters()), config, seed=3)
+    model = Hourglass(config, seed=3)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():

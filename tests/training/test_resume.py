@@ -89,7 +89,7 @@ def test_the_plain_model_has_the_trained_weights(worlds: Worlds, tmp_path: Path)
     tree = layout(BY_LEVEL, 2, 2, 1)
     worlds.run(4, run_half, tree, tmp_path, 1)
     config = parse_config(tree)
-    model = Hourglass(config.model)
+    model = Hourglass(config.model, seed=None)
     model.load_state_dict(dict(read_parameters(tmp_path / folder_name(HALF))))
     batch = random_batch(config, HALF + 1)
     with torch.no_grad():

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hg_scale.config.constants import IGNORED_LABEL
 from hg_scale.data.evaluation import evaluation_windows, split_text
 from hg_scale.data.index import read_index
 from hg_scale.data.inspection import shard_problems, tokenizer_line
-from hg_scale.data.protocol import IGNORED
 from hg_scale.data.shards import SplitReader
 from tests.shared import ROOT, shared
 
@@ -56,7 +56,7 @@ def windows_joined(index, name: str) -> bytes:
     """The windows of a split, decoded one by one."""
     tokenizer, texts = index.open_tokenizer(), []
     for _, labels in evaluation_windows(index, name, sequence_length=1000, rows=4):
-        texts += [tokenizer.decode(row[row != IGNORED]) for row in labels]
+        texts += [tokenizer.decode(row[row != IGNORED_LABEL]) for row in labels]
     return b"".join(texts)
 
 
