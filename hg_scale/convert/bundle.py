@@ -38,6 +38,7 @@ class BundlePart:
 PARTS = (
     BundlePart("hg_scale.config.constants"),
     BundlePart("hg_scale.config.hierarchy"),
+    BundlePart("hg_scale.config.resampling_kind"),
     BundlePart("hg_scale.config.schema", ("by_level", "Positions", "ModelConfig")),
     BundlePart("hg_scale.model.plan"),
     BundlePart("hg_scale.model.context"),

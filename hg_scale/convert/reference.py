@@ -20,6 +20,7 @@ from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.config.errors import ConfigError
 from hg_scale.config.hierarchy import Hierarchy
 from hg_scale.config.load import parse_config
+from hg_scale.config.resampling_kind import ResamplingKind
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.plan import LayerPlan, layer_plan, model_levels
 
@@ -173,13 +174,17 @@ class _Reader:
                 }
             case "shorten":
                 k = self.levels[layer.level + 1].factor // level.factor
-                return self.resampling(path, ("pool", k * d, d), model.pooling, layer.level + 1)
+                return self.resampling(
+                    path, ("pool", k * d, d), model.pooling_kind, layer.level + 1
+                )
             case "upsample":
                 k = self.levels[layer.level + 1].factor // level.factor
                 theirs = path.removesuffix("/upsample")
                 return {
                     **self.norm(f"{theirs}/upsample_norm", "norm", d),
-                    **self.resampling(path, ("expand", d, k * d), model.upsampling, layer.level),
+                    **self.resampling(
+                        path, ("expand", d, k * d), model.upsampling_kind, layer.level
+                    ),
                 }
 
     def dense(self, theirs: str, ours: str, d_in: int, d_out: int) -> dict[str, Float32Array]:
@@ -217,15 +222,15 @@ class _Reader:
         return result
 
     def resampling(
-        self, theirs: str, linear: tuple[str, int, int], kind: str, queries: int
+        self, theirs: str, linear: tuple[str, int, int], kind: ResamplingKind, queries: int
     ) -> dict[str, Float32Array]:
         """`linear`: name, input and output width of the linear one; `queries`: their level."""
         level = self.levels[queries]
         result: dict[str, Float32Array] = {}
-        if "linear" in kind:
+        if kind.base == "linear":
             name, d_in, d_out = linear
             result |= self.dense(f"{theirs}/{name}", name, d_in, d_out)
-        if kind.startswith("attention"):
+        if kind.attends:
             for name in ("in_norm", "base_norm"):
                 result |= self.norm(f"{theirs}/{name}", f"attend.{name}", level.d_model)
             result |= self.attention(

@@ -15,7 +15,8 @@ from hg_scale.checkpoint.find import MANIFEST, content_damage, find_latest, read
 from hg_scale.checkpoint.load import read_parameters
 from hg_scale.checkpoint.run_tokenizer import kept_tokenizer
 from hg_scale.config.load import parse_config
-from hg_scale.config.schema import ModelConfig, Precision
+from hg_scale.config.schema import ModelConfig
+from hg_scale.config.training_sections import Precision
 from hg_scale.convert.export import load_export
 from hg_scale.convert.open import is_export
 from hg_scale.convert.source import ExportSource

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hg_scale.config.schema import ParallelConfig
+from hg_scale.config.training_sections import ParallelConfig
 from hg_scale.errors import UserError
 from hg_scale.model.layers import PlainLayers
 from hg_scale.parallel.launch import Launch, in_slurm_step

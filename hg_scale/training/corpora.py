@@ -6,8 +6,9 @@ import os
 import time
 from collections.abc import Iterator
 
+from hg_scale.config.data_section import SourceConfig
 from hg_scale.config.errors import ConfigError, Problem
-from hg_scale.config.schema import Config, SourceConfig
+from hg_scale.config.schema import Config
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import Index, is_local, read_index
 from hg_scale.data.schedule import DataSource

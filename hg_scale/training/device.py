@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from hg_scale.config.schema import Precision
+from hg_scale.config.training_sections import Precision
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MEASURING_SECONDS = 1.0

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hg_scale.checkpoint.find import checkpoints_in, damage
 from hg_scale.checkpoint.fragments import Slice
-from hg_scale.config.schema import GuardConfig
+from hg_scale.config.training_sections import GuardConfig
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import GAVE_UP
 from hg_scale.parallel.deepspeed_adapter import gradients_by_parameter

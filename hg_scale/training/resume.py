@@ -179,7 +179,7 @@ def refuse_other_model(config: Config, checkpoint: Path) -> None:
     manifest = read_manifest(checkpoint)
     ours = config.model.model_dump()
     # A key added after the checkpoint was written had the meaning of its default.
-    theirs: dict[str, Any] = ModelConfig().model_dump() | manifest["config"]["model"]  # type: ignore[call-arg]
+    theirs: dict[str, Any] = ModelConfig().model_dump() | manifest["config"]["model"]
     problems = [
         Problem(
             f"model.{key}",

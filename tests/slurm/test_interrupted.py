@@ -192,7 +192,7 @@ def test_a_job_of_fewer_nodes_goes_on_in_another_layout(
         log = log_of(elsewhere)
         assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), log
         assert "8 processes: tensor 2 x pipeline 2 x data 2" in log
-        assert "parallel.elastic: going on with 6 of 6 processes: --set parallel.tensor=2" in log
+        assert "parallel.elastic: continuing with 6 of 6 processes: --set parallel.tensor=2" in log
         assert layout_of(elsewhere) == (2, 3, 1)
         np.testing.assert_allclose(curve(elsewhere / "run"), alone(), rtol=1e-4)
     finally:
@@ -209,7 +209,7 @@ def test_tasks_that_fit_no_layout_are_left_idle(
     state = cluster.wait(job, 240)
     log = log_of(elsewhere)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "0"), log
-    assert "parallel.elastic: going on with 4 of 5 processes: --set parallel.tensor=2" in log
+    assert "parallel.elastic: continuing with 4 of 5 processes: --set parallel.tensor=2" in log
     assert layout_of(elsewhere, 6) == (2, 2, 1)
     np.testing.assert_allclose(curve(elsewhere / "run"), alone(steps=6), rtol=1e-4)
 

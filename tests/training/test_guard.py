@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hg_scale.config.schema import GuardConfig
+from hg_scale.config.training_sections import GuardConfig
 from hg_scale.exit_codes import GAVE_UP
 from hg_scale.training import guard as module
 from hg_scale.training.guard import GaveUp, Guard, describe_culprits, newest_before

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hg_scale.config.schema import WatchdogConfig
+from hg_scale.config.training_sections import WatchdogConfig
 from hg_scale.exit_codes import LOST
 from hg_scale.training.monitoring.heartbeat import (
     PERIOD,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from hg_scale.config.schema import DataConfig, WatchdogConfig
+from hg_scale.config.data_section import DataConfig
+from hg_scale.config.training_sections import WatchdogConfig
 from hg_scale.training.monitoring.heartbeat import (
     Heartbeat,
     RankPosition,
