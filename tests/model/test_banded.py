@@ -69,8 +69,8 @@ def test_equals_the_way_of_a_gpu(monkeypatch: pytest.MonkeyPatch, window: int, n
     attention = Attention(model, PlainLayers(), model_levels(model)[0])
     x = torch.randn((2, 150, 32), generator=torch.Generator().manual_seed(1))
     results = []
-    for suits in (True, False):
-        monkeypatch.setattr(banded, "suits", lambda *_, suits=suits: suits)
+    for preferred in (True, False):
+        monkeypatch.setattr(banded, "is_preferred", lambda *_, value=preferred: value)
         attention.zero_grad()
         y = attention(x, Context(()), 1)
         y.square().sum().backward()

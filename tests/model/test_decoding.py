@@ -110,7 +110,7 @@ def test_any_model(config: ModelConfig, start: int) -> None:
     assert_exact(model, range(start, start + 1), 30)
     decoder = Decoder(model, 48)
     decoder.prefill(random_ids(3, start, vocab=config.vocab_size))
-    assert decoder.cache.bytes == cache_bytes(config, 48, rows=3)
+    assert decoder.cache.bytes == cache_bytes(config, 48, batch_size=3)
 
 
 @pytest.mark.parametrize("window", [None, [5, 3, None]])
@@ -197,12 +197,12 @@ def test_a_row_ends_at_the_stop() -> None:
 def test_what_a_decoder_refuses() -> None:
     model = make(TWO)
     decoder = Decoder(model, 8)
-    with pytest.raises(ValueError, match="no room"):
+    with pytest.raises(ValueError, match="cannot decode"):
         decoder.step(torch.tensor([1]))
     with pytest.raises(ValueError, match="expected 1 to 8"):
         decoder.prefill(random_ids(1, 9))
     with pytest.raises(ValueError, match="differ by 6s"):
         decoder.prefill(random_ids(2, 8), torch.tensor([8, 5]))
     decoder.prefill(random_ids(1, 8))
-    with pytest.raises(ValueError, match="no room"):
+    with pytest.raises(ValueError, match="cannot decode"):
         decoder.step(torch.tensor([1]))

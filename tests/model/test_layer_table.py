@@ -57,6 +57,8 @@ def test_rows_add_up(name: str) -> None:
     model = parse_config(TREES[name]).model
     rows = layer_table(model)
     assert sum(row.share for row in rows) == pytest.approx(1)
-    assert sum(row.cache for row in rows) == cache_bytes(model, model.sequence_length, element=1)
+    assert sum(row.cache for row in rows) == cache_bytes(
+        model, model.sequence_length, element_bytes=1
+    )
     biases = 2 * model.by_level("d_model")[0] * model.shared_position_bias
     assert sum(row.parameters for row in rows) + biases == parameter_count(model)
