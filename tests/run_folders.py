@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hg_scale.checkpoint.versions import CHECKPOINT_VERSION, seal
+from hg_scale.checkpoint.manifest import CHECKPOINT_VERSION, seal
 from hg_scale.config.load import parse_config
 from hg_scale.config.read import merge
 from tests.manifests import META

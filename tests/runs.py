@@ -89,3 +89,9 @@ def records(run: Path) -> list[dict[str, Any]]:
 def curve(run: Path) -> list[tuple[int, float, float]]:
     """Return (step, loss, gradient norm) of every logged step."""
     return [(r["step"], r["loss"], r["grad_norm"]) for r in records(run) if "loss" in r]
+
+
+def arguments(config: Path, run: Path, *sets: str) -> list[str]:
+    """Return the arguments of `train.py` that train into `run`, with overrides `key=value`."""
+    overrides = [word for key in sets for word in ("--set", key)]
+    return ["--config", str(config), "--run", str(run), *overrides]

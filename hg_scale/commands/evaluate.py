@@ -70,12 +70,14 @@ def run(options: argparse.Namespace) -> int:
 
 def _complete_checkpoints(run: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
-    from hg_scale.checkpoint.find import checkpoints_in, damage
+    from hg_scale.checkpoint.find import checkpoints_in, verify_sizes
 
     folder = run / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"--all: {run} is not a run folder with checkpoints/")
-    complete = [path for _, path in sorted(checkpoints_in(folder).items()) if not damage(path)]
+    complete = [
+        path for _, path in sorted(checkpoints_in(folder).items()) if not verify_sizes(path)
+    ]
     if not complete:
         raise UserError(f"--all: {folder} contains no complete checkpoint")
     return complete

@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
-from hg_scale.checkpoint.find import MANIFEST, content_damage, find_latest, read_manifest
+from hg_scale.checkpoint.find import find_latest, verify_checksums
 from hg_scale.checkpoint.load import read_parameters
-from hg_scale.checkpoint.run_tokenizer import kept_tokenizer
+from hg_scale.checkpoint.manifest import MANIFEST, read_manifest
+from hg_scale.checkpoint.run_tokenizer import load_run_tokenizer
 from hg_scale.config.load import parse_config
 from hg_scale.config.schema import ModelConfig
 from hg_scale.config.training_sections import Precision
 from hg_scale.convert.export import load_export
+from hg_scale.convert.export_source import ExportSource
 from hg_scale.convert.open import is_export
-from hg_scale.convert.source import ExportSource
 from hg_scale.data.index import Index, read_index
 from hg_scale.data.protocol import WindowProtocol
 from hg_scale.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerIdentity, load_tokenizer
@@ -204,7 +205,7 @@ def _load_checkpoint(folder: Path, data: str | None) -> LoadedModel:
             )
         checkpoint = folder
     manifest = read_manifest(checkpoint)
-    if problem := content_damage(checkpoint):
+    if problem := verify_checksums(checkpoint):
         raise UserError(f"{checkpoint}: {problem}; use another checkpoint")
     config = parse_config({"model": manifest["config"]["model"]}, source=str(checkpoint))
     identity, step = manifest.get("tokenizer"), manifest["step"]
@@ -215,7 +216,7 @@ def _load_checkpoint(folder: Path, data: str | None) -> LoadedModel:
             else _index_of_section(manifest["config"].get("data", {}), checkpoint)
         )
     except UserError:
-        tokenizer = None if data else kept_tokenizer(checkpoint, identity)
+        tokenizer = None if data else load_run_tokenizer(checkpoint, identity)
         if tokenizer is None:
             raise
         model = load_model(config.model, checkpoint)

@@ -1,4 +1,4 @@
-"""The only module that reads or overrides private state of DeepSpeed (tried with 0.19.8).
+"""The only module that reads or overrides private state of DeepSpeed (tested with 0.19.8).
 
 `tests/parallel/test_deepspeed_adapter.py` is its contract test: after an update it names the
 attribute that DeepSpeed has moved. By ZeRO stage, DeepSpeed keeps on each rank:
@@ -41,12 +41,15 @@ class MasterShard(NamedTuple):
 
 
 def torch_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """torch's optimizer under DeepSpeed's own; its state holds the moments."""
+    """Return torch's optimizer, which DeepSpeed's wraps; its state holds the moments."""
     return engine.basic_optimizer
 
 
 def master_shard(engine: Any, parameter: Any, size: int) -> MasterShard | None:
-    """The fp32 master of a parameter of `size` local elements; None if this rank has no part."""
+    """Locate the fp32 master weights of a parameter of `size` local elements on this rank.
+
+    None if this rank has none of them.
+    """
     if hasattr(parameter, "ds_tensor"):  # ZeRO 3
         zero = engine.optimizer
         group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
@@ -65,14 +68,14 @@ def master_shard(engine: Any, parameter: Any, size: int) -> MasterShard | None:
 
 
 def partition(parameter: Any) -> Tensor | None:
-    """This rank's flat, padded share of the weights that are computed with; None but in ZeRO 3."""
+    """Return this rank's flat, padded share of the compute weights in ZeRO 3; None below that."""
     return getattr(parameter, "ds_tensor", None)
 
 
 def local_gradients(engine: Any, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The reduced gradients that this rank's optimizer step uses.
+    """Return the reduced gradients that this rank's optimizer step uses.
 
-    Valid just before the step. The data-parallel ranks together hold them all.
+    Valid just before the step. Together, the data-parallel ranks hold every gradient.
     """
     if groups := _gradient_groups(engine.optimizer):
         return [gradient for group in groups for gradient in group]
@@ -82,7 +85,7 @@ def local_gradients(engine: Any, parameters: Iterable[nn.Parameter]) -> list[Ten
 def gradients_by_parameter(
     engine: Any, parameters: Iterable[nn.Parameter]
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """As `local_gradients`, by parameter; copies. Skips parameters without a part on this rank."""
+    """Yield copies of `local_gradients` by parameter; skips parameters not held by this rank."""
     groups = _gradient_groups(engine.optimizer)
     if groups and hasattr(engine.optimizer, "fp16_groups"):  # ZeRO 3
         for members, gradients in zip(engine.optimizer.fp16_groups, groups, strict=True):

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.rank_file import HostBuffer, Staged, gather
-from hg_scale.checkpoint.retention import Keep
+from hg_scale.checkpoint.rank_file import HostBuffer, Staged, stage
+from hg_scale.checkpoint.retention import RetentionPolicy
 from hg_scale.checkpoint.save import write_checkpoint
 from hg_scale.config.schema import Config
 from hg_scale.model.hourglass import parameter_shapes
@@ -52,20 +52,20 @@ class Checkpointer:
         *,
         last_step: int,
         warn: Callable[[str], None],
-        damaged: Collection[Path] = (),
+        corrupt: Collection[Path] = (),
         permit: Callable[[], None] = lambda: None,
     ) -> None:
-        """`damaged`: checkpoints known to be corrupt, which do not count among those kept.
+        """`corrupt`: checkpoints that are known to be corrupt and do not count as kept.
 
         `permit` is called on rank 0 before each save and raises to forbid it.
         """
         self.folder = folder
         self._engine, self._config = engine, config
-        self._last_step, self._warn, self._damaged = last_step, warn, damaged
+        self._last_step, self._warn, self._corrupt = last_step, warn, corrupt
         self._permit = permit
         self._names = parameter_shapes(config.model).keys()
         self._save_seconds = 0.0  # of the last save
-        self._keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every)
+        self._retention = RetentionPolicy(config.checkpoint.keep_last, config.checkpoint.keep_every)
         self.group = dist.new_group(backend="gloo", timeout=LONG)  # long: it waits for disks
         self._buffer = HostBuffer()
         self._thread: ThreadPoolExecutor | None = None
@@ -86,7 +86,7 @@ class Checkpointer:
         if last:
             self._last_step = progress.step
         metadata = state_metadata(self._engine, progress, self._config)
-        staged = gather(states_to_write(self._engine))
+        staged = stage(states_to_write(self._engine))
         if self._thread is None:
             self._write(progress.step, lambda: staged, metadata, start)
             return
@@ -128,16 +128,16 @@ class Checkpointer:
                 staged,
                 metadata,
                 group=self.group,
-                keep=self._keep,
-                damaged=self._damaged,
+                retention=self._retention,
+                corrupt=self._corrupt,
                 warn=self._warn,
                 permit=self._permit,
                 names=self._names,
             )
         except CheckpointError as error:
             self._last_error = error
-        except (RuntimeError, OSError) as error:  # of gloo; training is about to meet it, too
-            self._last_error = CheckpointError(f"not saved: a rank is lost: {first_line(error)}")
+        except (RuntimeError, OSError) as error:  # from gloo: training is about to fail, too
+            self._last_error = CheckpointError(f"not saved: lost a rank: {first_line(error)}")
             self._last_error.__cause__ = error
         self._save_seconds = time.monotonic() - start
         if self._last_error and step != self._last_step and dist.get_rank() == 0:

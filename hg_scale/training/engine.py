@@ -59,11 +59,11 @@ class StepResult:
 
 
 def make_engine(
-    config: Config, mesh: Mesh, parts: PlainLayers, device: torch.device, draw: bool = True
+    config: Config, mesh: Mesh, layers: PlainLayers, device: torch.device, draw: bool = True
 ) -> ModuleEngine | PipelineEngine:
-    """The model of `config` under DeepSpeed, on this rank of the mesh.
+    """Build the model of `config` under DeepSpeed, on this rank of the mesh.
 
-    `draw`: draw the initial weights; else they are to be read from a checkpoint.
+    draw: draw the initial weights; else they must be loaded from a checkpoint.
     """
     # Adopts the existing process group; a PipelineModule needs it before `initialize`.
     if device.type == "cpu":
@@ -71,17 +71,17 @@ def make_engine(
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     recompute = by_level(config.training.activation_checkpointing, config.model.parsed.level_count)
     seed = config.training.seed if draw else None
-    kind: type[ModuleEngine] | type[PipelineEngine]
+    engine_class: type[ModuleEngine] | type[PipelineEngine]
     if mesh.pipeline == 1:
-        model: Any = Hourglass(config.model, parts, recompute, seed=seed)
-        kind = ModuleEngine
+        model: Any = Hourglass(config.model, layers, recompute, seed=seed)
+        engine_class = ModuleEngine
     else:
         from hg_scale.parallel.pipeline import HourglassPipeline
 
         micro = config.training.micro_batch_size
         cut = cut_pipeline(config.model, mesh.pipeline)
-        model = HourglassPipeline(config.model, parts, mesh, cut, micro, recompute, seed=seed)
-        kind = PipelineEngine
+        model = HourglassPipeline(config.model, layers, mesh, cut, micro, recompute, seed=seed)
+        engine_class = PipelineEngine
     named = list(model.named_parameters())
     slices = {parameter: describe_slice(name, parameter) for name, parameter in named}
     optimizer = run_on_all_ranks(lambda: make_optimizer(config, named), device)
@@ -94,11 +94,11 @@ def make_engine(
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
     )
-    return kind(config, mesh, engine, optimizer, device, slices)
+    return engine_class(config, mesh, engine, optimizer, device, slices)
 
 
 def describe_slice(name: str, parameter: nn.Parameter) -> Slice:
-    """The slice that this rank holds of a parameter; call it before ZeRO 3 frees the parameter."""
+    """Return this rank's slice of a parameter; call it before ZeRO 3 frees the parameter."""
     shard = shard_of(parameter)
     shape = shard.unsharded_shape(tuple(parameter.shape))
     return Slice(name, shape, shard.dim, shard.index, shard.count)
@@ -114,7 +114,7 @@ def inputs_and_labels(batch: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Engine(ABC):
-    """What the training loop drives: `deepspeed` is the engine inside, `model` its module.
+    """Takes optimizer steps and evaluates. `deepspeed` is DeepSpeed's engine, `model` its module.
 
     Once all gradients are reduced, `guard` judges the step; a bad step leaves weights and moments
     unchanged on every rank.
@@ -191,7 +191,7 @@ class Engine(ABC):
         return Context(factors, (seed, step), self.local_samples.start)
 
     def _guarded_step(self, take_step: Callable[[], None]) -> None:
-        """The optimizer's step; it changes nothing if the guard finds the step bad."""
+        """Take the optimizer's step, which changes nothing if the guard finds the step bad."""
         finite = self._all_reduce_step_stats()
         reason = self.guard.judge(self._loss, finite)
         if reason:
@@ -200,13 +200,13 @@ class Engine(ABC):
         with skip_optimizer_step(self.optimizer) if reason else nullcontext():
             take_step()
         if self.deepspeed.skipped_steps > skipped and not reason:
-            reason = "the norm of its gradients is beyond float32"
+            reason = "the gradient norm overflows float32"
         self._skip_reason = reason
         self.deepspeed.skipped_steps = skipped + bool(reason)
         self.guard.record(self._step, self._loss, bool(reason))
 
     def _all_reduce_step_stats(self) -> bool:
-        """Set the mean loss on all ranks; return whether the gradients of all ranks are finite.
+        """Set the mean loss on all ranks. Returns whether the gradients of all ranks are finite.
 
         One collective. Under ZeRO 0 it also sets the gradient norm.
         """
@@ -282,7 +282,7 @@ class PipelineEngine(Engine):
         replace_loss_reduction(self.deepspeed, lambda: self._loss)
 
     def _begin(self, context: Context, length: int, batch_size: int) -> None:
-        """Give the stage its context, and reset DeepSpeed when the boundary shapes change."""
+        """Set the context of this stage; reset DeepSpeed's buffers when the shapes change."""
         shape = (context.factors, length, batch_size)
         if shape != self._shape:
             self.deepspeed.reset_activation_shape()

@@ -4,8 +4,8 @@ Every rank has its own `Guard` and judges by figures that are identical on all r
 skip the same steps.
 
 A spike is a loss more than `spike_sigma` standard deviations above the mean of the last `window`
-good losses. Bad losses are left out, so that no outlier widens the band. While the loss falls, the
-mean is above it and the deviation includes the fall, so few steps are taken for spikes.
+good losses. Bad losses are left out, so that no outlier raises the threshold. While the loss falls,
+the mean is above it and the deviation includes the fall, so few good steps are judged as spikes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hg_scale.checkpoint.find import checkpoints_in, damage
+from hg_scale.checkpoint.find import checkpoints_in, verify_sizes
 from hg_scale.checkpoint.fragments import Slice
 from hg_scale.config.training_sections import GuardConfig
 from hg_scale.errors import UserError
@@ -63,7 +63,7 @@ class Guard:
         self._skipped: deque[int] = deque()  # steps skipped among the last `window`
 
     def judge(self, loss: float, finite_gradients: bool) -> str | None:
-        """Why a step with this mean loss is bad; None: it is good."""
+        """Return why a step with this mean loss is bad, or None if it is good."""
         if not isfinite(loss):
             return "the loss is not finite"
         if not finite_gradients:
@@ -79,7 +79,7 @@ class Guard:
         return f"loss {loss:.4g} is {above:.1f} sigma above the last {count}, {mean:.4g}"
 
     def record(self, step: int, loss: float, skipped: bool) -> None:
-        """Remember a step that was judged."""
+        """Record the outcome of a step that was judged."""
         if skipped:
             self._skipped.append(step)
         else:
@@ -92,16 +92,16 @@ class Guard:
 
         `reason`: why the last of them, `step`, was bad.
         """
-        window, most = self._config.window, self._config.max_skipped
-        if len(self._skipped) > most:
+        window, limit = self._config.window, self._config.max_skipped
+        if len(self._skipped) > limit:
             message = (
                 f"gave up after step {step}: {len(self._skipped)} of the last {min(step, window)} "
-                f"steps were skipped, more than guard.max_skipped = {most}; the last: {reason}"
+                f"steps were skipped, more than guard.max_skipped = {limit}; the last: {reason}"
             )
             stop_all(GaveUp(message, self._skipped[0], checkpoints), reporting_rank=0)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds, so that a resumed run judges as an undisturbed one."""
+        """Return the state to save, so that a resumed run judges like an uninterrupted one."""
         return {"losses": list(self._losses), "skipped": list(self._skipped)}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -111,18 +111,18 @@ class Guard:
 
 
 def newest_before(checkpoints: Path, step: int) -> Path | None:
-    """The newest complete checkpoint of a step before `step`."""
+    """Return the newest complete checkpoint of a step before `step`, or None."""
     if not checkpoints.is_dir():
         return None
     found = checkpoints_in(checkpoints)
     older = (found[of] for of in sorted(found, reverse=True) if of < step)
-    return next((path for path in older if damage(path) is None), None)
+    return next((path for path in older if verify_sizes(path) is None), None)
 
 
 def name_culprits(
     reason: str, mean_loss: Tensor, engine: Any, slices: Mapping[nn.Parameter, Slice]
 ) -> str:
-    """Name the losses and gradients that are not finite and their ranks; else return `reason`.
+    """Describe which losses and gradients are not finite, on which ranks; if none, `reason`.
 
     Gradients are reduced over data-parallel ranks, so a NaN of one of them is on all; the loss is
     each rank's own. A collective.
@@ -138,7 +138,7 @@ def name_culprits(
 
 
 def describe_culprits(reason: str, by_rank: list[tuple[float, list[str]]]) -> str:
-    """`by_rank`: each rank's loss and the names of its gradients that are not finite."""
+    """Format `name_culprits`. by_rank: each rank's loss and names of gradients not finite."""
     losses = [f"{loss} on rank {r}" for r, (loss, _) in enumerate(by_rank) if not isfinite(loss)]
     ranks: dict[str, list[int]] = defaultdict(list)
     for rank, (_, names) in enumerate(by_rank):

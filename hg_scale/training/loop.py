@@ -29,7 +29,7 @@ BATCHES_PER_CHECK = 16  # validation batches between two checks for an interrupt
 
 
 class Trainer:
-    """Trains from `progress.step` on: `fit` is the loop, the rest are its steps."""
+    """Trains from `progress.step` on: `fit` is the loop, the other methods are its parts."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Trainer:
         """
         config, timer = self.config, self.meter.timer
         self.log.advance(self.progress.step)
-        if interrupted := self.interruption.agreed(self.progress.step, self.engine.device):
+        if interrupted := self.interruption.stop_reason(self.progress.step, self.engine.device):
             return interrupted
         for step in range(self.progress.step + 1, last_step + 1):
             last, final = step == last_step, step == config.training.steps
@@ -106,11 +106,11 @@ class Trainer:
         return result
 
     def check_interruption(self, step: int, validates: bool) -> str | None:
-        """Why all ranks have to save and stop after this step, or None. A collective."""
+        """Return why all ranks have to save and stop after this step, or None. A collective."""
         seconds = perf_counter() - self.step_start
         saves = 1 + due(step, self.config.checkpoint.every, last=False)
         ahead = self.checkpointer.seconds * saves + self.validation_seconds * validates
-        return self.interruption.agreed(step, self.engine.device, seconds, ahead)
+        return self.interruption.stop_reason(step, self.engine.device, seconds, ahead)
 
     def save(self, last: bool) -> None:
         """Save a checkpoint; wait for the `last` one."""
@@ -122,8 +122,8 @@ class Trainer:
     def validate(self, step: int, may_stop: bool) -> str | None:
         """Log the loss over the validation splits, every token scored once.
 
-        Returns why all ranks stopped before the end, if `may_stop`: nothing would make up for the
-        validation after the final step.
+        With `may_stop`, all ranks stop early on an interruption, and the reason is returned. The
+        validation after the final step must not stop: no later one would replace it.
         """
         self.monitor.enter("validation", step)
         self.timeouts.lengthen()
@@ -135,7 +135,7 @@ class Trainer:
                 total += engine.evaluate(islice(batches, BATCHES_PER_CHECK), length)
                 if may_stop:
                     ahead = self.checkpointer.seconds
-                    reason = self.interruption.agreed(step, engine.device, ahead=ahead)
+                    reason = self.interruption.stop_reason(step, engine.device, ahead=ahead)
                     if reason:
                         return reason
             nats.append(total)
@@ -147,7 +147,7 @@ class Trainer:
 
 
 def due(step: int, every: int, last: bool) -> bool:
-    """Whether something that happens every `every` steps (0: at the end only) happens now."""
+    """Whether an action that is due every `every` steps (0: only after the last) is due now."""
     return last or (every > 0 and step % every == 0)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from hg_scale.checkpoint.run_tokenizer import keep_tokenizer
+from hg_scale.checkpoint.run_tokenizer import save_run_tokenizer
 from hg_scale.config.schema import Config
 from hg_scale.data.errors import DataError
 from hg_scale.data.schedule import DataSource
@@ -51,7 +51,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """What to train and where; `stop_at` and `profile` are steps or None."""
+    """What to train, and where.
+
+    stop_at, profile: the step to stop after, and the step to profile, if any.
+    """
 
     config: Config
     folder: Path
@@ -84,9 +87,9 @@ def train(
 ) -> int:
     """Train, or resume from the newest checkpoint of the run folder. Returns the exit code.
 
-    An error that a user can fix ends in one line: the first rank that met it reports it, and the
-    others end with it. If the ranks did not agree to end, the process group stays, and the process
-    must not end as usual (`leave` of `train.py`).
+    An error that a user can fix is reported in one line by the first rank that has it, and ends all
+    ranks. If the ranks did not agree to end, the process group is not destroyed, and the process
+    has to exit by `leave` of `train.py`.
     """
     interruption = Interruption(signals or StopSignals(), config.training.stop_margin, end_of_job())
     failure: UserError | None = None
@@ -97,7 +100,7 @@ def train(
             log = folder / "logs" / f"rank-{launch.rank}.log"
             terminal = stack.enter_context(quiet_libraries(log))
         except OSError as error:
-            why = f"rank {launch.rank} cannot write there: {error.strerror}"
+            why = f"rank {launch.rank} cannot write to it: {error.strerror}"
             print(f"{folder}: {why}; choose another --run", file=sys.stderr)
             return FAILED
         console = Console(config.training.steps, rank=launch.rank, stream=terminal)
@@ -116,7 +119,7 @@ def train(
                 raise
             if failure is not error:
                 traceback.print_exc()  # into the rank's log
-        # If another run has the folder, this one must not leave its end there.
+        # `Taken`: the end files in the folder are those of the run that has locked it.
         if failure and not isinstance(failure, LostRank | StoppedByPeer | Taken):
             write_end(folder, launch.rank, failure.exit_code, str(failure))
         if dist.is_initialized() and agreed:
@@ -127,7 +130,7 @@ def train(
 
 
 def _train_connected(run: Run) -> bool:
-    """Connect the ranks, lock the folder and train; whether the run was interrupted."""
+    """Connect the ranks, lock the folder and train. Returns whether the run was interrupted."""
     if run.config.parallel.tensor > 1:
         # One hardware queue, so that Megatron's asynchronous all-reduce starts before the matrix
         # product that it overlaps with. CUDA reads it when the device is first used.
@@ -135,13 +138,13 @@ def _train_connected(run: Run) -> bool:
     folder, launch = run.folder, run.launch
 
     def leave(signal_name: str) -> None:
-        run.console.last_words(
+        run.console.print_unlocked(
             f"rank {launch.rank}: {signal_name} while waiting for the other processes, before the "
             "first step; to be started again"
         )
         os._exit(REQUEUE)
 
-    with run.interruption.signals.ending_a_wait(leave):
+    with run.interruption.signals.end_wait_on_signal(leave):
         device = start_processes(launch)
     lock = run_on_all_ranks(lambda: RunLock(folder) if launch.rank == 0 else None, device)
     monitoring = monitor_run(run.config, folder, launch, run.console, device)
@@ -155,11 +158,11 @@ def _train_connected(run: Run) -> bool:
             reached = f"step {progress.step} of {run.last_step} is reached"
             run.console.print(f"nothing to do: {reached}")
             return False
-        return fit(run, engine, progress, sources, monitor, lock, resume.damaged)
+        return fit(run, engine, progress, sources, monitor, lock, resume.corrupt)
 
 
 def build(run: Run, device: torch.device, draw_weights: bool) -> Engine:
-    """The engine of this rank; without `draw_weights` its weights are uninitialised."""
+    """Build the engine of this rank; without `draw_weights` its weights are uninitialised."""
     from hg_scale.parallel.extensions import is_compiled  # imports DeepSpeed
     from hg_scale.training.engine import make_engine
 
@@ -190,9 +193,9 @@ def fit(
     sources: list[DataSource],
     monitor: Monitor,
     lock: RunLock | None,
-    damaged: frozenset[Path],
+    corrupt: frozenset[Path],
 ) -> bool:
-    """Train to the run's last step; whether it was interrupted, and is to be started again."""
+    """Train to the run's last step. Returns whether the run was interrupted before it."""
     from hg_scale.training.checkpointer import Checkpointer
 
     config, folder, console, last_step = run.config, run.folder, run.console, run.last_step
@@ -229,7 +232,7 @@ def fit(
             config,
             last_step=last_step,
             warn=console.warn,
-            damaged=damaged,
+            corrupt=corrupt,
             permit=lock.require if lock else lambda: None,
         ) as checkpointer,
         monitor.training(),
@@ -259,7 +262,7 @@ def fit(
 def _keep_tokenizer(run: Run, sources: list[DataSource]) -> None:
     """Copy the tokenizer, which is the same for all sources, into the run folder."""
     try:
-        keep_tokenizer(run.folder, sources[0].index.open_tokenizer())
+        save_run_tokenizer(run.folder, sources[0].index.open_tokenizer())
     except DataError as error:
         run.console.warn(f"{error}; the run continues without a copy of its tokenizer")
 

@@ -15,8 +15,8 @@ from hg_scale.checkpoint.local_state import (
     optimizer_step,
     required_fragments,
 )
-from hg_scale.checkpoint.rank_file import LocalState, share
-from hg_scale.checkpoint.save import save
+from hg_scale.checkpoint.rank_file import LocalState, equal_share
+from hg_scale.checkpoint.save import save_checkpoint
 from hg_scale.config.schema import Config
 from hg_scale.model.hourglass import parameter_shapes
 from hg_scale.parallel.deepspeed_adapter import is_stage_copy
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainingProgress:
-    """The current step and data position: saved beside weights and optimizer."""
+    """The current step and data position: saved with weights and optimizer."""
 
     step: int = 0
     position: int = 0  # in the data, in tokens of all ranks
@@ -39,11 +39,11 @@ def save_state(engine: Engine, folder: Path, progress: TrainingProgress, config:
     """Write a checkpoint from all ranks. A collective."""
     metadata = state_metadata(engine, progress, config)
     names = parameter_shapes(config.model).keys()
-    return save(folder, progress.step, states_to_write(engine), metadata, names)
+    return save_checkpoint(folder, progress.step, states_to_write(engine), metadata, names)
 
 
 def state_metadata(engine: Engine, progress: TrainingProgress, config: Config) -> dict[str, Any]:
-    """What the manifest holds beside the files; later steps do not change it.
+    """Return the metadata of a checkpoint's manifest, as a copy that later steps do not change.
 
     No random state: everything random is a function of `training.seed` and the step.
     """
@@ -59,14 +59,14 @@ def state_metadata(engine: Engine, progress: TrainingProgress, config: Config) -
 
 
 def layout_of(engine: Engine) -> dict[str, int]:
-    """The layout as written in a manifest."""
+    """Return the layout of an engine as it is written in a manifest."""
     mesh, zero_stage = engine.mesh, engine.config.parallel.zero_stage
     sizes = {"tensor": mesh.tensor, "pipeline": mesh.pipeline, "data": mesh.data}
     return {**sizes, "zero_stage": zero_stage}
 
 
 def describe_layout(layout: dict[str, int]) -> str:
-    """A layout in one short string."""
+    """Format a layout, as in "TP2 x PP1 x DP4, ZeRO 1"."""
     return (
         f"TP{layout['tensor']} x PP{layout['pipeline']} x DP{layout['data']}, "
         f"ZeRO {layout['zero_stage']}"
@@ -74,7 +74,7 @@ def describe_layout(layout: dict[str, int]) -> str:
 
 
 def states_to_write(engine: Engine) -> Iterator[LocalState]:
-    """The fragments that this rank writes; of what several ranks hold, an equal share."""
+    """The fragments that this rank writes: ranks that hold identical state write equal shares."""
     mesh, replicated = engine.mesh, engine.config.parallel.zero_stage == 0
     sharded: list[LocalState] = []
     unsharded: list[LocalState] = []  # identical on all tensor ranks
@@ -84,8 +84,8 @@ def states_to_write(engine: Engine) -> Iterator[LocalState]:
         (unsharded if local.fragment.slice.dim is None else sharded).append(local)
     # Without ZeRO, all data-parallel ranks hold the same state.
     index, count = (mesh.data_rank, mesh.data) if replicated else (0, 1)
-    yield from share(sharded, index, count)
-    yield from share(unsharded, index * mesh.tensor + mesh.tensor_rank, count * mesh.tensor)
+    yield from equal_share(sharded, index, count)
+    yield from equal_share(unsharded, index * mesh.tensor + mesh.tensor_rank, count * mesh.tensor)
 
 
 def load_state(engine: Engine, checkpoint: Path) -> TrainingProgress:

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from hg_scale.checkpoint.find import find_latest
-from hg_scale.checkpoint.versions import seal
+from hg_scale.checkpoint.manifest import seal
 from hg_scale.commands.main import main
 from tests.runs import TINY, train_in
 from tests.shared import ROOT

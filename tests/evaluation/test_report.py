@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hg_scale.checkpoint.find import find_latest
-from hg_scale.checkpoint.versions import seal
+from hg_scale.checkpoint.manifest import seal
 from hg_scale.commands.main import main
 from hg_scale.config import load_config
 from hg_scale.data.evaluation import split_text

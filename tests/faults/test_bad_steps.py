@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hg_scale.checkpoint.find import checkpoints_in, find_latest, read_manifest
+from hg_scale.checkpoint.find import checkpoints_in, find_latest
+from hg_scale.checkpoint.manifest import read_manifest
 from hg_scale.exit_codes import DONE, GAVE_UP
 from tests.convert.verified import verify
 from tests.disks import Mount, mount

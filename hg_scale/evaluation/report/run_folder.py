@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.find import damage, read_manifest
+from hg_scale.checkpoint.find import verify_sizes
+from hg_scale.checkpoint.manifest import read_manifest
 from hg_scale.config.data_section import DataConfig, SourceConfig
 from hg_scale.config.errors import ConfigError
 from hg_scale.config.read import read_tree
@@ -209,7 +210,7 @@ def _checkpoints(folder: Path) -> Iterator[Checkpoint]:
         size = sum(int(file.get("bytes", 0)) for file in manifest["files"])
         layout = manifest.get("layout")
         layout = layout if isinstance(layout, dict) else {}
-        yield Checkpoint(path.name, int(match[1]), size, layout, damage(path))
+        yield Checkpoint(path.name, int(match[1]), size, layout, verify_sizes(path))
 
 
 def _model(tree: dict[str, Any]) -> ModelConfig | None:

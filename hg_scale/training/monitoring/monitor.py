@@ -87,5 +87,5 @@ def monitor_run(
     heart = Heartbeat(run, launch.rank, launch.world_size, warn, period_of(config.watchdog))
     own = OwnTime(heart, device)
     stragglers = Stragglers(heart, own, device, per_stage, config.watchdog.slow_rank, warn)
-    with heart, Watchdog(heart, config.watchdog, run, per_stage, console.last_words):
+    with heart, Watchdog(heart, config.watchdog, run, per_stage, console.print_unlocked):
         yield Monitor(config, heart, own, stragglers)
