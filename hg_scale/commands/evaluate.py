@@ -16,7 +16,7 @@ from hg_scale.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hg_scale.data.protocol import WindowProtocol
+    from hg_scale.data.protocol import SlidingWindows
     from hg_scale.evaluation.scoring import Score
     from hg_scale.evaluation.task import EvaluationSetup
 
@@ -152,7 +152,7 @@ def results_dict(setup: EvaluationSetup, score: Score, precision: str) -> dict[s
     return results
 
 
-def position_edges(protocol: WindowProtocol) -> list[int]:
+def position_edges(protocol: SlidingWindows) -> list[int]:
     """Return the edges of the position ranges shown: 0, 1, 2, 4, 8, ... up to the window length.
 
     With sliding windows the last `stride` positions are a range of their own: positions before
