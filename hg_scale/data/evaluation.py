@@ -30,8 +30,8 @@ def evaluation_batches(
     An input is the token before its label, also at the start of a sequence. Before the first token
     of the split it is the end-of-document id, or 0 without one; where each sequence is a document
     (images), before the first token of every sequence. Labels past the end are IGNORED_LABEL. Each
-    rank reads consecutive sequences, and all ranks have the same number of batches, so that collectives
-    match. `max_sequences`: read only the first ones of the split.
+    rank reads consecutive sequences, and all ranks have the same number of batches, so that
+    collectives match. `max_sequences`: read only the first ones of the split.
     Raises DataError where the split is empty or a shard cannot be read.
     """
     reader = SplitReader(index, split, retry_policy)
