@@ -9,8 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hg_scale.commands.memory import told_in_a_line
-from hg_scale.commands.writable import refuse_unwritable
+from hg_scale.commands.user_errors import refuse_unwritable, report_out_of_memory
 from hg_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="what to compute in (default: fp32)")  # fmt: skip
 
 
-@told_in_a_line()
+@report_out_of_memory()
 def run(options: argparse.Namespace) -> int:
     _check(options)
 

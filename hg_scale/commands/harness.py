@@ -6,8 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from hg_scale.commands.memory import told_in_a_line
-from hg_scale.commands.writable import refuse_unwritable
+from hg_scale.commands.user_errors import refuse_unwritable, report_out_of_memory
 from hg_scale.errors import UserError
 
 HELP = "run tasks of lm-eval on a run, a checkpoint or an export"
@@ -29,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="also write all results here")
 
 
-@told_in_a_line()
+@report_out_of_memory()
 def run(options: argparse.Namespace) -> int:
     names = _checked(options)
     try:

@@ -24,9 +24,7 @@ from hg_scale.training.failures import (
     RankEnd,
     as_user_error,
     clear_end,
-    connection_error,
     error_of_peer,
-    out_of_memory,
     write_end,
 )
 from hg_scale.training.interruption import Interruption, StopSignals
@@ -145,25 +143,6 @@ def test_a_fault_is_written_down_before_the_others_can_miss_this_rank(
     assert code == FAILED and end.code == FAILED and "index.json" in end.line
 
 
-def test_what_is_a_lost_connection() -> None:
-    def raised(error: Exception, of: Exception | None = None) -> Exception:
-        try:
-            raise error from of
-        except Exception as caught:
-            return caught
-
-    gone = RuntimeError(
-        "[/a/gloo/transport/tcp/pair.cc:537] Read error [10.0.0.1]:5: Connection reset by peer. "
-        "This is typically caused by a remote worker hanging."
-    )
-    assert connection_error(gone) == "Read error [10.0.0.1]:5: Connection reset by peer"
-    assert connection_error(raised(ValueError("x"), gone)) == connection_error(gone)
-    nccl = dist.DistBackendError("NCCL error in: /a.cpp:1, remote process exited\nLast error: 3")
-    assert connection_error(nccl) == "NCCL error in: /a.cpp:1, remote process exited"
-    for other in (RuntimeError("shapes differ"), ConnectionResetError(104, "Connection reset")):
-        assert connection_error(other) is None
-
-
 @pytest.mark.parametrize("kind", [RuntimeError, getattr(torch, "AcceleratorError", RuntimeError)])
 def test_what_is_a_lost_gpu(kind: type[RuntimeError]) -> None:
     def told(words: str, step: int | None = 6) -> object:
@@ -183,22 +162,6 @@ def test_what_is_a_lost_gpu(kind: type[RuntimeError]) -> None:
     assert "at the start: " in str(told("CUDA-capable device(s) is/are busy or unavailable", None))
     for of_the_code in ("an illegal memory access was encountered", "device-side assert triggered"):
         assert told(of_the_code) is None
-
-
-def test_what_is_a_lack_of_memory() -> None:
-    with pytest.raises(RuntimeError) as met:
-        torch.empty(2**62, dtype=torch.uint8)
-    told = "DefaultCPUAllocator: can't allocate memory: you tried to allocate"
-    assert out_of_memory(met.value) == f"{told} {2**62} bytes"
-    gpu = torch.OutOfMemoryError(
-        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB "
-        "of which 1.00 GiB is free."
-    )
-    assert out_of_memory(gpu) == "CUDA out of memory. Tried to allocate 2.00 GiB"
-    assert out_of_memory(MemoryError()) == "MemoryError"
-    runtime = RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
-    assert out_of_memory(runtime) == "CUDA error: out of memory"
-    assert out_of_memory(RuntimeError("shapes differ")) is None
 
 
 def test_ends_are_written_found_and_forgotten(tmp_path: Path) -> None:
