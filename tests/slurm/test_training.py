@@ -138,8 +138,8 @@ def test_a_plain_srun_finds_its_ranks(cluster: Cluster, elsewhere: Path) -> None
     code = (
         "import os; from hg_scale.parallel.launch import Launch;"
         "launch = Launch.from_environment();"
-        "launch.world_size > 1 and launch.find_first();"
-        "print('I am', launch.rank, launch.world_size, launch.local_rank, launch.processes_here,"
+        "launch.world_size > 1 and launch.set_master_address();"
+        "print('I am', launch.rank, launch.world_size, launch.local_rank, launch.local_world_size,"
         " os.environ.get('MASTER_ADDR'))"
     )
     script.write_text(
