@@ -83,7 +83,7 @@ def training_loop(
             ahead = parts.saver.seconds * saves + validation_seconds * validates
             interrupted = parts.interruption.agreed(step, device, seconds, ahead)
         last = last or interrupted is not None
-        parts.timeouts.shorten(parts.watch.patience)
+        parts.timeouts.shorten(parts.watch.step_limit)
 
         if result.why:
             parts.log(skipped_step(progress, result))

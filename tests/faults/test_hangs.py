@@ -70,7 +70,7 @@ def test_a_rank_that_cannot_speak_is_named_by_the_others(
     found = run_with_fault(forks, f"{fault} rank=0 step=6", config, tmp_path, *QUICK, never_end=[0])
     assert found.codes == [KILLED, LOST], found.all_told
     line = the_line(found.told[1], tmp_path / "run")
-    assert re.search(r": rank 0 \(\S+\) has given no sign of life for \d+ s;", line)
+    assert re.search(r": rank 0 \(\S+\) has sent no heartbeat for \d+ s;", line)
     if fault == "hold":
         assert "keep_interpreter" in stacks(tmp_path / "run", 0)
 
