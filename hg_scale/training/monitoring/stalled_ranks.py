@@ -28,16 +28,16 @@ def stalled_ranks(
     if gone:
         return gone
     common = {rank: _common_position(beat) for rank, beat in beats.items()}
-    late = sorted(rank for rank, position in common.items() if position < max(common.values()))
-    if not late:
+    stalled = sorted(rank for rank, position in common.items() if position < max(common.values()))
+    if not stalled:
         furthest: dict[int, int] = {}
         for rank, beat in beats.items():
             stage = rank // per_stage
             furthest[stage] = max(furthest.get(stage, 0), beat.turns)
-        late = sorted(r for r, b in beats.items() if b.turns < furthest[r // per_stage])
+        stalled = sorted(r for r, b in beats.items() if b.turns < furthest[r // per_stage])
         if per_stage < world:
-            late = [rank for rank in late or sorted(beats) if beats[rank].work] or late
-    return late if len(late) < world else []
+            stalled = [rank for rank in stalled or sorted(beats) if beats[rank].work] or stalled
+    return stalled if len(stalled) < world else []
 
 
 def describe_stalled(
