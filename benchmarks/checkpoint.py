@@ -1,16 +1,16 @@
-"""Checkpoints: what a save costs training, and how fast they are written and read.
+"""Measure what a checkpoint costs training, and how fast it is written and read.
 
     OMP_NUM_THREADS=1 python benchmarks/checkpoint.py [save] [load] [--width 512] [--rounds 5]
 
-Figures are ratios of medians, of turns taken in one run, so they hold when the machine's speed
-drifts.
+Results are ratios of medians of alternating measurements, so they are robust to drift in the
+machine's speed.
 
-save: one process, fp32, ZeRO 1. In turn: steps left alone; a save that training waits for; plain
-    writing of as many bytes, from memory, with fsync (each into new files, the last round's
-    removed before); an asynchronous save and the steps until it is written. Its cost is the stall
-    of the loop and all that these steps take longer.
-load: two processes. A checkpoint of DP2 ZeRO-1 is loaded into that layout, and into TP2, each with
-    the file's pages in memory (`--cold`: dropped before, as root).
+save: one process, fp32, ZeRO 1. Alternates undisturbed steps; a synchronous save; a plain write of
+    as many bytes from memory with fsync (each into new files, after those of the last round were
+    removed); an asynchronous save with the steps until it is written. Its cost is the stall of the
+    loop plus the time by which these steps are slower.
+load: two processes. Loads a checkpoint of DP2 ZeRO 1 into the same layout and into TP2, with the
+    file in the page cache (`--cold`: dropped before, as root).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-LENGTH = 32  # of a window: short steps show best how long each is held up
+LENGTH = 32  # of a sequence: short steps show best how much each is delayed
 Options = argparse.Namespace
 Report = Callable[[str], None]
 
 
 def make_engine_of(width: int, tensor: int = 1) -> Any:
-    """An engine of this world for a model of the width, and a batch for it."""
+    """Return an engine of this world's ranks for a model of this width, and a batch for it."""
     from hg_scale.config.load import parse_config
     from hg_scale.parallel.mesh import make_mesh
     from hg_scale.training.engine import make_engine
@@ -50,13 +50,13 @@ def make_engine_of(width: int, tensor: int = 1) -> Any:
     mesh, parts = make_mesh(config.parallel)
     engine = make_engine(config, mesh, parts, torch.device("cpu"))
     ids = torch.randint(
-        0, 256, (engine.rows, LENGTH + 1), generator=torch.Generator().manual_seed(1)
+        0, 256, (engine.local_batch_size, LENGTH + 1), generator=torch.Generator().manual_seed(1)
     )
     return engine, ids
 
 
 class Steps:
-    """Training steps of an engine, timed."""
+    """Runs one training step per call and returns its seconds."""
 
     def __init__(self, engine: Any, ids: torch.Tensor) -> None:
         self.engine, self.ids, self.done = engine, ids, 0
@@ -93,14 +93,14 @@ def benchmark_save(options: Options, folder: Path, report: Report) -> None:
     size = sum(p.stat().st_size for p in path.iterdir())
     data = memoryview(bytearray(os.urandom(1 << 20) * (size >> 20)))
     report(f"{size / 1e6:,.0f} MB a checkpoint, {os.cpu_count()} cores")
-    alone, waited, plain, costs, stalls, slower = [], [], [], [], [], []
+    undisturbed, synchronous, plain, costs, stalls, slower = [], [], [], [], [], []
     with Checkpointer(engine, folder, config, last_step=0, warn=print) as saver:
-        saver.save(TrainingProgress(0))  # takes the host memory
+        saver.save(TrainingProgress(0))  # allocates the host memory
         for number in range(1, options.rounds + 1):
             saver.wait()
-            calm = [step() for _ in range(8)]
+            usual_steps = [step() for _ in range(8)]
             shutil.rmtree(folder / "sync", ignore_errors=True)
-            waited.append(
+            synchronous.append(
                 seconds(
                     lambda n=number: save_state(
                         engine, folder / "sync", TrainingProgress(n), config
@@ -111,23 +111,23 @@ def benchmark_save(options: Options, folder: Path, report: Report) -> None:
             plain.append(seconds(lambda: write_plainly(folder / "plain", data)))
             for older in checkpoints_in(folder).values():
                 shutil.rmtree(older)
-            calm += [step() for _ in range(8)]
-            usual = median(calm)
+            usual_steps += [step() for _ in range(8)]
+            usual = median(usual_steps)
             stall = seconds(lambda n=number: saver.save(TrainingProgress(n)))
             after = []
             while saver.busy:
                 after.append(step())
             stalls.append(stall)
-            alone.append(usual)
+            undisturbed.append(usual)
             costs.append(stall + sum(after) - usual * len(after))
             slower.append(sum(after) / len(after) / usual if after else 1.0)
-    stall, cost, sync = median(stalls), median(costs), median(waited)
-    report(f"step alone {median(alone):.3f} s; a save that training waits for {sync:.2f} s "
-           f"({size / sync / 1e6:,.0f} MB/s), plain writing {median(plain):.2f} s")  # fmt: skip
-    report(f"asynchronous save: stall {stall:.3f} s = {stall / sync:.1%} of that; the steps until "
-           f"it is written take {median(slower):.2f} times as long; with these {cost / sync:.1%} "
-           "(goal: at most 12%)")  # fmt: skip
-    report(f"save rate against plain writing: {median(plain) / sync:.2f} (goal: at least 0.7)")
+    stall, cost, sync = median(stalls), median(costs), median(synchronous)
+    report(f"undisturbed step {median(undisturbed):.3f} s; synchronous save {sync:.2f} s "
+           f"({size / sync / 1e6:,.0f} MB/s), plain write {median(plain):.2f} s")  # fmt: skip
+    report(f"asynchronous save: stall {stall:.3f} s = {stall / sync:.1%} of a synchronous save; "
+           f"the steps until it is written take {median(slower):.2f} times as long; with these "
+           f"{cost / sync:.1%} (goal: at most 12%)")  # fmt: skip
+    report(f"save rate against a plain write: {median(plain) / sync:.2f} (goal: at least 0.7)")
 
 
 def benchmark_load(options: Options, folder: Path, report: Report) -> None:
@@ -140,15 +140,15 @@ def benchmark_load(options: Options, folder: Path, report: Report) -> None:
         Steps(engine, ids)()
         if path is None:
             path = save_state(engine, folder, TrainingProgress(1), engine.config)
-        load_state(engine, path)  # the optimizer's memory is there, the file's pages are
+        load_state(engine, path)  # allocates the optimizer's state, reads the file's pages
         for _ in range(options.rounds):
             if options.cold and dist.get_rank() == 0:
                 os.sync()
                 Path("/proc/sys/vm/drop_caches").write_text("1")
             dist.barrier()
-            own = torch.tensor(seconds(lambda e=engine, p=path: load_state(e, p)))
-            dist.all_reduce(own, op=dist.ReduceOp.MAX)
-            times[tensor].append(float(own))
+            local = torch.tensor(seconds(lambda e=engine, p=path: load_state(e, p)))
+            dist.all_reduce(local, op=dist.ReduceOp.MAX)
+            times[tensor].append(float(local))
     same, other = (median(t) for t in times.values())
     report(f"load into the same layout {same:.3f} s, into another {other:.3f} s: "
            f"{other / same:.2f} times (goal: at most 1.5)")  # fmt: skip
@@ -158,22 +158,22 @@ PARTS: dict[str, tuple[int, Callable[[Options, Path, Report], None]]] = {
     "save": (1, benchmark_save),
     "load": (2, benchmark_load),
 }
-"""By name: how many processes, and what each of them does; the first one's reports are printed."""
+"""By name: the number of processes, and the function of each; rank 0's reports are printed."""
 
 
 def run_rank(rank: int, size: int, part: str, options: Options, folder: str) -> None:
-    """A part of the benchmark, on one rank of its world."""
+    """Run a part of the benchmark on one rank."""
     from contextlib import redirect_stdout
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
-    told: list[str] = []
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # DeepSpeed prints a lot
-        PARTS[part][1](options, Path(folder), told.append)
+    lines: list[str] = []
+    with open(os.devnull, "w") as null, redirect_stdout(null):  # DeepSpeed prints a lot
+        PARTS[part][1](options, Path(folder), lines.append)
     if rank == 0:
-        print("\n".join(f"{part}: {line}" for line in told), flush=True)
+        print("\n".join(f"{part}: {line}" for line in lines), flush=True)
     dist.destroy_process_group()
 
 
@@ -182,8 +182,8 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--width", type=int, default=512, help="of the model; 512: 25M parameters")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the current")
-    parser.add_argument("--cold", action="store_true", help="load: with no page in memory")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: .)")
+    parser.add_argument("--cold", action="store_true", help="load: drop the page cache first")
     options = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for part in options.parts or PARTS:

@@ -1,14 +1,14 @@
-"""Conversions against plain copying, and the memory they take.
+"""Measure the speed of conversions against plain copying, and their memory.
 
     python benchmarks/convert.py [--gigabytes 1] [--workers 1] [--repeat 3] [--folder DIR]
 
-Makes a checkpoint of so many gigabytes of fp32 parameters (three times that on the disk, with the
-moments), cut as TP2 x DP2 with ZeRO would cut it. Then, in turn and in one run, each conversion and
-a copy of as many bytes as the conversion writes; all are synced to the disk. A conversion runs in a
-process of its own, whose anonymous memory is sampled every 10 ms: what the files take in the page
-cache is not in it, what the interpreter and torch take is, what further workers take is not.
+Makes a checkpoint of so many gigabytes of fp32 parameters (three times that on disk, with the
+moments), sharded as by TP2 x DP2 with ZeRO. Then runs each conversion, alternating with a copy of
+as many bytes as it writes; both are synced to disk. Each conversion runs in a process of its own,
+whose anonymous memory is sampled every 10 ms: it includes the interpreter and torch, but neither
+the page cache nor further workers.
 
-`export` ends by comparing logits; its seconds are given with and without.
+`export` ends by comparing logits; "comparing" are the seconds of that.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ from typing import Any
 
 import torch
 
-from hg_scale.checkpoint.checksum import Checksum
-from hg_scale.checkpoint.find import MANIFEST
+from hg_scale.checkpoint.checksum import ComputeChecksum
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
-from hg_scale.checkpoint.safetensors_file import create
-from hg_scale.checkpoint.versions import CHECKPOINT_VERSION, seal
+from hg_scale.checkpoint.manifest import CHECKPOINT_VERSION, MANIFEST, seal
+from hg_scale.checkpoint.safetensors_file import create_safetensors
 from hg_scale.config.load import parse_config
 from hg_scale.config.schema import Config, ModelConfig
 from hg_scale.convert.export import export
@@ -42,13 +41,13 @@ from hg_scale.convert.health import find_problems
 from hg_scale.convert.open import open_checkpoint, open_source
 from hg_scale.convert.source import parameter_shapes
 from hg_scale.convert.to_checkpoint import to_checkpoint
-from hg_scale.convert.universal import cut_dimensions, to_deepspeed
+from hg_scale.convert.universal import tensor_parallel_dims, to_deepspeed
 
 TENSOR = DATA = 2
 
 
 def model_of_size(gigabytes: float) -> ModelConfig:
-    """The paper's kind of model at width 1024, as deep as it takes."""
+    """Return a model of the paper's kind, of width 1024 and the depth that gives this size."""
     shape = {
         "d_model": 1024,
         "heads": 16,
@@ -68,9 +67,9 @@ def model_of_size(gigabytes: float) -> ModelConfig:
 
 
 def make_checkpoint(folder: Path, model: ModelConfig) -> None:
-    """Random weights in four files, as four ranks would have written them."""
+    """Write random weights in four files, as four ranks would."""
     folder.mkdir(parents=True)
-    shapes, dims = parameter_shapes(model), cut_dimensions(model)
+    shapes, dims = parameter_shapes(model), tensor_parallel_dims(model)
     files = []
     for rank in range(TENSOR * DATA):
         tensor, data = rank % TENSOR, rank // TENSOR
@@ -85,13 +84,13 @@ def make_checkpoint(folder: Path, model: ModelConfig) -> None:
             fragments.append(Fragment(piece, start, stop - start))
         file = f"rank-{rank:05}.safetensors"
         flat = [(f"{n}.{k}", (f.length,)) for k in KINDS for n, f in enumerate(fragments)]
-        for key, place in create(folder / file, flat).items():
+        for key, region in create_safetensors(folder / file, flat).items():
             generator = torch.Generator().manual_seed(rank)
             length = fragments[int(key.partition(".")[0])].length
-            place.write(0, torch.empty(length).uniform_(0, 0.05, generator=generator))
+            region.write(0, torch.empty(length).uniform_(0, 0.05, generator=generator))
         entry = {"name": file, "bytes": (folder / file).stat().st_size}
         listed = [fragment.to_json() for fragment in fragments]
-        files.append({**entry, "checksum": Checksum(folder)(file), "fragments": listed})
+        files.append({**entry, "checksum": ComputeChecksum(folder)(file), "fragments": listed})
     manifest = {
         "format_version": CHECKPOINT_VERSION, "step": 1, "optimizer_step": 1,
         "progress": {"step": 1, "position": 0, "skipped": 0, "data": {}},
@@ -102,7 +101,7 @@ def make_checkpoint(folder: Path, model: ModelConfig) -> None:
 
 
 class Stages:
-    """A report that remembers how long each stage took, from its begin to its last advance."""
+    """A progress reporter that records how long each stage took."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -115,28 +114,27 @@ class Stages:
 
 
 class AnonymousMemory:
-    """The largest RssAnon of this process while it lasts, in bytes."""
+    """Context manager: the peak RssAnon of this process, in bytes."""
 
     def __enter__(self) -> AnonymousMemory:
-        self.peak, self._over = anonymous_bytes(), Event()
+        self.peak, self._done = anonymous_bytes(), Event()
         self._thread = Thread(target=self._watch)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._done.set()
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._over.wait(0.01):
+        while not self._done.wait(0.01):
             self.peak = max(self.peak, anonymous_bytes())
 
 
 def warm(file: Path, size: int) -> None:
-    """Write a file and remove it, so that what is timed next finds memory in use already.
+    """Write and remove a file, so that what is timed next reuses pages of the page cache.
 
-    New pages for the page cache cost a virtual machine ten times as much as filling them, which
-    would hit whatever comes first.
+    New pages cost a virtual machine ten times as much as filling them.
     """
     with file.open("wb") as data:
         for _ in range(-(-size // (1 << 24))):
@@ -150,7 +148,7 @@ def anonymous_bytes() -> int:
 
 
 def measure(verb: str, source: Path, out: Path, workers: int) -> dict[str, float]:
-    """One conversion in this process."""
+    """Run one conversion in this process; return its seconds and bytes of memory."""
     report = Stages()
     warm(out.with_name("warm"), size_of(source))
     before = anonymous_bytes()
@@ -172,12 +170,12 @@ def measure(verb: str, source: Path, out: Path, workers: int) -> dict[str, float
 
 
 def size_of(path: Path) -> int:
-    """Bytes below a folder that are really on the disk: a hole takes none."""
+    """Return the bytes that a folder takes on disk; holes of sparse files take none."""
     return sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
 
 
 def copy(source: Path, out: Path, size: int) -> float:
-    """Seconds to copy `size` bytes of a checkpoint's files, synced."""
+    """Return the seconds to copy `size` bytes of a checkpoint's files and sync them."""
     out.mkdir()
     warm(out / "warm", size)
     start, left = perf_counter(), size
@@ -234,7 +232,7 @@ def run(folder: Path, options: argparse.Namespace) -> None:
             )  # fmt: skip
             rounds.append(json.loads(done.stdout))
             moved = size_of(out) if out.exists() else size_of(source)
-            if number < options.repeat - 1:  # the last is what a later conversion starts from
+            if number < options.repeat - 1:  # a later conversion starts from the last
                 shutil.rmtree(out, ignore_errors=True)
             os.sync()
             copies.append(copy(folder / "checkpoint", folder / "copy", moved))

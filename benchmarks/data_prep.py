@@ -1,15 +1,15 @@
-"""Preparing text: MB/s of a process against sentencepiece alone, and two processes against one.
+"""Throughput of text preparation: against sentencepiece alone, and two processes against one.
 
     python benchmarks/data_prep.py [--text enwik8.xz] [--megabytes 64] [--copies 1] [--rounds 3]
 
-Cuts a text (default: the sources of Python's standard library) into documents of about 4 kB, writes
-them as JSON lines (.zst) and parquet, trains a sentencepiece model of 32,000 pieces on them, and
-measures, in one run:
+Splits a text (default: the sources of Python's standard library) into documents of about 4 kB,
+writes them as JSON lines (.zst) and parquet, trains a sentencepiece model of 32,000 pieces on them,
+and measures, in one run:
 
 1. MB/s of text that our tokenizer encodes against sentencepiece alone, in one process;
-2. MB/s of the whole of prepare_text.py with one process and with two: by the clock, and for each
-   second of processor time, which the load of the machine changes less. What the machine has to
-   give to a second process at that time is seen by two preparations apart, each of the whole. The
+2. MB/s of prepare_text.py from start to end with one process and with two: per second of wall-clock
+   time, and per second of CPU time, which depends less on the load of the machine. Two independent
+   preparations of all the text at the same time show what a second process could gain at most. The
    shards of all runs are compared.
 """
 
@@ -42,7 +42,7 @@ FILES = 16  # of each format
 
 
 def read_documents(source: Path | None, size: int, each: int = 4000) -> list[str]:
-    """About `size` bytes of text in documents of about `each`, cut at the ends of lines."""
+    """Return about `size` bytes of text in documents of about `each`, split at ends of lines."""
     if source is None:
         library = Path(sysconfig.get_path("stdlib"))
         paths = [library / name for name in find_files(library, ("*.py",), ("site-packages/*",))]
@@ -57,17 +57,17 @@ def read_documents(source: Path | None, size: int, each: int = 4000) -> list[str
                 break
         if held >= size:
             break
-    whole = b"".join(text)[:size].decode(errors="ignore")
-    found, start = [], 0
-    while start < len(whole):
-        stop = whole.find("\n", start + each) + 1 or len(whole)
-        found.append(whole[start:stop])
+    joined = b"".join(text)[:size].decode(errors="ignore")
+    documents, start = [], 0
+    while start < len(joined):
+        stop = joined.find("\n", start + each) + 1 or len(joined)
+        documents.append(joined[start:stop])
         start = stop
-    return found
+    return documents
 
 
 def write_corpora(documents: list[str], folder: Path) -> None:
-    """The same documents as JSON lines, packed, and as parquet."""
+    """Write the same documents as compressed JSON lines and as parquet."""
     for name in ("jsonl.zst", "parquet"):
         (folder / name).mkdir()
     for number in range(FILES):
@@ -83,9 +83,9 @@ def write_corpora(documents: list[str], folder: Path) -> None:
 
 
 def tokenization(documents: list[str], model: Path, rounds: int) -> None:
-    """Encode them with sentencepiece alone and with ours, in turn for every hundred of them.
+    """Encode them with sentencepiece alone and with our tokenizer, alternating every hundred.
 
-    The best time of each hundred counts: the load of the machine then meets all alike.
+    The best time of each hundred counts, so that the load of the machine affects all equally.
     """
     ours = SentencePieceTokenizer.read(model, documents=True)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
@@ -111,23 +111,23 @@ def tokenization(documents: list[str], model: Path, rounds: int) -> None:
             seconds[name] += best[name]
     size, tokens = sum(map(len, stored)), sum(len(ours.encode(text)) for text in stored)
     alone = min(time for name, time in seconds.items() if name.startswith("sentencepiece"))
-    print(f"{len(documents):,} documents, {size / 1e6:.1f} MB, {size / tokens:.2f} bytes a token")
-    for name, took in seconds.items():
-        rate = size / took / 1e6
-        print(f"{name:>22}: {rate:6.2f} MB/s of a processor ({alone / took:.2f})", flush=True)
+    print(f"{len(documents):,} documents, {size / 1e6:.1f} MB, {size / tokens:.2f} bytes per token")
+    for name, time_used in seconds.items():
+        rate = size / time_used / 1e6
+        print(f"{name:>22}: {rate:6.2f} MB per CPU second ({alone / time_used:.2f})", flush=True)
 
 
 class Run(NamedTuple):
-    """MB/s of text."""
+    """Throughput in MB of text."""
 
-    clock: float
-    processor: float  # for a second of processor time, of all processes
+    clock: float  # per second
+    processor: float  # per second of CPU time of all processes
 
 
 def prepare(size: int, source: Path, outputs: list[Path], tokenizer: str) -> Run:
-    """prepare_text.py by a process for each of `outputs`, as `srun` starts them.
+    """Run prepare_text.py with a process per entry of `outputs`, as `srun` starts them.
 
-    Where they are the same folder, the processes work together.
+    Where the entries are the same folder, the processes work together.
     """
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     together = len(outputs) if len(set(outputs)) == 1 else 1
@@ -135,8 +135,10 @@ def prepare(size: int, source: Path, outputs: list[Path], tokenizer: str) -> Run
         subprocess.Popen(
             [sys.executable, str(SCRIPTS / "prepare_text.py"), "--input", str(source),
              "--output", str(output), "--tokenizer", tokenizer],
-            env=os.environ
-            | {"SLURM_PROCID": str(rank % together), "SLURM_NTASKS": str(together)},
+            env=os.environ | {
+                "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank % together),
+                "SLURM_STEP_NUM_TASKS": str(together),
+            },
             stdout=subprocess.DEVNULL,
         )
         for rank, output in enumerate(outputs)
@@ -150,35 +152,35 @@ def prepare(size: int, source: Path, outputs: list[Path], tokenizer: str) -> Run
 
 
 def digest(folder: Path) -> str:
-    """Of all that was prepared."""
-    found = hashlib.sha256()
+    """Return the sha256 of all files in the folder."""
+    sha256 = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        found.update(path.name.encode() + path.read_bytes())
-    return found.hexdigest()
+        sha256.update(path.name.encode() + path.read_bytes())
+    return sha256.hexdigest()
 
 
 def preparation(size: int, folder: Path, model: Path, rounds: int) -> None:
-    """One process, two together and two apart, in turn; the best of each counts."""
+    """Run one process, two together and two apart, alternating; the best of each counts."""
     out, other = folder / "out", folder / "other"
     ways = {"one": [out], "two": [out, out], "apart": [out, other]}
     for tokenizer in (str(model), "bytes"):
         for kind in ("parquet", "jsonl.zst"):
             best: dict[str, Run] = {}
-            made = set()
+            digests = set()
             for _ in range(rounds):
                 for way, outputs in ways.items():
                     rates = prepare(size, folder / kind, outputs, tokenizer)
                     best[way] = Run(*map(max, rates, best.get(way, rates)))
                     for output in set(outputs):
-                        made.add(digest(output))
+                        digests.add(digest(output))
                         shutil.rmtree(output)
             one, two, apart = best["one"], best["two"], best["apart"]
             name = "bytes" if tokenizer == "bytes" else "sentencepiece"
             print(
                 f"{kind:>9} to {name:<13}: one process {one.clock:6.2f} MB/s, two {two.clock:6.2f}"
                 f" ({two.clock / one.clock:.2f} times; two apart {apart.clock / one.clock:.2f}"
-                f" times); a processor {one.processor:6.2f} and {two.processor:6.2f} MB/s; shards"
-                f" {'equal' if len(made) == 1 else 'DIFFER'}",
+                f" times); {one.processor:6.2f} and {two.processor:6.2f} MB per CPU second; shards"
+                f" {'equal' if len(digests) == 1 else 'DIFFER'}",
                 flush=True,
             )
 
@@ -186,11 +188,16 @@ def preparation(size: int, folder: Path, model: Path, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--text", type=Path, help="a file, also packed (default: Python's standard library)")
-    add("--megabytes", type=float, default=64.0, help="of it, at most")
-    add("--copies", type=int, default=1, help="of that text, so that starting counts less")
-    add("--pieces", type=int, default=32_000, help="of the sentencepiece model")
-    add("--rounds", type=int, default=3, help="of everything, in turn; the best counts")
+    add("--text", type=Path, help="a file, also compressed (default: Python's standard library)")
+    add("--megabytes", type=float, default=64.0, help="maximum size of the text")
+    add(
+        "--copies",
+        type=int,
+        default=1,
+        help="copies of the text, which reduce the cost of starting",
+    )
+    add("--pieces", type=int, default=32_000, help="size of the sentencepiece model")
+    add("--rounds", type=int, default=3, help="rounds of all measurements; the best counts")
     options = parser.parse_args()
     documents = read_documents(options.text, int(options.megabytes * 1e6))
     size = sum(len(text.encode()) for text in documents) * options.copies

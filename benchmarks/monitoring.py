@@ -47,7 +47,7 @@ def measure(rank: int, options: argparse.Namespace, folder: str) -> None:
         mesh, parts = make_mesh(config.parallel)
         device = torch.device("cpu")
         engine = make_engine(config, mesh, parts, device)
-        ids = torch.randint(0, 256, (engine.rows, 33))
+        ids = torch.randint(0, 256, (engine.local_batch_size, 33))
         console = Console(1, rank=rank, stream=terminal)
         launch = Launch(rank, options.ranks, rank)
         times: dict[str, list[float]] = {"bare": [], "monitored": [], "logged": []}

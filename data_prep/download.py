@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Fetch a benchmark corpus: enwik8 or text8, 100 MB of Wikipedia each.
+"""Download a benchmark corpus: enwik8 or text8, 100 MB of Wikipedia each.
 
     python data_prep/download.py enwik8
 
-Writes corpora/sources/enwik8 once its checksum is right, and goes on where an earlier try ended.
-Without a network, place the file or its .zip there by hand; it is then checked (and unpacked).
+Writes corpora/sources/enwik8 once its checksum is right. Without a network, put the file or its
+.zip there yourself; it is then checked (and unpacked).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from hg_scale.data.progress import ProgressBar
 
 
 def main() -> int:
-    """Fetch it; 2 where that cannot be done."""
-    parser = command_line.parser_of(__doc__)
+    """Download the corpus. Returns 2 where that fails."""
+    parser = command_line.make_parser(__doc__)
     add = parser.add_argument
     add("corpus", choices=sorted(CORPORA))
-    add("--output", type=Path, default=Path("corpora/sources"), metavar="DIR", help="folder to put "
-        "it in (default: %(default)s)")  # fmt: skip
-    add("--url", help="another place to fetch the .zip from")
+    add("--output", type=Path, default=Path("corpora/sources"), metavar="DIR", help="folder to "
+        "write it to (default: %(default)s)")  # fmt: skip
+    add("--url", help="URL of another copy of the .zip")
     options = parser.parse_args()
 
     def work(progress: ProgressBar) -> None:
@@ -35,8 +35,8 @@ def main() -> int:
         if options.url:
             corpus = dataclasses.replace(corpus, url=options.url)
         path, fetched = fetch(corpus, options.output, progress)
-        what = "fetched" if fetched else "is there already"
-        print(f"{path}: {what}, {path.stat().st_size:,} bytes, {corpus.algorithm} as it should be")
+        what = "downloaded" if fetched else "already exists"
+        print(f"{path}: {what}, {path.stat().st_size:,} bytes, {corpus.algorithm} is correct")
 
     return command_line.run("download", work)
 

@@ -6,12 +6,13 @@
     mpirun -n 8 python data_prep/prepare_images.py --input train.npz --output corpora/digits
 
 Inputs are .png and .jpg files, folders of them, and arrays: .npy and .npz with uint8 (N, H, W, 3)
-or (N, H, W). All images need one size. Each becomes a document of H x W x 3 values 0..255 (H x W
-for gray ones), row by row, red, green and blue side by side, without an end: the index says how
-long each is. Images are shuffled. With `--split folders` the files below train/, validation/ (or
-val/) and test/ go there; else the split of an image follows from its content.
+or (N, H, W). All images need the same size. Each becomes a document of H x W x 3 values 0..255
+(H x W for gray ones) in row-major order, red, green and blue adjacent, without an end-of-document
+id: the index contains the length. Images are shuffled. With `--split folders` the files below
+train/, validation/ (or val/) and test/ are in that split; else the split of an image follows from
+its content.
 
-As with prepare_text.py, any number of processes makes the same shards, also after a restart.
+As with prepare_text.py, any number of processes writes the same shards, also after a restart.
 """
 
 from __future__ import annotations
@@ -25,14 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs
 from hg_scale.data.errors import DataError
 from hg_scale.data.preparation import command_line
 from hg_scale.data.preparation.images import ImageCorpus
-from hg_scale.data.preparation.place import find_place
 from hg_scale.data.preparation.shuffled import CHUNK_TOKENS, Job, prepare
 from hg_scale.data.progress import ProgressBar
 
 
 def main() -> int:
-    """Prepare the data; 2 where the input, the output or an option cannot be used."""
-    parser = command_line.parser_of(__doc__)
+    """Prepare the data. Returns 2 where the input, the output or an option cannot be used."""
+    parser = command_line.make_parser(__doc__)
     add = parser.add_argument
     add("--input", type=Path, required=True, nargs="+", metavar="PATH", help="files and folders")
     add("--output", type=Path, required=True, metavar="DIR", help="folder to write, new or empty")
@@ -43,23 +43,25 @@ def main() -> int:
         metavar="TRAIN,VALIDATION,TEST",
         help="fractions that add up to 1, or `folders` (default: 0.9,0.05,0.05)",
     )
-    add("--array", metavar="NAME", help="of the images in .npz files that hold several arrays")
+    add("--array", metavar="NAME", help="name of the images in .npz files with several arrays")
     command_line.add_file_options(parser)
     command_line.add_shard_options(parser, chunk=None)
     add(
         "--seed",
-        type=command_line.seed,
+        type=command_line.parse_seed,
         default=0,
-        help="of the shuffle and the split (default: 0)",
+        help="seed of the shuffle and the split (default: 0)",
     )
-    command_line.add_team_options(parser)
-    options, place = parser.parse_args(), find_place()
+    command_line.add_rank_options(parser)
+    options, launch = parser.parse_args(), command_line.find_launch(parser)
 
     def work(progress: ProgressBar) -> None:
         start = time.perf_counter()
         split = options.split
         if split is not None and all(isinstance(part, int) for part in split):
-            raise DataError("--split in bytes is for text; give fractions such as 0.9,0.05,0.05")
+            raise DataError(
+                "--split in bytes is for text; set it to fractions such as 0.9,0.05,0.05"
+            )
         inputs = tuple(options.input)
         corpus = ImageCorpus(
             inputs,
@@ -74,15 +76,15 @@ def main() -> int:
             options.output,
             chunk_tokens=options.chunk_tokens or CHUNK_TOKENS,
             shard_tokens=options.shard_tokens,
-            place=place,
+            launch=launch,
             patience=options.patience,
         )
         index, written = prepare(job, progress)
         if index is not None:
             command_line.report(job.output, index, written, time.perf_counter() - start)
-            print(f"  sequence_length {index.document_tokens} is one image")
+            print(f"  set sequence_length to {index.document_tokens}, the length of an image")
 
-    return command_line.run("prepare_images", work, place)
+    return command_line.run("prepare_images", work, launch)
 
 
 if __name__ == "__main__":

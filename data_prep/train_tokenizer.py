@@ -3,10 +3,10 @@
 
     python data_prep/train_tokenizer.py --input corpus/ --vocab-size 32000 --output tok.model
 
-Takes the inputs of prepare_text.py and draws a sample of them by the seed. The model gives every
-text back, byte for byte: nothing is normalised, spaces stay as they are, and bytes stand in for
-what the vocabulary lacks. Id 0 is never used, id 1 ends a document. The same input, options and
-version of sentencepiece give the same model.
+Reads the inputs of prepare_text.py and draws a random sample of them. The model reproduces every
+text, byte for byte: nothing is normalised, spaces are kept, and text that is not in the vocabulary
+becomes bytes. Id 0 is never used, id 1 ends a document. The same input, options and version of
+sentencepiece give the same model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
 
+from hg_scale.arguments import positive_int
 from hg_scale.data.preparation import command_line
 from hg_scale.data.preparation.documents import TextFormat
 from hg_scale.data.preparation.tokenizer_training import TokenizerTraining, train_tokenizer
@@ -23,21 +24,21 @@ from hg_scale.data.progress import ProgressBar
 
 
 def main() -> int:
-    """Train; 2 where the input, the output or an option cannot be used."""
-    parser = command_line.parser_of(__doc__)
+    """Train a model. Returns 2 where the input, the output or an option cannot be used."""
+    parser = command_line.make_parser(__doc__)
     add = parser.add_argument
     add("--input", type=Path, required=True, nargs="+", metavar="PATH", help="files and folders")
-    add("--output", type=Path, default=Path("tok.model"), metavar="FILE", help="(default: "
-        "%(default)s)")  # fmt: skip
-    add("--vocab-size", type=command_line.positive, required=True, metavar="N", help="pieces, the "
-        "256 bytes included")  # fmt: skip
+    add("--output", type=Path, default=Path("tok.model"), metavar="FILE", help="file to write "
+        "(default: %(default)s)")  # fmt: skip
+    add("--vocab-size", type=positive_int, required=True, metavar="N",
+        help="number of pieces, including the 256 bytes")  # fmt: skip
     add("--model", choices=("unigram", "bpe"), default="unigram", help="(default: %(default)s)")
     command_line.add_format_options(parser)
     command_line.add_file_options(parser)
-    add("--sample-bytes", type=command_line.positive, default=TokenizerTraining.sample_bytes,
-        metavar="N", help="text to train on, held in memory several times over (default: "
-        "%(default)s)")  # fmt: skip
-    add("--seed", type=command_line.seed, default=0, help="of the sample (default: 0)")
+    add("--sample-bytes", type=positive_int, default=TokenizerTraining.sample_bytes,
+        metavar="N", help="text to train on; training needs several times that much memory "
+        "(default: %(default)s)")  # fmt: skip
+    add("--seed", type=command_line.parse_seed, default=0, help="seed of the sample (default: 0)")
     options = parser.parse_args()
 
     def work(progress: ProgressBar) -> None:
@@ -55,7 +56,7 @@ def main() -> int:
         rate = trained.sample_bytes / trained.sample_tokens
         print(
             f"{job.output}: {job.model}, {job.vocab_size} pieces, trained on "
-            f"{trained.sample_bytes / 1e6:.1f} MB, {rate:.2f} bytes a token there"
+            f"{trained.sample_bytes / 1e6:.1f} MB, {rate:.2f} bytes per token"
         )
 
     return command_line.run("train_tokenizer", work)

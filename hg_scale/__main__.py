@@ -1,4 +1,4 @@
-"""`python -m hg_scale VERB`, the same as `hg-scale VERB`."""
+"""`python -m hg_scale VERB` is the same as `hg-scale VERB`."""
 
 import sys
 

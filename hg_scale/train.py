@@ -1,8 +1,8 @@
 """Train a model: `deepspeed hg_scale/train.py --config configs/hg_1b.json`.
 
-Starts alike under deepspeed, torchrun, srun, mpirun and plain python; `slurm/train_64gpu.sh` is
-the job for a cluster. Run it again with the same run folder and it goes on from the last
-checkpoint. Its exit code says what to do next: see `exit_codes.py`.
+The command is the same under deepspeed, torchrun, srun, mpirun and plain python;
+`slurm/train_64gpu.sh` is the job for a cluster. Started again with the same run folder, it resumes
+from the last checkpoint. The exit codes are those of `exit_codes.py`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-# Run as a file, this folder itself comes first on the path and would shadow other libraries.
+# Run as a script, Python puts this folder first on sys.path, where its modules would shadow others.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent.resolve()]
 
+from hg_scale.arguments import add_override_option, positive_int  # noqa: E402
 from hg_scale.config import load_config  # noqa: E402
 from hg_scale.config.layouts import elastic_line, load_elastic  # noqa: E402
 from hg_scale.errors import UserError  # noqa: E402
@@ -26,45 +27,40 @@ from hg_scale.training.interruption import StopSignals  # noqa: E402
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of training."""
+    """Add the options of training."""
     add = parser.add_argument
-    add("--config", required=True, type=Path, metavar="FILE", help="configs/*.json")
-    add("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
-        help="override a key, as in model.d_model=256; repeatable")  # fmt: skip
+    add("--config", required=True, type=Path, metavar="FILE",
+        help="configuration file (configs/*.json)")  # fmt: skip
+    add_override_option(parser)
     add("--run", type=Path, metavar="DIR", dest="run_folder",
-        help="run folder; resumed if it has checkpoints (default: runs/<config>)")  # fmt: skip
-    add("--stop-at", type=positive, metavar="STEP",
-        help="save and end cleanly after this step, the schedule unchanged")  # fmt: skip
-    add("--profile", type=positive, metavar="STEP", help="write a profiler trace of this step")
+        help="run folder; training resumes if it has checkpoints "
+        "(default: runs/<name of the configuration>)")  # fmt: skip
+    add("--stop-at", type=positive_int, metavar="STEP",
+        help="save a checkpoint after this step and exit; the schedule is unchanged")  # fmt: skip
+    add("--profile", type=positive_int, metavar="STEP", help="write a profiler trace of this step")
     add("--dry-run", action="store_true",
-        help="check the configuration, print layers, costs and stages, and end")  # fmt: skip
+        help="check the configuration, print layers, costs and stages, and exit")  # fmt: skip
     add("--check", action="store_true",
-        help="check the configuration against the processes, the shards, the last checkpoint and "
-        "the disk, and end")  # fmt: skip
-    add("--world-size", type=positive, metavar="N",
-        help="with --dry-run or --check: processes to plan for (default: the fewest)")  # fmt: skip
-    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher injects it
+        help="check the configuration against the number of processes, the data, the last "
+        "checkpoint and the free disk space, and exit")  # fmt: skip
+    add("--world-size", type=positive_int, metavar="N",
+        help="with --dry-run or --check: number of processes to plan for "
+        "(default: the smallest possible)")  # fmt: skip
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells those who set keys the way of other programs how it is done here."""
+    """A parser that suggests --set to users who write `--section.key value`."""
 
     def error(self, message: str) -> NoReturn:
-        words = message.partition("unrecognized arguments: ")[2]
-        key = words.lstrip("-").replace(" ", "=", 1)
-        hint = f"; did you mean --set {key}?" if "." in key.partition("=")[0] else ""
-        super().error(message + hint)
-
-
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
-    return int(text)
+        unrecognized = message.partition("unrecognized arguments: ")[2]
+        override = unrecognized.lstrip("-").replace(" ", "=", 1)
+        is_key = "." in override.partition("=")[0]
+        super().error(message + (f"; did you mean --set {override}?" if is_key else ""))
 
 
 def run(options: argparse.Namespace) -> int:
-    """Returns one of `exit_codes.py`."""
+    """Train, or check or plan a run; return one of `exit_codes.py`."""
     folder = options.run_folder or Path("runs") / options.config.stem
     try:
         launch = Launch.from_environment()
@@ -77,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
         if options.check:
             return check(options, folder, launch)
         config, layout = load_elastic(options.config, options.overrides, launch.world_size)
-        if launch.on_one_node:  # else a rank that sees other files would leave alone
+        if launch.on_one_node:  # on several, a rank that sees other files would exit alone
             from hg_scale.training.check import check_inputs
 
             check_inputs(config, folder, remote=False)
@@ -101,40 +97,40 @@ def run(options: argparse.Namespace) -> int:
 
 
 def dry_run(options: argparse.Namespace, launch: Launch) -> int:
-    """Print the plan of the run; torch is not imported."""
-    known = options.world_size or (launch.world_size if launch.world_size > 1 else None)
-    if known is None:
+    """Print layers, costs, sharding and pipeline stages of a run, without importing torch."""
+    world_size = options.world_size or (launch.world_size if launch.world_size > 1 else None)
+    if world_size is None:
         config, layout = load_config(options.config, options.overrides), None
-        known = config.parallel.tensor * config.parallel.pipeline
+        world_size = config.parallel.tensor * config.parallel.pipeline
     else:
-        config, layout = load_elastic(options.config, options.overrides, known)
+        config, layout = load_elastic(options.config, options.overrides, world_size)
     if launch.rank == 0:
         from rich.console import Console
 
         from hg_scale.training.dry_run import print_plan
 
         if layout:
-            print(elastic_line(config, layout, known))
-        width = None if sys.stdout.isatty() else 120  # a pipe has no width of its own
-        print_plan(config, known, Console(width=width))
+            print(elastic_line(config, layout, world_size))
+        width = None if sys.stdout.isatty() else 120  # a pipe has no width
+        print_plan(config, world_size, Console(width=width))
     return DONE
 
 
 def check(options: argparse.Namespace, folder: Path, launch: Launch) -> int:
-    """Say in a second what would stop the run later; torch is not imported."""
+    """Report within a second what would stop the run later, without importing torch."""
     from hg_scale.training.check import check_run
 
-    known = options.world_size or launch.world_size
-    lines = check_run(options.config, options.overrides, folder, known, options.stop_at)
+    world_size = options.world_size or launch.world_size
+    lines = check_run(options.config, options.overrides, folder, world_size, options.stop_at)
     if launch.rank == 0:
         print("\n".join(lines))
     return DONE
 
 
-def leave(code: int) -> NoReturn:
-    """End this process, at once where it still is in a process group.
+def exit_process(code: int) -> NoReturn:
+    """Exit with `code`; skip the interpreter's shutdown while a process group is still open.
 
-    Its end there would wait for ranks that are gone, or abort.
+    The destructors of a process group wait for ranks that may be lost, or abort.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
@@ -154,4 +150,4 @@ if __name__ == "__main__":
     except Exception:
         traceback.print_exc()
         exit_code = FAILED
-    leave(exit_code)
+    exit_process(exit_code)

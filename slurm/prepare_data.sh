@@ -3,8 +3,8 @@
 #
 #   sbatch --nodes=4 slurm/prepare_data.sh prepare_text.py --input corpus/ --output corpora/text
 #
-# SCRIPT is one of data_prep/. Its processes find each other over MPI where srun starts it for them
-# (site.sh: HG_MPI), else over the output folder. Submitted again, it does what was not done yet.
+# SCRIPT is one of data_prep/. Its processes find each other over the output folder, so that MPI is
+# not needed (site.sh: HG_MPI sets `srun --mpi=`). Submitted again, it resumes.
 #
 # Variables: those of slurm/site.sh.
 #SBATCH --job-name=hg-data

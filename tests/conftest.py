@@ -1,4 +1,4 @@
-"""Fixtures for all tests."""
+"""Fixtures shared by all tests."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.runs import TINY  # noqa: E402
 from tests.shared import ROOT  # noqa: E402
 from tests.world import Worlds  # noqa: E402
 
-# A busy machine is no fault of the code.
-settings.register_profile("patient", deadline=None)
-settings.load_profile("patient")
+# Examples may be slow on a busy machine.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")
 def worlds() -> Iterator[Worlds]:
-    """Worlds of processes, shared by all tests of the session."""
+    """Process groups for tests, shared by the whole session."""
     pool = Worlds()
     yield pool
     pool.close()
@@ -36,7 +36,7 @@ def worlds() -> Iterator[Worlds]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of documents, prepared by the script."""
+    """Shards of 40 short documents, prepared by data_prep/prepare_bytes.py."""
     folder = tmp_path_factory.mktemp("corpus")
     for number in range(40):
         text = f"document {number} says: " + "the quick brown fox jumps over the lazy dog. " * 40
@@ -50,7 +50,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path, corpus: Path) -> Path:
-    """A file with the tiny configuration, on the corpus."""
+    """A configuration file: TINY on the corpus."""
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps({**TINY, "data": {"path": str(corpus)}}))
     return path

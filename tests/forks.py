@@ -1,7 +1,7 @@
-"""Worlds of processes that may die: forked, in milliseconds, off one that has imported all.
+"""Process groups whose ranks may be killed, forked in milliseconds from a preloaded process.
 
-Unlike `tests.world`, whose processes live on from job to job, each serves one job. A rank can be
-told to kill itself (`die_at`), or be killed from outside.
+Unlike the processes of `tests.world`, which are reused, each runs one job. A rank can kill itself
+at a chosen file operation (`die_at`) or be killed from outside.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil
 
 
 class Forks:
-    """Starts worlds of forked processes."""
+    """Starts gloo process groups of forked processes."""
 
     def __init__(self, *modules: str) -> None:
-        """`modules` are imported once, by the process that the others are forked off."""
+        """`modules` are imported once, in the fork server."""
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(modules))
         self._folder = tempfile.TemporaryDirectory()
         self._worlds = 0
 
     def start(self, size: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Run `job(*arguments)` on every rank of a gloo world; its processes by rank."""
+        """Run `job(*arguments)` on every rank of a group of `size`; return its processes."""
         self._worlds += 1
         store = os.path.join(self._folder.name, f"store-{self._worlds}")
         processes = [
@@ -42,14 +42,14 @@ class Forks:
         return processes
 
     def run(self, size: int, job: Callable[..., Any], *arguments: Any) -> list[int]:
-        """As `start`, to the end: exit codes by rank."""
+        """Like `start`, but wait and return the exit codes by rank."""
         return finish(self.start(size, job, *arguments))
 
 
 def finish(processes: list[Any], seconds: float = 60) -> list[int]:
-    """Wait for all to end, by themselves; exit codes by rank.
+    """Wait until all processes have exited; return the exit codes by rank.
 
-    Those that do not are aborted, so that `faulthandler` shows where each of their threads is.
+    Processes that hang are aborted, so that `faulthandler` prints the stacks of their threads.
     """
     end = time.monotonic() + seconds
     for process in processes:
@@ -61,7 +61,7 @@ def finish(processes: list[Any], seconds: float = 60) -> list[int]:
     for process in processes:
         process.kill()
         process.join()
-    assert not hanging, f"ranks {hanging} of {len(processes)} do not end"
+    assert not hanging, f"ranks {hanging} of {len(processes)} hang"
     return [process.exitcode for process in processes]
 
 
@@ -82,16 +82,16 @@ def _serve(rank: int, size: int, store: str, job: Callable[..., Any], arguments:
 def die_at(moment: int, part: str) -> None:
     """Kill this process before its `moment`-th operation on files with `part` in their path.
 
-    Removals are given relative paths, so each of them counts from the first such operation on.
+    Removals get relative paths, so all of them count once the first such operation was seen.
     """
-    seen = 0
+    count = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen
-        removal = seen > 0 and event in ("os.remove", "os.rmdir")
+        nonlocal count
+        removal = count > 0 and event in ("os.remove", "os.rmdir")
         if event in _OPERATIONS and (removal or any(part in str(a) for a in arguments[:2])):
-            seen += 1
-            if seen == moment:
+            count += 1
+            if count == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)

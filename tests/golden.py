@@ -27,10 +27,10 @@ from hg_scale.config.schema import ModelConfig
 from hg_scale.convert.reference import (
     Float32Array,
     describe_array,
-    read_entries,
+    read_golden_arrays,
     reference_config,
     reference_weights,
-    under,
+    strip_prefix,
 )
 from hg_scale.errors import UserError
 from hg_scale.model.block import Activations
@@ -56,9 +56,9 @@ class Golden:
 
 def read_golden(path: Path, tensor: int = 1) -> Golden:
     """Read a file, for a model in `tensor` slices. Raises CheckpointError naming what is amiss."""
-    entries = read_entries(path, "config", "input/tokens_shifted", "output/logits")
+    entries = read_golden_arrays(path, "config", "input/tokens_shifted", "output/logits")
     model = reference_config(str(entries["config"]), tensor)
-    weights = under(entries, "weight/")
+    weights = strip_prefix(entries, "weight/")
     ids, logits = entries["input/tokens_shifted"], entries["output/logits"]
     if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
         raise CheckpointError(
@@ -73,7 +73,7 @@ def read_golden(path: Path, tensor: int = 1) -> Golden:
         raise CheckpointError(f"output/logits: expected {expected}, got {describe_array(logits)}")
     ids = torch.from_numpy(ids.astype(np.int64))
     ours = reference_weights(weights, model)
-    return Golden(model, ours, ids, logits, under(entries, "act/"))
+    return Golden(model, ours, ids, logits, strip_prefix(entries, "act/"))
 
 
 def load_model(golden: Golden, layers: PlainLayers | None = None) -> Hourglass:

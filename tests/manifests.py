@@ -1,4 +1,4 @@
-"""What every manifest says beside its step and files, for checkpoints made by hand."""
+"""The manifest entries beside step and files, for checkpoints written by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ports for processes that tests start."""
+"""Ports for servers and launchers that tests start."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import socket
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listened on just now."""
+    """Return a TCP port of this machine that is currently free."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

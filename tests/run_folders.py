@@ -1,4 +1,4 @@
-"""Folders as runs leave them, written by hand."""
+"""Run folders written by hand, without training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hg_scale.checkpoint.versions import CHECKPOINT_VERSION, seal
+from hg_scale.checkpoint.manifest import CHECKPOINT_VERSION, seal
 from hg_scale.config.load import parse_config
 from hg_scale.config.read import merge
 from tests.manifests import META
@@ -19,7 +19,7 @@ STEPS = 400
 def write_run(
     folder: Path, *, logged: int = STEPS, change: dict[str, Any] | None = None, offset: float = 0.0
 ) -> Path:
-    """A run of `STEPS` steps that logged each up to `logged`, validated and saved every 100."""
+    """Write a run of STEPS steps, logged up to `logged`, validated and saved every 100."""
     tree = merge(TINY, {"training": {"steps": STEPS}, "data": {"path": "nowhere/text"}})
     config = parse_config(merge(tree, change or {})).model_dump(mode="json")
     folder.mkdir(parents=True)
@@ -35,7 +35,7 @@ def write_run(
 
 
 def step_record(step: int, offset: float = 0.0) -> dict[str, Any]:
-    """A logged step of 128 tokens that took half a second."""
+    """Return the record of a step of 128 tokens that took half a second."""
     bits = 1.5 + offset + 6 / step**0.5 + 0.1 * math.sin(3 * step)
     return {
         "step": step, "loss": bits * math.log(2), "bits_per_byte": bits, "grad_norm": 1 / step,
@@ -46,7 +46,7 @@ def step_record(step: int, offset: float = 0.0) -> dict[str, Any]:
 
 
 def validation_record(step: int, offset: float = 0.0) -> dict[str, Any]:
-    """A validation after a step."""
+    """Return the record of the validation after a step."""
     bits = 1.6 + offset + 6 / step**0.5
     return {
         "step": step, "validation_loss": bits * math.log(2), "validation_bits_per_byte": bits,
@@ -55,7 +55,7 @@ def validation_record(step: int, offset: float = 0.0) -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, step: int, layout: dict[str, int]) -> None:
-    """A checkpoint that is whole as far as names and sizes go."""
+    """Write a checkpoint that is complete as far as file names and sizes show."""
     path = folder / "checkpoints" / f"step-{step:08}"
     path.mkdir(parents=True, exist_ok=True)
     (path / "rank-00000.safetensors").write_bytes(bytes(1000))

@@ -1,4 +1,4 @@
-"""Runs of `hg_scale/train.py`: as a command of their own, or in a world of the tests' processes."""
+"""Runs of `hg_scale/train.py`: as a command, or in the processes of `tests.world`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TINY: dict[str, Any] = {
 def train(
     *arguments: str, environment: dict[str, str] | None = None, launcher: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """The command, under a launcher or plain."""
+    """Run the command, under a launcher or plain."""
     command = [*(launcher or (sys.executable,)), str(ROOT / "hg_scale" / "train.py"), *arguments]
     return subprocess.run(
         command,
@@ -48,29 +48,29 @@ def train(
 
 @dataclass(frozen=True)
 class Finished:
-    """How a run in a world ended: the first rank's exit code, and what all ranks' terminals saw."""
+    """Result of a run: the exit code of rank 0, and stdout and stderr of all ranks."""
 
     code: int
-    told: str
+    output: str
 
 
 def train_in(worlds: Worlds, size: int, folder: Path, *arguments: str) -> Finished:
-    """All that the command does, but without starting processes; `folder` keeps its output."""
+    """Run `train.py` on `size` ranks without starting processes; `folder` keeps their output."""
     number = len(list(folder.glob("terminal-*")))
-    output = folder / f"terminal-{number:03}"
-    code = worlds.run(size, train_here, list(arguments), output)[0]
-    told = "".join(p.read_text() for p in sorted(folder.glob(f"{output.name}-*")))
-    return Finished(code, told)
+    prefix = folder / f"terminal-{number:03}"
+    code = worlds.run(size, run_train, list(arguments), prefix)[0]
+    output = "".join(p.read_text() for p in sorted(folder.glob(f"{prefix.name}-*")))
+    return Finished(code, output)
 
 
-def train_here(arguments: list[str], output: Path) -> int:
-    """`train.py` on this rank of a world; file descriptors 1 and 2 lead to `output-RANK`."""
+def run_train(arguments: list[str], prefix: Path) -> int:
+    """Run `train.py` on this rank, with file descriptors 1 and 2 redirected to PREFIX-RANK."""
     from hg_scale.train import add_options, run
 
     parser = argparse.ArgumentParser()
     add_options(parser)
     saved = os.dup(1), os.dup(2)
-    with open(f"{output}-{os.environ['RANK']}", "wb", buffering=0) as file:
+    with open(f"{prefix}-{os.environ['RANK']}", "wb", buffering=0) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
         try:
@@ -82,10 +82,16 @@ def train_here(arguments: list[str], output: Path) -> int:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`."""
+    """Return the records of `metrics.jsonl`."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def curve(run: Path) -> list[tuple[int, float, float]]:
-    """(step, loss, gradient norm) of every logged step."""
+    """Return (step, loss, gradient norm) of every logged step."""
     return [(r["step"], r["loss"], r["grad_norm"]) for r in records(run) if "loss" in r]
+
+
+def arguments(config: Path, run: Path, *sets: str) -> list[str]:
+    """Return the arguments of `train.py` that train into `run`, with overrides `key=value`."""
+    overrides = [word for key in sets for word in ("--set", key)]
+    return ["--config", str(config), "--run", str(run), *overrides]

@@ -1,4 +1,4 @@
-"""Files that stand beside the repository, or where HG_SCALE_SHARED says: not part of it."""
+"""Paths: the repository, and a folder of shared files outside it (HG_SCALE_SHARED)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ SHARED = Path(os.environ.get("HG_SCALE_SHARED", ROOT.parent / "shared"))
 
 
 def shared(path: str) -> Path:
-    """A file there; the test is skipped where it is not."""
+    """Return the path of a shared file; skip the test where it is missing."""
     file = SHARED / path
     if not file.exists():
-        pytest.skip(f"{file} is not there; set HG_SCALE_SHARED")
+        pytest.skip(f"{file} is missing; set HG_SCALE_SHARED")
     return file

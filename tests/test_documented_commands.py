@@ -1,4 +1,4 @@
-"""The commands that README.md and docs/ give: each parses, so its options exist."""
+"""The commands in README.md and docs/ parse, so that their options exist."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OURS = re.compile(r"(data_prep|benchmarks|hg_scale|tests)/\w+\.py$|hg-scale$")
 
 
 def commands() -> list[str]:
-    """The lines of the blocks of code, and the code in the text, that call a script of ours."""
+    """Return the lines of code blocks and the inline code that call a script of this repository."""
     found: list[str] = []
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
@@ -28,20 +28,20 @@ def commands() -> list[str]:
         lines += re.findall(r"`([^`\n]+ [^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
         found += [line for line in lines if any(map(OURS.search, line.split()))]
     found = [line for line in dict.fromkeys(found) if not line.lstrip().startswith("#")]
-    # Not the names of verbs, which the text mentions.
+    # Leave out templates, and verbs that the text only mentions.
     return [
         line for line in found if "VERB" not in line and "..." not in line and len(line.split()) > 2
     ]
 
 
 class Parsed(BaseException):
-    pass
+    """Raised in place of running a command whose arguments have parsed."""
 
 
 @pytest.mark.parametrize("command", commands())
-def test_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(command, comments=True)
-    start = next(place for place, word in enumerate(words) if OURS.search(word))
+    start = next(i for i, word in enumerate(words) if OURS.search(word))
     original = argparse.ArgumentParser.parse_args
 
     def parse(self: argparse.ArgumentParser, *arguments: Any) -> None:
@@ -58,8 +58,8 @@ def test_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
             runpy.run_path(str(ROOT / words[start]), run_name="__main__")
 
 
-def test_there_are_some() -> None:
+def test_every_data_script_is_documented() -> None:
     scripts = {word for command in commands() for word in command.split()}
-    wanted = {path.name for path in (ROOT / "data_prep").glob("*.py")}
-    assert wanted <= {word.rpartition("/")[2] for word in scripts}
+    expected = {path.name for path in (ROOT / "data_prep").glob("*.py")}
+    assert expected <= {word.rpartition("/")[2] for word in scripts}
     assert {"inspect", "verify", "sample"} <= scripts

@@ -208,7 +208,7 @@ def put(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
         (set_config(vocab=128), r"output/logits: expected \(2, 24, 128\)"),
         (set_config(d_ff=65), r"weight/pre/0/ff1/kernel is .*\(32, 64\), expected .*\(32, 65\)"),
         (drop("weight/post/0/attn/pos/bias"), "weight/post/0/attn/pos/bias is missing"),
-        (put("weight/post/1/ff1/bias", [1.0]), "weight/post/1/ff1/bias: .* has no use for it"),
+        (put("weight/post/1/ff1/bias", [1.0]), "weight/post/1/ff1/bias: .* has no such parameter"),
         (put("weight/pos_bias_u", [1.0]), r"weight/pos_bias_u is .*\(1,\), expected .*\(4, 8\)"),
         (put("weight/embed/table", [["1"]]), r"embed/table is <U1 \(1, 1\), expected numbers"),
         (put("output/logits", np.full((2, 24, 64), "1")), "output/logits: expected numbers"),

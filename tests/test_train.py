@@ -1,4 +1,4 @@
-"""`hg_scale/train.py` as a user starts it."""
+"""`hg_scale/train.py` as a user runs it, plain and under every launcher."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.world import Worlds
 PYTHON = sys.executable
 
 
-def test_a_dry_run_imports_no_torch() -> None:
+def test_dry_run_imports_no_torch() -> None:
     script = (
         "import runpy, sys\n"
         "sys.argv = ['train.py', '--config', 'configs/hg_1b_bytes.json', '--dry-run']\n"
@@ -33,7 +33,7 @@ def test_a_dry_run_imports_no_torch() -> None:
         assert word in done.stdout
 
 
-def test_a_faulty_configuration_exits_with_2_and_lists_all_faults(config: Path) -> None:
+def test_invalid_configuration_exits_with_2_and_lists_all_errors(config: Path) -> None:
     done = train("--config", str(config), "--set", "model.heads=3", "--set", "model.widht=1")
     assert done.returncode == 2
     assert "model.heads = 3" in done.stderr
@@ -41,30 +41,30 @@ def test_a_faulty_configuration_exits_with_2_and_lists_all_faults(config: Path) 
     assert "Traceback" not in done.stderr
 
 
-def test_under_a_launcher_only_the_first_rank_speaks(config: Path) -> None:
-    faulty = ("--config", str(config), "--set", "model.heads=3")
-    for rank, heard in ((0, True), (1, False)):
-        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-        done = train(*faulty, environment=place)
+def test_under_a_launcher_only_rank_0_reports(config: Path) -> None:
+    arguments = ("--config", str(config), "--set", "model.heads=3")
+    for rank, reports in ((0, True), (1, False)):
+        environment = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        done = train(*arguments, environment=environment)
         assert done.returncode == 2
-        assert ("model.heads" in done.stderr) == heard
+        assert ("model.heads" in done.stderr) == reports
 
 
-def test_variables_of_a_launcher_that_make_no_sense(config: Path) -> None:
+def test_inconsistent_launcher_variables_are_an_error(config: Path) -> None:
     done = train("--config", str(config), environment={"RANK": "2", "WORLD_SIZE": "2"})
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("RANK=2: expected less than WORLD_SIZE=2")
     assert done.stderr.count("\n") == 1
 
 
-def test_inputs_that_cannot_be_used_are_all_told_before_anything_starts(
+def test_all_unusable_inputs_are_reported_before_anything_starts(
     config: Path, tmp_path: Path
 ) -> None:
     """Without torch, and without a run folder."""
     (tmp_path / "torch.py").write_text("raise SystemExit(33)")
     sources = [{"path": str(tmp_path)}, {"path": "pipe:never opened {}"}, {"path": "nowhere"}]
-    sets = {"data": {"sources": sources}, "checkpoint": {"start_from": "no/run"}}
-    config.write_text(json.dumps({**json.loads(config.read_text()), **sets}))
+    sections = {"data": {"sources": sources}, "checkpoint": {"start_from": "no/run"}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **sections}))
     environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     run = tmp_path / "run"
     done = train("--config", str(config), "--run", str(run), environment=environment)
@@ -73,22 +73,22 @@ def test_inputs_that_cannot_be_used_are_all_told_before_anything_starts(
     assert first == "configuration: 3 problems"
     assert lines[0].startswith(f'  data.sources entry 1 = "{tmp_path}": {tmp_path}/index.json: no')
     assert lines[1].startswith('  data.sources entry 3 = "nowhere": no such folder; make it with')
-    assert lines[2].startswith('  checkpoint.start_from = "no/run": not a whole checkpoint')
+    assert lines[2].startswith('  checkpoint.start_from = "no/run": not a complete checkpoint')
     assert len(lines) == 3 and not run.exists()
 
 
-def test_a_dry_run_takes_the_layout_that_training_takes(config: Path) -> None:
+def test_dry_run_uses_the_layout_of_training(config: Path) -> None:
     sets = ("parallel.tensor=2", "training.global_batch_size=6", "parallel.elastic=true")
-    words = [word for key in sets for word in ("--set", key)]
-    done = train("--config", str(config), "--dry-run", "--world-size", "3", *words)
+    overrides = [word for key in sets for word in ("--set", key)]
+    done = train("--config", str(config), "--dry-run", "--world-size", "3", *overrides)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("parallel.elastic: going on with 3 of 3 processes: --set ")
     assert "layout: 3 processes = tensor 1 x pipeline " in done.stdout
-    done = train("--config", str(config), "--dry-run", "--world-size", "3", *words[:-2])
+    done = train("--config", str(config), "--dry-run", "--world-size", "3", *overrides[:-2])
     assert done.returncode == 2
 
 
-def test_missing_data_is_told_in_one_line(config: Path, tmp_path: Path) -> None:
+def test_missing_data_is_reported_in_one_line(config: Path, tmp_path: Path) -> None:
     missing = f"data.path={tmp_path / 'nowhere'}"
     done = train("--config", str(config), "--set", missing, "--run", str(tmp_path / "run"))
     assert done.returncode == 2
@@ -96,14 +96,14 @@ def test_missing_data_is_told_in_one_line(config: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr + done.stdout
 
 
-@pytest.mark.parametrize("way", [["training.steps=5"], ["--training.steps", "5"]])
-def test_the_ways_of_other_programs_to_set_a_key(config: Path, way: list[str]) -> None:
-    done = train("--config", str(config), *way)
+@pytest.mark.parametrize("option", [["training.steps=5"], ["--training.steps", "5"]])
+def test_other_ways_to_set_a_key_suggest_the_set_option(config: Path, option: list[str]) -> None:
+    done = train("--config", str(config), *option)
     assert done.returncode == 2
     assert done.stderr.endswith("; did you mean --set training.steps=5?\n")
 
 
-def test_a_file_is_no_folder_of_shards(config: Path, tmp_path: Path) -> None:
+def test_file_as_data_path_is_an_error(config: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.touch()
     done = train("--config", str(config), "--set", f"data.path={text}")
@@ -114,18 +114,18 @@ def test_a_file_is_no_folder_of_shards(config: Path, tmp_path: Path) -> None:
 
 
 def launchers() -> dict[str, tuple[str, ...]]:
-    """Commands that start two processes, of those that are installed beside this Python."""
-    beside = Path(PYTHON).parent
+    """Commands that start two processes, for the launchers installed with this Python."""
+    folder = Path(PYTHON).parent
     known = {
         "torchrun": ("--nproc_per_node", "2", "--master_port", str(free_port()), "--"),
         "deepspeed": ("--num_gpus", "2", "--master_port", str(free_port())),
         "mpirun": ("-n", "2", "--allow-run-as-root", "--oversubscribe", PYTHON),
     }
-    return {k: (str(beside / k), *words) for k, words in known.items() if (beside / k).exists()}
+    return {k: (str(folder / k), *words) for k, words in known.items() if (folder / k).exists()}
 
 
-def test_mpirun_does_not_end_the_first_rank_before_it_has_spoken(config: Path) -> None:
-    """It kills all ranks as soon as one has ended; here the first is two seconds late."""
+def test_error_is_reported_under_mpirun_although_rank_0_is_late(config: Path) -> None:
+    """mpirun kills all ranks as soon as one has exited; here rank 0 is two seconds late."""
     if "mpirun" not in launchers():
         pytest.skip("mpirun is not installed")
     late = '[ "$OMPI_COMM_WORLD_RANK" != 0 ] || sleep 2; exec "$@"'
@@ -136,29 +136,28 @@ def test_mpirun_does_not_end_the_first_rank_before_it_has_spoken(config: Path) -
     assert (done.stdout + done.stderr).count("configuration: ") == 1, done.stdout + done.stderr
 
 
-def test_two_processes_under_every_launcher_stop_and_resume(
+def test_every_launcher_resumes_the_run_of_another(
     worlds: Worlds, config: Path, tmp_path: Path
 ) -> None:
-    """One run, each launcher going on where another stopped: the curve is that of one process.
+    """The curve of two processes, each launcher resuming from another, is that of one process.
 
-    And at wandb, offline, it is one run, with its configuration.
+    In wandb (offline) it is one run, with its configuration.
     """
     run, found = tmp_path / "run", launchers()
     assert {"deepspeed", "torchrun"} <= found.keys()
     common = ["--config", str(config), "--set", "checkpoint.every=2"]
     stops, before = [2, 4, 6] if "mpirun" in found else [2, 6], 0
     for (name, launcher), stop in zip(found.items(), stops, strict=True):
-        place = ("--run", str(run), "--set", "logging.wandb_project=hg", "--stop-at", str(stop))
-        done = train(*common, *place, launcher=launcher)
+        options = ("--run", str(run), "--set", "logging.wandb_project=hg", "--stop-at", str(stop))
+        done = train(*common, *options, launcher=launcher)
         assert done.returncode == 0, name + done.stdout + done.stderr
         assert (f"resumed at step {before} from" in done.stdout) == (before > 0), name
         assert (run / "checkpoints" / "latest").read_text() == f"step-{stop:08}\n"
         before = stop
-    alone = train_in(worlds, 1, tmp_path, *common, "--run", str(tmp_path / "alone"))
-    assert alone.code == 0, alone.told
-    here, there = curve(run), curve(tmp_path / "alone")
-    assert [step for step, _, _ in here] == [1, 2, 3, 4, 5, 6]
-    np.testing.assert_allclose(here, there, rtol=1e-4)
+    single = train_in(worlds, 1, tmp_path, *common, "--run", str(tmp_path / "single"))
+    assert single.code == 0, single.output
+    assert [step for step, _, _ in curve(run)] == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(curve(run), curve(tmp_path / "single"), rtol=1e-4)
     identity = (run / "wandb_id").read_text().strip()
     files = list((run / "wandb").glob("offline-run-*/*.wandb"))
     assert {file.name for file in files} == {f"run-{identity}.wandb"}
@@ -169,8 +168,8 @@ def test_two_processes_under_every_launcher_stop_and_resume(
     held_out = [r for r in records(run) if "validation_bits_per_byte" in r]
     assert held_out[-1]["step"] == 6
     score = tmp_path / "score.json"
-    place = ("--split", "validation", "--windows", "8", "--json", str(score))
-    assert main(["evaluate", str(run), *place]) == 0
+    options = ("--split", "validation", "--windows", "8", "--json", str(score))
+    assert main(["evaluate", str(run), *options]) == 0
     bits = json.loads(score.read_text())["bits_per_byte"]
     assert bits == pytest.approx(held_out[-1]["validation_bits_per_byte"], rel=1e-5)
     resolved = json.loads((run / "config.json").read_text())
@@ -178,4 +177,4 @@ def test_two_processes_under_every_launcher_stop_and_resume(
 
     other = train_in(worlds, 1, tmp_path, *common, "--run", str(run), "--set", "model.d_ff=128")
     assert other.code == 2
-    assert "model.d_ff" in other.told and "checkpoint" in other.told
+    assert "model.d_ff" in other.output and "checkpoint" in other.output

@@ -1,8 +1,8 @@
-"""Worlds of processes for tests: started once, used for many checks of many sizes.
+"""Process groups for tests: the processes start once and serve many jobs of any size.
 
-A job is a function `job(*arguments)` at the top level of a module; it runs on every rank of a
-fresh gloo world and returns something that can be pickled. Importing torch and DeepSpeed costs
-several seconds a process, making a world a few milliseconds.
+A job is a function `job(*arguments)` at the top level of a module; it runs on every rank of a new
+gloo process group and returns a picklable value. Importing torch and DeepSpeed takes several
+seconds per process, creating a process group a few milliseconds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TIMEOUT = 240  # seconds a job may take
 
 
 class Worlds:
-    """A pool of processes out of which worlds are made."""
+    """A pool of processes that form process groups of any size."""
 
     def __init__(self) -> None:
         self._context = mp.get_context("spawn")
@@ -30,7 +30,7 @@ class Worlds:
         self._jobs = 0
 
     def run(self, size: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Run `job(*arguments)` on every rank of a world of `size`; its results by rank."""
+        """Run `job(*arguments)` on every rank of a group of `size`; return its results by rank."""
         while len(self._workers) < size:
             inbox = self._context.Queue()
             process = self._context.Process(target=_serve, args=(inbox, self._results), daemon=True)
@@ -48,13 +48,13 @@ class Worlds:
                 self.close()
                 raise TimeoutError(f"{job.__name__}: ranks {sorted(results)} of {size}") from None
             if error:
-                self.close()  # the others may wait for it forever
+                self.close()  # the other ranks may wait for this one forever
                 raise AssertionError(f"rank {rank} of {size} in {job.__name__}:\n{error}")
             results[rank] = value
         return [results[rank] for rank in range(size)]
 
     def close(self) -> None:
-        """End all processes; the next run starts new ones."""
+        """Kill all processes; the next run starts new ones."""
         for process, _ in self._workers:
             process.kill()
             process.join()
@@ -91,12 +91,12 @@ def _run(rank: int, size: int, store: str, job: Callable[..., Any], arguments: A
 
     linear = torch.nn.functional.linear
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    groups.mpu = None  # DeepSpeed remembers the last engine's
+    groups.mpu = None  # DeepSpeed keeps that of the last engine
     try:
-        with open(os.devnull, "w") as nowhere:
+        with open(os.devnull, "w") as devnull:
             from contextlib import redirect_stdout
 
-            with redirect_stdout(nowhere):  # DeepSpeed prints its configuration
+            with redirect_stdout(devnull):  # DeepSpeed prints its configuration
                 return job(*arguments)
     finally:
         from hg_scale.parallel.mesh import forget_groups
@@ -106,11 +106,11 @@ def _run(rank: int, size: int, store: str, job: Callable[..., Any], arguments: A
             deepspeed.comm.destroy_process_group()
         elif dist.is_initialized():
             dist.destroy_process_group()
-        else:  # the job took it down, as `train.py` does at its end
+        else:  # the job destroyed it, as `train.py` does at its end
             groups._release_process_group_references(group=None)
-        # ZeRO-3 replaces it for good; ranks with and without it reduce gradients in other orders.
+        # ZeRO-3 replaces it permanently; with and without it gradients are reduced in other orders.
         torch.nn.functional.linear = linear
-        # It numbers parameters and modules since the process began, and compares the numbers.
+        # DeepSpeed numbers parameters and modules per process, and compares them between ranks.
         Init.param_id = 0
         count: Any = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
         count[0][0] = 0

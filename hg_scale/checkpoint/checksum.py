@@ -1,8 +1,7 @@
-"""Whether the bytes of a checkpoint are still those that were written.
+"""Checksums of the files of a checkpoint, written as `ALGORITHM:HEX` (`xxh3_128:0f3a...`).
 
-A checksum names its algorithm: `xxh3_128:HEX`. It has to show accidents, not to resist somebody who
-makes two files alike, so it is of the fast kind: sha256 takes more processor time than writing,
-and takes it from training.
+They detect accidental corruption, not forgery, so a fast non-cryptographic hash is used: sha256
+takes more CPU time than the write itself, and takes it from training.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ import xxhash
 from hg_scale.checkpoint.jobs import ProgressReporter, run_jobs
 
 ALGORITHM = "xxh3_128"
-CHANGED = "changed since it was written (checksum differs)"
+CHECKSUM_MISMATCH = "changed since it was written (checksum differs)"
 
 
 class Digest(Protocol):
-    """As hashlib's."""
+    """The interface of hashlib's hash objects."""
 
     def update(self, data: Any, /) -> None: ...
 
@@ -36,18 +35,18 @@ ALGORITHMS: dict[str, Callable[[], Digest]] = {
 
 
 def new_digest() -> Digest:
-    """Of what is being written; `checksum_text` gives its checksum."""
+    """Return an empty digest of the current algorithm; `format_checksum` reads it."""
     return ALGORITHMS[ALGORITHM]()
 
 
-def checksum_text(digest: Digest) -> str:
-    """The checksum of all that a `new_digest` has been updated with."""
+def format_checksum(digest: Digest) -> str:
+    """Return the checksum of everything that a `new_digest` was updated with."""
     return f"{ALGORITHM}:{digest.hexdigest()}"
 
 
 @dataclass(frozen=True)
-class Checksum:
-    """The checksum of a file of `folder`; sent to the workers. Raises OSError."""
+class ComputeChecksum:
+    """Job: compute the checksum of a file of `folder`. Raises OSError."""
 
     folder: Path
 
@@ -58,23 +57,23 @@ class Checksum:
 
 
 @dataclass(frozen=True)
-class Changed:
-    """Whether a file of `folder` has another checksum than its entry in the manifest."""
+class CompareChecksum:
+    """Job: return whether a file of `folder` still has the checksum of its manifest entry."""
 
     folder: Path
 
     def __call__(self, entry: dict[str, Any]) -> bool:
         algorithm, _, _ = entry["checksum"].partition(":")
-        return Checksum(self.folder)(entry["name"], algorithm) != entry["checksum"]
+        return ComputeChecksum(self.folder)(entry["name"], algorithm) == entry["checksum"]
 
 
-def changed_files(
+def corrupt_files(
     checkpoint: Path, files: Sequence[dict[str, Any]], workers: int, report: ProgressReporter
 ) -> Iterator[str]:
-    """One line for each file of a manifest whose bytes are not those that were written."""
+    """Yield one line for each file of a manifest whose checksum differs."""
     entries = [{key: file[key] for key in ("name", "bytes", "checksum")} for file in files]
     report.begin("checksums", sum(entry["bytes"] for entry in entries))
-    for entry, changed in run_jobs(Changed(checkpoint), entries, workers):
+    for entry, unchanged in run_jobs(CompareChecksum(checkpoint), entries, workers):
         report.advance(entry["bytes"])
-        if changed:
-            yield f"{checkpoint / entry['name']}: {CHANGED}"
+        if not unchanged:
+            yield f"{checkpoint / entry['name']}: {CHECKSUM_MISMATCH}"

@@ -1,11 +1,11 @@
-"""Fragments: which elements of which parameter a rank holds, and how to assemble them.
+"""Fragments: which elements of which parameter a rank holds, and how to reshard them.
 
-A parameter has a canonical name and a whole shape. Tensor parallelism cuts it along one dimension
-into equal slices; ZeRO cuts a slice, laid flat, anywhere. A fragment is such a flat piece of such
-a slice. Where its elements lie in the whole parameter follows from these numbers alone, so what
-one layout wrote, any other can read:
+A parameter has a name and an unsharded shape. Tensor parallelism divides it along one dimension
+into equal slices; ZeRO divides a flattened slice at any element. A fragment is such a flat range of
+such a slice. The position of its elements in the unsharded parameter follows from these numbers
+alone, so any layout can read what another wrote:
 
-    whole (rows, columns)      slice 1 of 2      fragment [start, start + length) of it
+    unsharded (rows, columns)  slice 1 of 2      fragment [start, start + length) of it
     . . . . o o o o            o o o o           . . x x
     . . . . o o o o            o o o o           x x x x
     . . . . o o o o            o o o o           x . . .
@@ -28,15 +28,16 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
-"""The fp32 master of a parameter, and Adam's first and second moment of its gradient."""
+"""The fp32 master weights of a parameter, and Adam's first and second moment."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Which part of which parameter a rank holds: `index` of `count` equal slices along `dim`.
+    """The part of a parameter that a tensor-parallel rank holds.
 
-    `shape` is the whole parameter's. `dim` is None where tensor parallelism does not cut it.
-    Raises ValueError where there is no such slice.
+    It is the `index`-th of `count` equal slices along `dim`; `dim` is None if tensor parallelism
+    does not shard the parameter. `shape` is the unsharded shape. Raises ValueError if there is no
+    such slice.
     """
 
     name: str
@@ -49,8 +50,8 @@ class Slice:
         if self.dim is None:
             legal = (self.index, self.count) == (0, 1)
         else:
-            there = 0 <= self.dim < len(self.shape) and 0 <= self.index < self.count
-            legal = there and self.shape[self.dim] % self.count == 0
+            legal = 0 <= self.dim < len(self.shape) and 0 <= self.index < self.count
+            legal = legal and self.shape[self.dim] % self.count == 0
         if not legal:
             raise ValueError(
                 f"{self.name}: no slice {self.index} of {self.count} along dimension {self.dim} "
@@ -59,13 +60,13 @@ class Slice:
 
     @property
     def size(self) -> int:
-        """Elements of the slice."""
+        """Number of elements of the slice."""
         return prod(self.shape) // self.count
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, start + length) of a slice, laid flat in row-major order."""
+    """Elements [start, start + length) of a slice, flattened in row-major order."""
 
     slice: Slice
     start: int
@@ -73,11 +74,11 @@ class Fragment:
 
     @property
     def end(self) -> int:
-        """One past its last element."""
+        """One past the last element."""
         return self.start + self.length
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """Return the fragment as an entry of the manifest."""
         piece = self.slice
         return {
             "name": piece.name,
@@ -91,16 +92,17 @@ class Fragment:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Fragment:
-        """The inverse of `to_json`."""
+        """Parse an entry of the manifest. Raises ValueError if there is no such slice."""
         piece = Slice(data["name"], tuple(data["shape"]), data["dim"], data["index"], data["count"])
         return cls(piece, data["start"], data["length"])
 
 
 @dataclass(frozen=True)
 class _Rectangle:
-    """A fragment's elements that are rows x columns of the whole parameter, seen as a matrix.
+    """Elements of a fragment that are a block of the unsharded parameter, seen as a matrix.
 
-    `offset` is where the first one lies in the fragment, `stride` how far it is to the next row.
+    The block is rows [top, bottom) by columns [left, right). `offset` is the position of its first
+    element in the fragment, `stride` the distance from one row to the next in the fragment.
     """
 
     top: int
@@ -111,27 +113,28 @@ class _Rectangle:
     stride: int
 
     def view(self, data: Array, rows: slice, columns: slice, origin: int = 0) -> Array:
-        """Those elements of the fragment (`data` begins with its `origin`-th), as a matrix."""
+        """View part of the block as a matrix. `data`: the fragment from element `origin` on."""
         (step,) = data.strides
         return as_strided(
-            data[self.at(rows.start, columns.start) - origin :],
+            data[self.position(rows.start, columns.start) - origin :],
             (rows.stop - rows.start, columns.stop - columns.start),
             (self.stride * step, step),
         )
 
     def span(self, rows: slice, columns: slice) -> tuple[int, int]:
-        """The stretch of the fragment that has those elements: (begin, end)."""
-        return self.at(rows.start, columns.start), self.at(rows.stop - 1, columns.stop - 1) + 1
+        """Return the range (begin, end) of the fragment that contains part of the block."""
+        end = self.position(rows.stop - 1, columns.stop - 1) + 1
+        return self.position(rows.start, columns.start), end
 
-    def at(self, row: int, column: int) -> int:
-        """Where an element lies in the fragment."""
+    def position(self, row: int, column: int) -> int:
+        """Return the position of an element in the fragment."""
         return self.offset + (row - self.top) * self.stride + column - self.left
 
 
 def _rectangles(fragment: Fragment, dim: int) -> Iterator[_Rectangle]:
-    """At most three: the rest of a row, whole rows, the beginning of a row.
+    """Divide a fragment into at most three blocks: end of a row, full rows, start of a row.
 
-    The matrix has the dimensions before `dim` as its rows, `dim` and those after as its columns.
+    The rows of the matrix are the dimensions before `dim`, its columns `dim` and those after.
     """
     piece = fragment.slice
     width = prod(piece.shape[dim:]) // piece.count
@@ -142,66 +145,68 @@ def _rectangles(fragment: Fragment, dim: int) -> Iterator[_Rectangle]:
         rows = (fragment.end - position) // width
         if column or not rows:
             stop = min(width, column + fragment.end - position)
-            rows, taken = 1, stop - column
+            rows, size = 1, stop - column
         else:
-            stop, taken = width, rows * width
+            stop, size = width, rows * width
         offset = position - fragment.start
         yield _Rectangle(row, row + rows, first + column, first + stop, offset, width)
-        position += taken
+        position += size
 
 
 def assemble(
-    wanted: Fragment,
-    written: Iterable[Fragment],
-    piece: Callable[[Fragment, int, int], Array],
+    target: Fragment,
+    sources: Iterable[Fragment],
+    read: Callable[[Fragment, int, int], Array],
 ) -> Array:
-    """The elements of `wanted`, flat, out of fragments that any layout wrote.
+    """Return the elements of `target`, flat, from the fragments that another layout wrote.
 
-    `piece(fragment, a, b)` gives elements [a, b) of a written fragment. Raises ValueError naming
-    the parameter where shapes or cuts do not fit, or elements are missing. That none is there
-    twice, instead of another, is for `cover_problems` to say.
+    read(fragment, begin, end) returns elements [begin, end) of a source. Raises ValueError naming
+    the parameter if shapes or slices do not fit, or elements are missing. Duplicates that make up
+    for missing elements are not detected here but by `coverage_problems`.
     """
-    result = np.empty(wanted.length, np.float32)
+    result = np.empty(target.length, np.float32)
     found = 0
-    for fragment in written:
-        for target, source, rows, columns in _overlaps(wanted, fragment):
+    for fragment in sources:
+        for to, source, rows, columns in _overlaps(target, fragment):
             begin, end = source.span(rows, columns)
-            data = piece(fragment, begin, end)
-            target.view(result, rows, columns)[:] = source.view(data, rows, columns, begin)
+            data = read(fragment, begin, end)
+            to.view(result, rows, columns)[:] = source.view(data, rows, columns, begin)
             found += (rows.stop - rows.start) * (columns.stop - columns.start)
-    if found != wanted.length:
+    if found != target.length:
         raise ValueError(
-            f"{wanted.slice.name}: {found:,} elements are there of the {wanted.length:,} that "
-            "this rank needs; use another checkpoint"
+            f"{target.slice.name}: the checkpoint has {found:,} of the {target.length:,} elements "
+            "that this rank needs; use another checkpoint"
         )
     return result
 
 
-def spans(wanted: Fragment, written: Iterable[Fragment]) -> Iterator[tuple[Fragment, int, int]]:
-    """What `assemble` will ask for: (written fragment, begin, end).
+def source_ranges(
+    target: Fragment, sources: Iterable[Fragment]
+) -> Iterator[tuple[Fragment, int, int]]:
+    """Yield the (source, begin, end) that `assemble` will read.
 
-    Raises ValueError naming the parameter where shapes or cuts do not fit.
+    Raises ValueError naming the parameter if shapes or slices do not fit.
     """
-    for fragment in written:
-        for _, source, rows, columns in _overlaps(wanted, fragment):
+    for fragment in sources:
+        for _, source, rows, columns in _overlaps(target, fragment):
             yield fragment, *source.span(rows, columns)
 
 
 def _overlaps(
-    wanted: Fragment, fragment: Fragment
+    target: Fragment, source: Fragment
 ) -> Iterator[tuple[_Rectangle, _Rectangle, slice, slice]]:
-    """Rows and columns that a rectangle of one and a rectangle of the other have in common."""
-    dim = _common_dimension(fragment.slice, wanted.slice)
-    for target in _rectangles(wanted, dim):
-        for source in _rectangles(fragment, dim):
-            rows = slice(max(target.top, source.top), min(target.bottom, source.bottom))
-            columns = slice(max(target.left, source.left), min(target.right, source.right))
+    """Yield the blocks of both fragments that overlap, with their common rows and columns."""
+    dim = _common_dimension(source.slice, target.slice)
+    for to in _rectangles(target, dim):
+        for block in _rectangles(source, dim):
+            rows = slice(max(to.top, block.top), min(to.bottom, block.bottom))
+            columns = slice(max(to.left, block.left), min(to.right, block.right))
             if rows.start < rows.stop and columns.start < columns.stop:
-                yield target, source, rows, columns
+                yield to, block, rows, columns
 
 
 def _common_dimension(source: Slice, target: Slice) -> int:
-    """The dimension along which either is cut."""
+    """Return the dimension along which either is sharded."""
     if (source.name, source.shape) != (target.name, target.shape):
         raise ValueError(
             f"{target.name}: shape {source.shape} in the checkpoint, the model needs {target.shape}"
@@ -209,30 +214,30 @@ def _common_dimension(source: Slice, target: Slice) -> int:
     dims = {piece.dim for piece in (source, target) if piece.count > 1 and piece.dim is not None}
     if len(dims) > 1:
         raise ValueError(
-            f"{target.name}: cut along dimension {source.dim} in the checkpoint, along "
+            f"{target.name}: sharded along dimension {source.dim} in the checkpoint, along "
             f"{target.dim} in the model; read it with parallel.tensor = 1"
         )
     return dims.pop() if dims else 0
 
 
-def cover_problems(written: Iterable[Fragment]) -> list[str]:
-    """One line for each slice whose elements are not covered exactly once."""
-    parameters: dict[str, list[Fragment]] = defaultdict(list)
-    for fragment in written:
-        parameters[fragment.slice.name].append(fragment)
+def coverage_problems(fragments: Iterable[Fragment]) -> list[str]:
+    """Return one line for each slice whose elements are not covered exactly once."""
+    by_name: dict[str, list[Fragment]] = defaultdict(list)
+    for fragment in fragments:
+        by_name[fragment.slice.name].append(fragment)
     problems = []
-    for name, fragments in parameters.items():
-        first = fragments[0].slice
-        if any((f.slice.shape, f.slice.count) != (first.shape, first.count) for f in fragments):
-            problems.append(f"{name}: its fragments disagree on the whole shape or the cut")
+    for name, parts in by_name.items():
+        first = parts[0].slice
+        if any((f.slice.shape, f.slice.count) != (first.shape, first.count) for f in parts):
+            problems.append(f"{name}: its fragments disagree on shape or number of slices")
             continue
         for index in range(first.count):
-            here = sorted((f.start, f.end) for f in fragments if f.slice.index == index)
-            ends = [0, *(end for _, end in here)]
-            starts = [*(start for start, _ in here), first.size]
+            ranges = sorted((f.start, f.end) for f in parts if f.slice.index == index)
+            ends = [0, *(end for _, end in ranges)]
+            starts = [*(start for start, _ in ranges), first.size]
             if ends != starts:
                 problems.append(
                     f"{name}: slice {index} of {first.count}, of {first.size:,} elements, is "
-                    f"covered by {here}"
+                    f"covered by {ranges}"
                 )
     return problems

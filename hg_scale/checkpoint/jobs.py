@@ -1,4 +1,4 @@
-"""Work on many tensors: in this process, or spread over several."""
+"""Map a function over many tensors or files, in this process or in a pool of processes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hg_scale.checkpoint.errors import CheckpointError
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-_AHEAD = 4  # items handed to each process before the first result is asked for
+_QUEUED = 4  # items submitted per process before the first result is awaited
 
 
 class ProgressReporter(Protocol):
-    """Where progress goes; `hg_scale.data.progress.ProgressBar` is one."""
+    """Receives progress; `hg_scale.data.progress.ProgressBar` implements it."""
 
     def begin(self, what: str, total: int | None) -> None: ...
 
@@ -28,25 +28,25 @@ class ProgressReporter(Protocol):
 def run_jobs(
     work: Callable[[_Item], _Result], items: Iterable[_Item], workers: int = 1
 ) -> Iterator[tuple[_Item, _Result]]:
-    """Each item with what `work` makes of it, in order; `work` is sent to every process once.
+    """Yield (item, work(item)) in order. `work` is pickled once per process, not per item.
 
-    Raises what `work` raises, CheckpointError where a process dies.
+    Raises what `work` raises, and CheckpointError if a process dies.
     """
     if workers <= 1:
         for item in items:
             yield item, work(item)
         return
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(work,)
+        workers, multiprocessing.get_context("spawn"), initializer=_init_worker, initargs=(work,)
     )
-    waiting: deque[tuple[_Item, Future[_Result]]] = deque()
+    pending: deque[tuple[_Item, Future[_Result]]] = deque()
     try:
         for item in items:
-            waiting.append((item, pool.submit(_run, item)))
-            if len(waiting) >= _AHEAD * workers:
-                yield _first(waiting)
-        while waiting:
-            yield _first(waiting)
+            pending.append((item, pool.submit(_run, item)))
+            if len(pending) >= _QUEUED * workers:
+                yield _pop_result(pending)
+        while pending:
+            yield _pop_result(pending)
     except BrokenProcessPool:
         raise CheckpointError(
             "a worker process died (out of memory?); try again with fewer --workers"
@@ -55,20 +55,20 @@ def run_jobs(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _first(waiting: deque[tuple[_Item, Future[_Result]]]) -> tuple[_Item, _Result]:
-    item, future = waiting.popleft()
+def _pop_result(pending: deque[tuple[_Item, Future[_Result]]]) -> tuple[_Item, _Result]:
+    item, future = pending.popleft()
     return item, future.result()
 
 
 _work: Callable[[Any], Any]
 
 
-def _begin(work: Callable[[Any], Any]) -> None:
+def _init_worker(work: Callable[[Any], Any]) -> None:
     import torch
 
     global _work
     _work = work
-    torch.set_num_threads(1)  # the processes are what runs in parallel
+    torch.set_num_threads(1)  # parallelism comes from the processes
 
 
 def _run(item: Any) -> Any:

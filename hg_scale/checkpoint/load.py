@@ -1,164 +1,127 @@
-"""Reading: the elements a rank needs, whatever layout wrote them, memory-mapped."""
+"""Read the parameters and optimizer states of a checkpoint, whichever layout wrote it."""
 
 from __future__ import annotations
 
-import json
-import mmap
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.find import damage, read_manifest
+from hg_scale.checkpoint.find import verify_sizes
 from hg_scale.checkpoint.fragments import (
     Array,
     Fragment,
     Slice,
     assemble,
-    cover_problems,
-    spans,
+    coverage_problems,
+    source_ranges,
 )
+from hg_scale.checkpoint.manifest import read_manifest
+from hg_scale.checkpoint.safetensors_file import MappedSafetensors
 
-_FLOAT = 4  # bytes
-_GAP = 1 << 20  # bytes; stretches of a file that are nearer than this are read as one
+_FP32_BYTES = 4
+_MAX_GAP = 1 << 20  # bytes; ranges of a file that are closer than this are read as one
 
 
 class CheckpointReader:
-    """A checkpoint open for reading. Needs neither DeepSpeed nor a process group.
+    """A checkpoint open for reading, memory-mapped. Needs neither DeepSpeed nor a process group.
 
-    Raises CheckpointError where the checkpoint is not whole.
+    Raises CheckpointError if the checkpoint is incomplete.
     """
 
     def __init__(self, checkpoint: Path) -> None:
         self.path = checkpoint
         self.manifest: dict[str, Any] = read_manifest(checkpoint)
-        fault = damage(checkpoint)
-        if fault:
-            raise CheckpointError(f"{checkpoint}: {fault}")
-        self._files: dict[str, _MappedFile] = {}
-        self._place: dict[Fragment, tuple[str, int]] = {}
-        self._covered: set[str] = set()  # names whose fragments were looked at
-        self.written: dict[str, list[Fragment]] = defaultdict(list)
+        if problem := verify_sizes(checkpoint):
+            raise CheckpointError(f"{checkpoint}: {problem}")
+        self._files: dict[str, MappedSafetensors] = {}
+        self._locations: dict[Fragment, tuple[str, int]] = {}  # file, number in the file
+        self._verified: set[str] = set()  # parameters whose coverage was verified
+        self.fragments: dict[str, list[Fragment]] = defaultdict(list)  # by parameter
         for file in self.manifest["files"]:
             for number, data in enumerate(file["fragments"]):
                 try:
                     fragment = Fragment.from_json(data)
                 except ValueError as error:
                     raise CheckpointError(f"{checkpoint}: {file['name']}: {error}") from None
-                self._place[fragment] = (file["name"], number)
-                self.written[fragment.slice.name].append(fragment)
+                self._locations[fragment] = (file["name"], number)
+                self.fragments[fragment.slice.name].append(fragment)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every parameter's whole shape."""
-        return {name: fragments[0].slice.shape for name, fragments in self.written.items()}
+        """The unsharded shape of every parameter."""
+        return {name: fragments[0].slice.shape for name, fragments in self.fragments.items()}
 
-    def read(self, kind: str, wanted: Fragment) -> Tensor:
-        """Flat fp32 elements. Raises CheckpointError where the checkpoint lacks them."""
+    def read(self, kind: str, target: Fragment) -> Tensor:
+        """Return the elements of a fragment, flat, in fp32. kind: one of `fragments.KINDS`.
 
-        def piece(fragment: Fragment, a: int, b: int) -> Array:
-            name, number = self._place[fragment]
-            return self._open(name).tensor(f"{number}.{kind}", fragment.length)[a:b]
+        Raises CheckpointError if the checkpoint lacks them.
+        """
 
-        written = self.written.get(wanted.slice.name, [])
-        if written and written[0].slice.shape != wanted.slice.shape:
+        def read_range(fragment: Fragment, begin: int, end: int) -> Array:
+            name, number = self._locations[fragment]
+            return self._open(name).tensor(f"{number}.{kind}", fragment.length)[begin:end]
+
+        fragments = self.fragments.get(target.slice.name, [])
+        if fragments and fragments[0].slice.shape != target.slice.shape:
             raise CheckpointError(
-                f"{self.path}: {wanted.slice.name} has shape {written[0].slice.shape}, the model "
-                f"needs {wanted.slice.shape}"
+                f"{self.path}: {target.slice.name} has shape {fragments[0].slice.shape}, the model "
+                f"needs {target.slice.shape}"
             )
         try:
-            self._require_cover(wanted.slice.name, written)
-            return torch.from_numpy(assemble(wanted, written, piece))
+            self._verify_coverage(target.slice.name, fragments)
+            return torch.from_numpy(assemble(target, fragments, read_range))
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {kind} of {error}") from None
 
-    def _require_cover(self, name: str, written: list[Fragment]) -> None:
-        """Raise ValueError where elements are missing or there twice; looked at once a name."""
-        if name not in self._covered:
-            if problems := cover_problems(written):
+    def _verify_coverage(self, name: str, fragments: list[Fragment]) -> None:
+        """Raise ValueError unless every element is stored exactly once; verified once per name."""
+        if name not in self._verified:
+            if problems := coverage_problems(fragments):
                 raise ValueError(problems[0])
-            self._covered.add(name)
+            self._verified.add(name)
 
     def prefetch(self, needed: Iterable[tuple[str, Fragment]]) -> int:
-        """Have the system read ahead what `read` will be asked for, in long stretches of files.
+        """Have the kernel read ahead what `read(kind, fragment)` will need, in long ranges.
 
-        Returns the bytes of these. Raises CheckpointError as `read` does.
+        Returns the number of bytes. Raises CheckpointError as `read` does.
         """
-        stretches: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        for kind, wanted in needed:
+        by_file: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        for kind, target in needed:
             try:
-                found = list(spans(wanted, self.written.get(wanted.slice.name, [])))
+                found = list(source_ranges(target, self.fragments.get(target.slice.name, [])))
             except ValueError as error:
                 raise CheckpointError(f"{self.path}: {kind} of {error}") from None
             for fragment, begin, end in found:
-                name, number = self._place[fragment]
+                name, number = self._locations[fragment]
                 first = self._open(name).offset(f"{number}.{kind}", fragment.length)
-                stretches[name].append((first + begin * _FLOAT, first + end * _FLOAT))
+                by_file[name].append((first + begin * _FP32_BYTES, first + end * _FP32_BYTES))
         total = 0
-        for name, pieces in stretches.items():
-            for begin, end in merged(pieces, _GAP):
-                self._open(name).will_need(begin, end)
+        for name, ranges in by_file.items():
+            for begin, end in merge_ranges(ranges, _MAX_GAP):
+                self._open(name).prefetch(begin, end)
                 total += end - begin
         return total
 
-    def whole(self, name: str, kind: str = "fp32") -> Tensor:
-        """One parameter, whole."""
+    def full_tensor(self, name: str, kind: str = "fp32") -> Tensor:
+        """Return an unsharded parameter, or a moment of it, in fp32."""
         piece = Slice(name, self.shapes[name])
         return self.read(kind, Fragment(piece, 0, piece.size)).view(piece.shape)
 
-    def _open(self, name: str) -> _MappedFile:
+    def _open(self, name: str) -> MappedSafetensors:
         if name not in self._files:
-            self._files[name] = _MappedFile(self.path / name)
+            self._files[name] = MappedSafetensors(self.path / name)
         return self._files[name]
 
 
-class _MappedFile:
-    """A safetensors file of flat fp32 tensors in memory; pages are read when they are looked at."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._begin = 8 + int.from_bytes(self._map[:8], "little")
-            self._entries = json.loads(self._map[8 : self._begin])
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from None
-
-    def tensor(self, name: str, length: int) -> Array:
-        """A view of the file."""
-        return np.frombuffer(self._map, np.float32, length, self.offset(name, length))
-
-    def offset(self, name: str, length: int) -> int:
-        """Where in the file a tensor of `length` elements begins, in bytes.
-
-        Raises CheckpointError where there is none of that name and length.
-        """
-        entry = self._entries.get(name, {})
-        begin, end = entry.get("data_offsets", (0, 0))
-        there = entry.get("dtype") == "F32" and end - begin == length * _FLOAT
-        if not there or not 0 <= begin <= end <= len(self._map) - self._begin:
-            raise CheckpointError(
-                f"{self._path}: has no {name} of {length} fp32 elements; use another checkpoint"
-            )
-        return self._begin + begin
-
-    def will_need(self, begin: int, end: int) -> None:
-        """Have bytes [begin, end) read in the background."""
-        begin -= begin % mmap.PAGESIZE
-        if hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_WILLNEED, begin, end - begin)
-
-
-def merged(pieces: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
-    """Ranges (begin, end) in order, those that are at most `gap` apart as one."""
+def merge_ranges(ranges: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
+    """Sort (begin, end) ranges and merge those that are at most `gap` apart."""
     result: list[tuple[int, int]] = []
-    for begin, end in sorted(pieces):
+    for begin, end in sorted(ranges):
         if result and begin - result[-1][1] <= gap:
             result[-1] = result[-1][0], max(end, result[-1][1])
         else:
@@ -167,7 +130,7 @@ def merged(pieces: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]
 
 
 def read_parameters(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter by name, whole, in fp32, one at a time: for a plain model."""
+    """Yield (name, unsharded fp32 tensor) of every parameter, one at a time."""
     reader = CheckpointReader(checkpoint)
-    for name in reader.written:
-        yield name, reader.whole(name)
+    for name in reader.fragments:
+        yield name, reader.full_tensor(name)

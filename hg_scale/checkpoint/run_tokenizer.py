@@ -1,4 +1,4 @@
-"""The tokenizer of a run, kept in its folder: its checkpoints are of use without the corpus."""
+"""The tokenizer in a run folder: a run's checkpoints can be used without its corpus."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from hg_scale.data.tokenizer import (
 )
 
 
-def keep_tokenizer(run: Path, tokenizer: Tokenizer) -> None:
-    """Write it into a run's folder, where it needs a file. Raises OSError."""
+def save_run_tokenizer(run: Path, tokenizer: Tokenizer) -> None:
+    """Write the tokenizer's model file, if it has one, into a run folder. Raises OSError."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         (run / MODEL_FILE).write_bytes(tokenizer.model)
 
 
-def kept_tokenizer(checkpoint: Path, identity: dict[str, Any] | None) -> Tokenizer | None:
-    """The one that the manifest of `RUN/checkpoints/step-N` names, where it is at hand.
+def load_run_tokenizer(checkpoint: Path, identity: dict[str, Any] | None) -> Tokenizer | None:
+    """Load the tokenizer with this identity from the run folder of `RUN/checkpoints/step-N`.
 
-    Bytes without an end of documents are left out: they may be images, which need their index.
-    Raises DataError where the file is of another tokenizer.
+    Returns None if it is not available, and for bytes without an end-of-document id: these may be
+    images, which need their index. Raises DataError if the file is of another tokenizer.
     """
     if not identity:
         return None
-    known = TokenizerIdentity.model_validate(identity)
-    if known.sha256 is None:
-        return load_tokenizer(known) if known.eod is not None else None
+    expected = TokenizerIdentity.model_validate(identity)
+    if expected.sha256 is None:
+        return load_tokenizer(expected) if expected.eod is not None else None
     file = checkpoint.resolve().parent.parent / MODEL_FILE
-    return load_tokenizer(known, file.read_bytes()) if file.is_file() else None
+    return load_tokenizer(expected, file.read_bytes()) if file.is_file() else None

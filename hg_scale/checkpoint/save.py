@@ -1,8 +1,8 @@
-"""Writing: each rank its own file, then a manifest, last.
+"""Write a checkpoint: each rank its own file, then rank 0 the manifest.
 
-The folder is made under a temporary name and renamed when every rank has confirmed what it wrote,
-so a crash at any moment leaves the older checkpoints and no half one. A rank that fails (a full
-disk) tells the others: all give this save up together.
+The folder has a temporary name until every rank has confirmed its file, and is then renamed. A
+crash at any moment leaves the older checkpoints and no partial one. If a rank fails (a full disk),
+all ranks abandon the save together.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from hg_scale.checkpoint.deepspeed_state import LocalState
+from hg_scale.atomic_write import sync_path, write_durable
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.find import MANIFEST, folder_name
-from hg_scale.checkpoint.fragments import Fragment, cover_problems
-from hg_scale.checkpoint.rank_file import Staged, gather, write_rank_file
-from hg_scale.checkpoint.retention import Keep, prune, remove_leftovers
-from hg_scale.checkpoint.versions import CHECKPOINT_VERSION, seal
-from hg_scale.convert.output import sync_path
+from hg_scale.checkpoint.find import folder_name
+from hg_scale.checkpoint.fragments import Fragment, coverage_problems
+from hg_scale.checkpoint.manifest import CHECKPOINT_VERSION, MANIFEST, seal
+from hg_scale.checkpoint.rank_file import LocalState, Staged, stage, write_rank_file
+from hg_scale.checkpoint.retention import RetentionPolicy, prune, remove_leftovers
 from hg_scale.errors import UserError
 
 _T = TypeVar("_T")
 Group = dist.ProcessGroup | None
 
 
-def save(
+def save_checkpoint(
     folder: Path,
     step: int,
     states: Iterable[LocalState],
     meta: dict[str, Any],
     names: Collection[str] = (),
 ) -> Path:
-    """Write a checkpoint of `step` from all ranks; `meta` goes into the manifest as it stands.
+    """Write the checkpoint of `step` from all ranks. A collective.
 
-    `states` are those fragments that this rank is to write. Raises CheckpointError on every rank
-    where one of them failed; older checkpoints are left as they are.
+    states: the fragments that this rank writes; meta: further keys of the manifest; names: see
+    `write_checkpoint`. Raises CheckpointError on every rank if one of them fails; older checkpoints
+    are left as they are.
     """
-    return write_checkpoint(folder, step, lambda: gather(states), meta, names=names)
+    return write_checkpoint(folder, step, lambda: stage(states), meta, names=names)
 
 
 def write_checkpoint(
@@ -52,18 +52,18 @@ def write_checkpoint(
     staged: Callable[[], Staged],
     meta: dict[str, Any],
     group: Group = None,
-    keep: Keep = Keep(),  # noqa: B008  # frozen
-    damaged: Collection[Path] = (),
+    retention: RetentionPolicy = RetentionPolicy(),  # noqa: B008  # frozen
+    corrupt: Collection[Path] = (),
     warn: Callable[[str], None] = lambda _: None,
     permit: Callable[[], None] = lambda: None,
     names: Collection[str] = (),
 ) -> Path:
-    """As `save`, over a process group of all ranks.
+    """As `save_checkpoint`, over a process group of all ranks, with retention.
 
-    `staged` gives what this rank writes, or raises what kept it; `permit` raises on rank 0 what
-    forbids to write to the folder at all. `names` are the parameters that all ranks together have
-    to write. Once the checkpoint is there, `latest` names it and what it supersedes is removed
-    (`retention.prune`); rank 0 warns where these fail.
+    staged: returns what this rank writes, or raises why it cannot. permit: called on rank 0 before
+    anything is written; raises if the folder may not be written to. names: the parameters that all
+    ranks together must have written. Once the checkpoint is renamed into place, `latest` names it
+    and older ones are removed (`retention.prune`, with `corrupt`); rank 0 warns if these fail.
     """
     rank = dist.get_rank()
     final = folder / folder_name(step)
@@ -84,44 +84,45 @@ def write_checkpoint(
     def commit() -> None:
         if rank == 0:
             _write_manifest(temporary, step, entries, meta, names)
-            _put_in_place(temporary, final)
+            _rename_into_place(temporary, final)
 
     try:
-        _agree(prepare, "prepare the folder", group)
-        entry = _agree(write, "write its file", group)
+        _run_on_all_ranks(prepare, "prepare the folder", group)
+        entry = _run_on_all_ranks(write, "write its file", group)
         entries: list[Any] = [None] * dist.get_world_size()
         dist.gather_object(entry, entries if rank == 0 else None, group=group)
-        _agree(commit, "finish the manifest", group)
+        _run_on_all_ranks(commit, "finish the manifest", group)
     except CheckpointError:
-        if rank == 0:  # every rank is through with it
+        if rank == 0:  # no rank writes to it any more
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if rank == 0:
         try:
-            _replace(folder / "latest", final.name + "\n")
-            sync_path(folder)  # before what the older `latest` named may go
-        except OSError as error:  # what it names must stay, too
+            # Durable before the checkpoint that the older `latest` names is removed.
+            write_durable(folder / "latest", final.name + "\n")
+        except OSError as error:  # nothing is removed: `latest` may still name an older one
             warn(f"{folder / 'latest'} does not name {final.name}: {error.strerror}")
         else:
-            for fault in prune(folder, step, keep, damaged):
-                warn(fault)
+            for problem in prune(folder, step, retention, corrupt):
+                warn(problem)
     return final
 
 
-def _agree(work: Callable[[], _T], what: str, group: Group) -> _T:
-    """Do something on each rank; where any fails, all raise, naming it."""
-    result, fault = None, None
+def _run_on_all_ranks(work: Callable[[], _T], what: str, group: Group) -> _T:
+    """Run `work` on each rank; if it fails on any, raise CheckpointError naming it on all."""
+    result, error_line = None, None
     try:
         result = work()
     except OSError as error:
-        fault = (error.strerror or str(error)) + (f" ({error.filename})" if error.filename else "")
+        error_line = error.strerror or str(error)
+        error_line += f" ({error.filename})" if error.filename else ""
     except UserError as error:
-        fault = str(error)
+        error_line = str(error)
     except Exception as error:
-        fault = f"{type(error).__name__}: {error}"
-    faults: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault, group=group)
-    for rank, message in enumerate(faults):
+        error_line = f"{type(error).__name__}: {error}"
+    error_lines: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(error_lines, error_line, group=group)
+    for rank, message in enumerate(error_lines):
         if message:
             raise CheckpointError(f"not saved: rank {rank} could not {what}: {message}")
     return result  # type: ignore[return-value]
@@ -136,18 +137,17 @@ def _write_manifest(
 ) -> None:
     fragments = [Fragment.from_json(f) for file in files for f in file["fragments"]]
     missing = sorted(set(names) - {fragment.slice.name for fragment in fragments})
-    problems = [f"{name}: no rank wrote it" for name in missing] + cover_problems(fragments)
+    problems = [f"{name}: no rank wrote it" for name in missing] + coverage_problems(fragments)
     if problems:
-        raise ValueError(f"parameters are not written whole and once: {'; '.join(problems[:3])}")
+        raise ValueError(f"not every element was written exactly once: {'; '.join(problems[:3])}")
     manifest = {"format_version": CHECKPOINT_VERSION, "step": step, **meta, "files": files}
-    _replace(folder / MANIFEST, json.dumps(seal(manifest)))
-    sync_path(folder)
+    write_durable(folder / MANIFEST, json.dumps(seal(manifest)))
 
 
-def _put_in_place(temporary: Path, final: Path) -> None:
-    """Rename the folder; one of this step goes only then.
+def _rename_into_place(temporary: Path, final: Path) -> None:
+    """Rename the folder, replacing a corrupt checkpoint of the same step.
 
-    There is one where it was damaged and passed over. `latest` is not left to name it meanwhile.
+    `latest` is removed first if it names that step, so that it never names a missing checkpoint.
     """
     older = final.with_name(f".{final.name}.old")
     if final.exists():
@@ -160,29 +160,15 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     try:
         os.rename(temporary, final)
     except OSError:
-        with suppress(OSError):  # else what is left is removed by the next save
+        with suppress(OSError):  # if this fails too, the next save removes it
             os.rename(older, final)
         raise
     sync_path(final.parent)
     shutil.rmtree(older, ignore_errors=True)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _sync_parents(folder: Path) -> None:
-    """Make a new folder durable, and the run folder around it, which may be as new."""
+    """Make a new folder durable, and the run folder around it, which may be new as well."""
     for parent in folder.absolute().parents[:3]:
-        with suppress(OSError):  # one that may not be read
+        with suppress(OSError):  # a parent that may not be read
             sync_path(parent)

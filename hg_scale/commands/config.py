@@ -1,4 +1,4 @@
-"""Show what a configuration file resolves to."""
+"""Print a configuration file with everything it extends filled in."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from hg_scale.arguments import add_override_option
 from hg_scale.config import ConfigError, load_config
 
 HELP = "check a configuration file and print it with everything it extends filled in"
@@ -13,10 +14,7 @@ HELP = "check a configuration file and print it with everything it extends fille
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
-        help="override a key; repeatable",
-    )  # fmt: skip
+    add_override_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:

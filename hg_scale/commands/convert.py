@@ -1,4 +1,4 @@
-"""Look at checkpoints, take them elsewhere, bring weights here."""
+"""`hg-scale convert`: inspect, verify, export, import, compare and average checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 HELP = "inspect, verify, export, import, compare and average checkpoints"
 
-_ANY = "a run (its newest checkpoint), a checkpoint, an export, a golden file or DeepSpeed's"
+_SOURCES = (
+    "a run (its newest checkpoint), a checkpoint, an export, a golden file or DeepSpeed's files"
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -33,32 +35,33 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         parser.set_defaults(run_convert_verb=run_verb)
         return add
 
-    add = verb("inspect", _inspect, f"what is in {_ANY}", "SOURCE")
-    add("--brief", action="store_true", help="read no weights: no health, no figures a tensor")
-    verb("verify", _verify, "checksums, every element exactly once, all numbers finite", "SOURCE")
+    add = verb("inspect", _inspect, f"show the contents of {_SOURCES}", "SOURCE")
+    add("--brief", action="store_true", help="read no weights, so no statistics of them")
+    verb("verify", _verify, "verify checksums, that every element is stored exactly once, and that "
+         "all numbers are finite", "SOURCE")  # fmt: skip
     for name, run_verb, text in (
-        ("export", _export, "safetensors, config.json, tokenizer and a model card"),
-        ("to-hf", _to_hf, "a folder that transformers loads with trust_remote_code"),
+        ("export", _export, "write safetensors, config.json, tokenizer and a model card"),
+        ("to-hf", _to_hf, "write a folder that transformers loads with trust_remote_code"),
     ):
         add = verb(name, run_verb, text, "SOURCE", "OUT")
         add("--dtype", choices=("fp32", "bf16"), default="fp32",
             help="of the weights (default: fp32)")  # fmt: skip
-        add("--data", metavar="SHARDS", help="prepared data, whose tokenizer is meant; default: "
-            "that of the run, where it can be found")  # fmt: skip
+        add("--data", metavar="SHARDS", help="prepared data with the tokenizer to export; default: "
+            "that of the run, if available")  # fmt: skip
         add("--shard-gb", type=float, default=5.0, metavar="GB",
             help="largest file (default: 5)")  # fmt: skip
-    verb("import", _import, "a checkpoint, to train on, from an export or a golden file",
+    verb("import", _import, "make a checkpoint to train from, of an export or a golden file",
          "SOURCE", "OUT")  # fmt: skip
-    verb("from-hf", _import, "a checkpoint from a folder of to-hf", "SOURCE", "OUT")
-    verb("to-deepspeed", _to_deepspeed, "DeepSpeed's universal format", "CHECKPOINT", "OUT")
-    add = verb("from-deepspeed", _import, "a checkpoint from DeepSpeed's universal format or its "
-               "consolidated fp32 weights", "SOURCE", "OUT")  # fmt: skip
-    add("--config", type=Path, metavar="FILE", help="configuration with the model, where the "
-        "weights do not say it")  # fmt: skip
-    add = verb("diff", _diff, "largest differences by tensor; exits with 1 where there are any",
-               "A", "B")  # fmt: skip
+    verb("from-hf", _import, "make a checkpoint of a folder written by to-hf", "SOURCE", "OUT")
+    verb("to-deepspeed", _to_deepspeed, "write DeepSpeed's universal format", "CHECKPOINT", "OUT")
+    add = verb("from-deepspeed", _import, "make a checkpoint of DeepSpeed's universal format or "
+               "of its consolidated fp32 weights", "SOURCE", "OUT")  # fmt: skip
+    add("--config", type=Path, metavar="FILE", help="configuration with the model, if the "
+        "files do not contain it")  # fmt: skip
+    add = verb("diff", _diff, "show the largest differences by tensor; exit with 1 if there are "
+               "any", "A", "B")  # fmt: skip
     add("--top", type=int, default=20, metavar="N", help="tensors to list (default: 20)")
-    add = verb("average", _average, "the mean of the weights, as a checkpoint")
+    add = verb("average", _average, "make a checkpoint of the mean of weights")
     add("sources", type=Path, nargs="+", metavar="SOURCE")
     add("--out", type=Path, required=True, metavar="OUT")
 
@@ -68,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _console() -> Console:
-    """Standard output; what is no terminal gets lines as long as they need to be."""
+    """Return a console on standard output, with lines of 160 characters if it is not a terminal."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -84,8 +87,8 @@ def _at_least_one(text: str) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from rich.table import Table
 
-    from hg_scale.convert.health import health_of
-    from hg_scale.convert.inspection import facts_of, tensors_table
+    from hg_scale.convert.health import examine_tensors
+    from hg_scale.convert.inspection import summarize, tensors_table
     from hg_scale.convert.open import open_source
     from hg_scale.data.progress import on_stderr
 
@@ -93,17 +96,17 @@ def _inspect(options: argparse.Namespace) -> int:
     health = []
     if not options.brief:
         with on_stderr() as progress:
-            health = list(health_of(source, options.workers, progress))
+            health = list(examine_tensors(source, options.workers, progress))
     console = _console()
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
-    for key, value in facts_of(source, health).items():
+    for key, value in summarize(source, health).items():
         grid.add_row(key, value)
     console.print(str(source.path), style="bold", markup=False)
     console.print(grid)
     console.print(tensors_table(source, health))
-    return 1 if any(h.fault for h in health) else 0
+    return 1 if any(h.problem for h in health) else 0
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -113,17 +116,17 @@ def _verify(options: argparse.Namespace) -> int:
     from hg_scale.convert.open import open_source
     from hg_scale.data.progress import on_stderr
 
-    source, faults = open_source(options.source), 0
+    source, problems = open_source(options.source), 0
     with on_stderr() as progress:
-        for fault in find_problems(source, options.workers, progress):
-            faults += 1
-            print(f"hg-scale convert verify: {fault}", file=sys.stderr)
-    if faults:
-        print(f"{source.path}: {faults} faults")
+        for problem in find_problems(source, options.workers, progress):
+            problems += 1
+            print(f"hg-scale convert verify: {problem}", file=sys.stderr)
+    if problems:
+        print(f"{source.path}: {problems} problems")
         return 1
     print(
-        f"{source.path}: a whole {source.what} of step {source.step:,}: {len(source.shapes)} "
-        f"tensors, {source.parameters:,} parameters, {', '.join(source.kinds)}"
+        f"{source.path}: complete {source.format_name} of step {source.step:,}: "
+        f"{len(source.shapes)} tensors, {source.parameters:,} parameters, {', '.join(source.kinds)}"
     )
     return 0
 
@@ -146,7 +149,7 @@ def _write_export(options: argparse.Namespace, write: Callable[..., float]) -> i
     from hg_scale.data.progress import on_stderr
 
     if not 0 < options.shard_gb < inf:
-        raise CheckpointError(f"--shard-gb {options.shard_gb}: expected more than 0, and an end")
+        raise CheckpointError(f"--shard-gb {options.shard_gb}: expected a number above 0")
     source = open_source(options.source)
     tokenizer = _tokenizer(source, options.data)
     with on_stderr() as progress:
@@ -162,14 +165,15 @@ def _write_export(options: argparse.Namespace, write: Callable[..., float]) -> i
 
 
 def _tokenizer(source: WeightSource, data: str | None) -> Tokenizer | None:
-    """That of `data`, of the data that the run was trained on, or that the run kept.
+    """Return the tokenizer of `data`, of the run's data, or of the run folder, in this order.
 
-    Where the data is at hand, `source` is told whether it holds images.
+    Sets `source.images` if the data is available. Returns None, with a warning if that loses a
+    model file, if none of these is.
     """
     import sys
 
-    from hg_scale.checkpoint.run_tokenizer import kept_tokenizer
-    from hg_scale.convert.source import CheckpointSource
+    from hg_scale.checkpoint.run_tokenizer import load_run_tokenizer
+    from hg_scale.convert.checkpoint_source import CheckpointSource
     from hg_scale.data.errors import DataError
     from hg_scale.data.index import is_local, read_index
 
@@ -189,11 +193,11 @@ def _tokenizer(source: WeightSource, data: str | None) -> Tokenizer | None:
             return index.open_tokenizer()
     except DataError:
         pass
-    if kept := kept_tokenizer(source.path, source.tokenizer):
-        return kept
+    if tokenizer := load_run_tokenizer(source.path, source.tokenizer):
+        return tokenizer
     if source.tokenizer is None or source.tokenizer["sha256"]:  # it has a model file
         print(
-            f"the data of {source.path} is not at hand, so the tokenizer is left out; give it with "
+            f"{source.path}: its data is not available, so no tokenizer is exported; name it with "
             "--data SHARDS",
             file=sys.stderr,
         )
@@ -210,7 +214,7 @@ def _import(options: argparse.Namespace) -> int:
     source = open_source(options.source, load_config(config).model if config else None)
     with on_stderr() as progress:
         to_checkpoint(source, options.out, workers=options.workers, report=progress)
-    return _say_how_to_start(options.out)
+    return _print_how_to_train(options.out)
 
 
 def _average(options: argparse.Namespace) -> int:
@@ -222,10 +226,10 @@ def _average(options: argparse.Namespace) -> int:
     source = AverageSource([open_source(path) for path in options.sources])
     with on_stderr() as progress:
         to_checkpoint(source, options.out, workers=options.workers, report=progress)
-    return _say_how_to_start(options.out)
+    return _print_how_to_train(options.out)
 
 
-def _say_how_to_start(out: Path) -> int:
+def _print_how_to_train(out: Path) -> int:
     from hg_scale.convert.open import open_checkpoint
 
     source = open_checkpoint(out)
@@ -249,7 +253,6 @@ def _to_deepspeed(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-
     from hg_scale.convert.compare import tensor_differences
     from hg_scale.convert.inspection import differences_table
     from hg_scale.convert.open import open_source

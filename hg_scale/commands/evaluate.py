@@ -1,4 +1,4 @@
-"""Score a model on held-out text."""
+"""Score a trained model on held-out text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hg_scale.arguments import add_model_options
 from hg_scale.commands.user_errors import refuse_unwritable, report_out_of_memory
 from hg_scale.errors import UserError
 
@@ -16,70 +17,72 @@ if TYPE_CHECKING:
 
     from hg_scale.data.protocol import WindowProtocol
     from hg_scale.evaluation.scoring import Score
-    from hg_scale.evaluation.task import EvaluationSubject
+    from hg_scale.evaluation.task import EvaluationSetup
 
 HELP = "score a run, a checkpoint or an export on text, in bits per byte"
-WINDOW, STRIDE = 4096, 128  # of the paper's sliding protocol, section 3.3
+WINDOW, STRIDE = 4096, 128  # the paper's sliding protocol, section 3.3
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", type=Path, metavar="RUN_OR_CHECKPOINT_OR_EXPORT",
-        help="a run folder (its newest checkpoint), a checkpoint folder, or an export")  # fmt: skip
+    add_model_options(parser)
     add("--data", metavar="SHARDS_OR_FILE",
-        help="prepared corpus, or a plain text file (default: the corpus of the run, the "
-        "first of several)")  # fmt: skip
-    add("--split", help="train, validation or test of a prepared corpus (default: test)")
+        help="prepared corpus or plain text file (default: the run's corpus, the first of "
+        "several)")  # fmt: skip
+    add("--split",
+        help="train, validation or test split of a prepared corpus (default: test)")  # fmt: skip
     add("--context", type=int, metavar="N",
-        help="windows of N tokens that follow each other (default: as in training)")  # fmt: skip
+        help="consecutive windows of N tokens (default: the training sequence length)")  # fmt: skip
     add("--window", type=int, metavar="N",
-        help=f"sliding windows of N tokens (the paper: {WINDOW}), of which the last --stride "
+        help=f"sliding windows of N tokens (paper: {WINDOW}); the last --stride tokens of each "
         "are scored")  # fmt: skip
     add("--stride", type=int, metavar="N",
-        help=f"tokens from one sliding window to the next (default: {STRIDE}, or --window where "
-        "that is less, which is no context)")  # fmt: skip
+        help=f"tokens from one sliding window to the next (default: {STRIDE}, at most "
+        "--window)")  # fmt: skip
     add("--windows", type=int, metavar="N", help="score the first N windows only")
-    add("--batch", type=int, default=8, metavar="N", help="windows at once (default: 8)")
+    add("--batch", type=int, default=8, metavar="N", help="windows per batch (default: 8)")
     add("--processes", type=int, default=1, metavar="N",
-        help="share the windows out over N processes, a GPU each (default: 1)")  # fmt: skip
-    add("--precision", choices=("fp32", "bf16"), default="fp32",
-        help="what to compute in (default: fp32)")  # fmt: skip
+        help="split the windows over N processes, one GPU each (default: 1)")  # fmt: skip
     add("--all", action="store_true",
-        help="every whole checkpoint of a run, a line each; --json then is a list")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="also write the figures here")
+        help="score every complete checkpoint of a run, one line each; --json is a "
+        "list")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="also write the results to this file")
 
 
 @report_out_of_memory()
 def run(options: argparse.Namespace) -> int:
     _check(options)
-    models = _checkpoints(options.model) if options.all else [options.model]
-    found = []
+    models = _complete_checkpoints(options.model) if options.all else [options.model]
+    results = []
     for model in models:
-        subject, score = _score(options, model)
-        found.append(figures(subject, score, options.precision))
-        if options.json:  # first: whoever reads the table may have left
-            options.json.write_text(json.dumps(found if options.all else found[0], indent=2) + "\n")
+        setup, score = _score(options, model)
+        results.append(results_dict(setup, score, options.precision))
+        if options.json:  # before printing: stdout may be a closed pipe
+            content = results if options.all else results[0]
+            options.json.write_text(json.dumps(content, indent=2) + "\n")
         if options.all:
-            print(_in_a_line(subject, score), flush=True)
+            print(_summary_line(setup, score), flush=True)
         else:
-            _print(subject, score)
+            _print_results(setup, score)
     return 0
 
 
-def _checkpoints(run: Path) -> list[Path]:
-    """All whole ones of a run, oldest first."""
-    from hg_scale.checkpoint.find import checkpoints_in, damage
+def _complete_checkpoints(run: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    from hg_scale.checkpoint.find import checkpoints_in, verify_sizes
 
     folder = run / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"--all: {run} is not a run folder with checkpoints/")
-    whole = [path for _, path in sorted(checkpoints_in(folder).items()) if not damage(path)]
-    if not whole:
-        raise UserError(f"--all: {folder} holds no whole checkpoint")
-    return whole
+    complete = [
+        path for _, path in sorted(checkpoints_in(folder).items()) if not verify_sizes(path)
+    ]
+    if not complete:
+        raise UserError(f"--all: {folder} contains no complete checkpoint")
+    return complete
 
 
-def _score(options: argparse.Namespace, model: Path) -> tuple[EvaluationSubject, Score]:
+def _score(options: argparse.Namespace, model: Path) -> tuple[EvaluationSetup, Score]:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -97,107 +100,111 @@ def _score(options: argparse.Namespace, model: Path) -> tuple[EvaluationSubject,
         return evaluate(
             task,
             options.processes,
-            lambda tokens, of: progress.update(bar, advance=tokens, total=of),
+            lambda tokens, total: progress.update(bar, advance=tokens, total=total),
         )
 
 
 def _check(options: argparse.Namespace) -> None:
+    """Raise UserError for options that are out of range or contradict each other."""
     for name in ("context", "window", "stride", "windows", "batch", "processes"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name}: expected a number above 0, got {value}")
+            raise UserError(f"--{name}: expected 1 or more, got {value}")
     if options.context and options.window:
-        raise UserError("--context and --window: give one of them")
+        raise UserError("--context and --window: give only one of them")
     if options.stride and not options.window:
         raise UserError("--stride: needs --window")
     if options.stride and options.stride > options.window:
-        raise UserError(f"--stride: at most --window {options.window}, or tokens would be left out")
+        raise UserError(f"--stride: at most --window {options.window}, or tokens are skipped")
     if options.json:
         refuse_unwritable(options.json)
 
 
-def figures(subject: EvaluationSubject, score: Score, precision: str) -> dict[str, Any]:
-    """All that was measured, for a file."""
-    period = subject.trained.model.config.parsed.total_factor
-    spread = score.bits_per_byte * score.byte_interval
-    found: dict[str, Any] = {
-        "model": str(subject.trained.path),
-        "step": subject.trained.step,
-        "text": subject.name,
+def results_dict(setup: EvaluationSetup, score: Score, precision: str) -> dict[str, Any]:
+    """Return every measured figure, for --json."""
+    period = setup.loaded.config.parsed.total_factor
+    half_width = score.bits_per_byte * score.byte_interval
+    results: dict[str, Any] = {
+        "model": str(setup.loaded.path),
+        "step": setup.loaded.step,
+        "text": setup.text_name,
         "precision": precision,
-        "window": subject.how.length,
-        "stride": subject.how.stride,
+        "window": setup.protocol.length,
+        "stride": setup.protocol.stride,
         "tokens": score.tokens,
         "bytes": score.bytes,
         "nats_per_token": score.nats_per_token,
         "bits_per_token": score.bits_per_token,
         "bits_per_byte": score.bits_per_byte,
-        "interval_95_half_width": None if spread != spread else spread,  # JSON has no NaN
+        "interval_95_half_width": None if half_width != half_width else half_width,  # no NaN
     }
-    if subject.images:
-        found["bits_per_dimension"] = score.bits_per_token
-    found["nats_by_position"] = [
+    if setup.images:
+        results["bits_per_dimension"] = score.bits_per_token
+    results["nats_by_position"] = [
         {"from": a, "to": b, "nats_per_token": nats, "tokens": tokens}
-        for a, b, nats, tokens in score.by_position(edges(subject.how))
+        for a, b, nats, tokens in score.by_position(position_edges(setup.protocol))
     ]
-    found["nats_by_phase"] = [
+    results["nats_by_phase"] = [
         {"phase": phase, "nats_per_token": nats if tokens else None, "tokens": tokens}
         for phase, (nats, tokens) in enumerate(score.by_phase(period))
     ]
-    return found
+    return results
 
 
-def edges(how: WindowProtocol) -> list[int]:
-    """0, 1, 2, 4, 8, ... up to the length: context grows in doublings.
+def position_edges(protocol: WindowProtocol) -> list[int]:
+    """Return the edges of the position ranges shown: 0, 1, 2, 4, 8, ... up to the window length.
 
-    Of sliding windows up to the last `stride` positions, which stand by themselves: what is before
-    them is scored in the first window only.
+    With sliding windows the last `stride` positions are a range of their own: positions before
+    them are scored in the first window only.
     """
-    head = how.length - how.stride or how.length
+    head = protocol.length - protocol.stride or protocol.length
     powers = [2**i for i in range(head.bit_length()) if 2**i < head]
-    return sorted({0, *powers, head, how.length})
+    return sorted({0, *powers, head, protocol.length})
 
 
-def _in_a_line(subject: EvaluationSubject, score: Score) -> str:
-    line = f"step {subject.trained.step:>9,}  {score.bits_per_byte:.4f} bits a byte"
-    spread = score.bits_per_byte * score.byte_interval
-    return line + (f" (95% interval +- {spread:.4f})" if spread == spread else "")
+def _interval(score: Score) -> str:
+    """The 95% interval in parentheses; empty where there are too few windows for one."""
+    half_width = score.bits_per_byte * score.byte_interval
+    return f" (95% interval +- {half_width:.4f})" if half_width == half_width else ""
 
 
-def _print(subject: EvaluationSubject, score: Score) -> None:
+def _summary_line(setup: EvaluationSetup, score: Score) -> str:
+    line = f"step {setup.loaded.step:>9,}  {score.bits_per_byte:.4f} bits per byte"
+    return line + _interval(score)
+
+
+def _print_results(setup: EvaluationSetup, score: Score) -> None:
     from rich.console import Console
 
-    how, trained = subject.how, subject.trained
-    spread = score.bits_per_byte * score.byte_interval
-    print(f"{trained.path}, step {trained.step:,}, on {subject.name}")
-    if how.stride == how.length:
-        protocol = f"windows of {how.length:,} tokens without context"
+    loaded, length, stride = setup.loaded, setup.protocol.length, setup.protocol.stride
+    print(f"{loaded.path}, step {loaded.step:,}, on {setup.text_name}")
+    if stride == length:
+        protocol = f"windows of {length:,} tokens without overlap"
     else:
-        protocol = f"windows of {how.length:,} tokens, the last {how.stride:,} of each scored"
+        protocol = f"windows of {length:,} tokens, the last {stride:,} of each scored"
     print(f"  {score.tokens:,} tokens, {score.bytes:,} bytes, each scored once; {protocol}")
     print(
-        f"  {score.nats_per_token:.4f} nats a token, {score.bits_per_token:.4f} bits a token, "
-        f"{score.bits_per_byte:.4f} bits a byte"
-        + (f" (95% interval +- {spread:.4f})" if spread == spread else "")
+        f"  {score.nats_per_token:.4f} nats per token, {score.bits_per_token:.4f} bits per token, "
+        f"{score.bits_per_byte:.4f} bits per byte{_interval(score)}"
     )
-    if subject.images:
-        print(f"  {score.bits_per_token:.4f} bits a dimension")
+    if setup.images:
+        print(f"  {score.bits_per_token:.4f} bits per dimension")
     console = Console(width=None if Console().is_terminal else 100)
-    console.print(_positions(subject, score))
+    console.print(_position_table(setup, score))
 
 
-def _positions(subject: EvaluationSubject, score: Score) -> Table:
-    """Bits a token by place in the window, and by place in the outermost group of the innermost."""
+def _position_table(setup: EvaluationSetup, score: Score) -> Table:
+    """Bits per token by position in the window, and by position modulo the total factor."""
     from rich.table import Table
 
-    table = Table(title="bits a token by position", title_justify="left")
+    table = Table(title="bits per token by position", title_justify="left")
     table.add_column("position in the window", justify="right")
     table.add_column("bits", justify="right")
     table.add_column("tokens", justify="right")
-    for a, b, nats, tokens in score.by_position(edges(subject.how)):
+    for a, b, nats, tokens in score.by_position(position_edges(setup.protocol)):
         name = f"{a:,}" if b == a + 1 else f"{a:,} to {b - 1:,}"
         table.add_row(name, f"{nats / log(2):.4f}", f"{tokens:,}")
-    period = subject.trained.model.config.parsed.total_factor
+    period = setup.loaded.config.parsed.total_factor
     if period > 1:
         table.add_section()
         for phase, (nats, tokens) in enumerate(score.by_phase(period)):

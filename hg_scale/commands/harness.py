@@ -1,4 +1,4 @@
-"""Run tasks of the field's harness (lm-eval) on a trained model."""
+"""Run tasks of the lm-evaluation-harness (lm-eval) on a trained model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from hg_scale.arguments import add_model_options
 from hg_scale.commands.user_errors import refuse_unwritable, report_out_of_memory
 from hg_scale.errors import UserError
 
@@ -14,23 +15,20 @@ HELP = "run tasks of lm-eval on a run, a checkpoint or an export"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", type=Path, metavar="RUN_OR_CHECKPOINT_OR_EXPORT",
-        help="a run folder (its newest checkpoint), a checkpoint folder, or an export")  # fmt: skip
-    add("--tasks", required=True, metavar="NAMES", help="as lm-eval calls them, with commas")
-    add("--include-path", metavar="DIR", help="folder of task files of your own")
+    add_model_options(parser)
+    add("--tasks", required=True, metavar="NAMES", help="lm-eval task names, comma-separated")
+    add("--include-path", metavar="DIR", help="folder with your own task files")
     add("--fewshot", type=int, metavar="N", help="examples before each question")
     add("--limit", type=int, metavar="N", help="the first N questions of each task only")
     add("--batch", type=int, default=8, metavar="N",
-        help="windows scored at once (default: 8); texts are written one at a time")  # fmt: skip
+        help="windows per batch (default: 8); texts are generated one at a time")  # fmt: skip
     add("--data", metavar="SHARDS", help="prepared corpus, for its tokenizer (default: the run's)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32",
-        help="what to compute in (default: fp32)")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="also write all results here")
+    add("--json", type=Path, metavar="FILE", help="also write the results to this file")
 
 
 @report_out_of_memory()
 def run(options: argparse.Namespace) -> int:
-    names = _checked(options)
+    names = _parse_tasks(options)
     try:
         import lm_eval
     except ImportError:
@@ -43,9 +41,8 @@ def run(options: argparse.Namespace) -> int:
 
     manager = TaskManager(include_path=options.include_path)
     if unknown := [name for name in names if not manager.match_tasks([name])]:
-        raise UserError(f"--tasks: lm-eval knows no {', '.join(unknown)}; see `lm_eval ls tasks`")
-    trained = load(options.model, options.data, options.precision)
-    model = HarnessModel(trained, options.batch)
+        raise UserError(f"--tasks: lm-eval has no {', '.join(unknown)}; see `lm_eval ls tasks`")
+    model = HarnessModel(load(options.model, options.data, options.precision), options.batch)
     try:
         results = lm_eval.simple_evaluate(
             model=model,
@@ -54,11 +51,11 @@ def run(options: argparse.Namespace) -> int:
             num_fewshot=options.fewshot,
             limit=options.limit,
         )
-    except OSError as error:  # also of the libraries that fetch data
+    except OSError as error:  # also raised by the libraries that download data
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"--tasks: the data of {', '.join(names)} cannot be had ({why}); without a network "
-            "they must have been fetched before"
+            f"--tasks: the data of {', '.join(names)} cannot be loaded ({why}); without a network "
+            "it has to be downloaded beforehand"
         ) from None
     if options.json:
         text = json.dumps(results["results"], indent=2, default=str)
@@ -67,17 +64,17 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _checked(options: argparse.Namespace) -> list[str]:
-    """The tasks asked for. Raises UserError for what cannot be meant, or not be written."""
+def _parse_tasks(options: argparse.Namespace) -> list[str]:
+    """Return the task names. Raises UserError for options that are invalid or not writable."""
     names = [name for name in map(str.strip, options.tasks.split(",")) if name]
     if not names:
-        raise UserError("--tasks: expected names with commas; see `lm_eval ls tasks`")
+        raise UserError("--tasks: expected comma-separated names; see `lm_eval ls tasks`")
     for key, least in (("batch", 1), ("limit", 1), ("fewshot", 0)):
         value = getattr(options, key)
         if value is not None and value < least:
             raise UserError(f"--{key}: expected {least} or more, got {value}")
     if options.include_path and not Path(options.include_path).is_dir():
-        raise UserError(f"--include-path: {options.include_path} is no folder")
+        raise UserError(f"--include-path: {options.include_path} is not a folder")
     if options.json:
         refuse_unwritable(options.json)
     return names

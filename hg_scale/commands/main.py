@@ -1,7 +1,7 @@
-"""`hg-scale VERB`: finds the verb's file and calls it.
+"""`hg-scale VERB`: dispatch to the module of the verb.
 
-Each verb is one module of this folder with `HELP` (a line), `add_options(parser)` and
-`run(options) -> exit code`. Modules import what is heavy inside `run`, so that `--help` is quick.
+Each verb is a module of this package with `HELP` (one line), `add_options(parser)` and
+`run(options) -> exit code`. Heavy imports are inside `run`, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ VERBS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns its exit code.
+    """Run a verb and return its exit code.
 
-    2: wrong usage or configuration, 130: interrupted, 141: nobody reads on.
+    2: invalid usage or configuration, 130: interrupted, 141: stdout was closed (`| head`).
     """
     parser = argparse.ArgumentParser(
         prog="hg-scale",
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"hg-scale {options.verb}: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # stdout was closed, as by `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""One page about a run, or about several beside each other."""
+"""Write one HTML page about a run, or a comparison of several."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from pathlib import Path
 from hg_scale.commands.user_errors import refuse_unwritable
 from hg_scale.errors import UserError
 
-HELP = "write one HTML page about a run, or several beside each other"
+HELP = "write an HTML report of a run, or a comparison of several"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
     add("--output", type=Path, metavar="FILE",
-        help="the page (default: RUN/report.html, or ./report.html for several runs)")  # fmt: skip
+        help="output file (default: RUN/report.html, or ./report.html for "
+        "several)")  # fmt: skip
     add("--sample", type=int, default=400, metavar="N",
-        help="tokens that each run writes (default: 400; 0: none)")  # fmt: skip
-    add("--seed", type=int, default=1, help="of the samples (default: 1)")
-    add("--no-compare", action="store_true", help="leave out gzip and co. on the held-out text")
+        help="tokens to generate per run (default: 400; 0: none)")  # fmt: skip
+    add("--seed", type=int, default=1, help="seed of the samples (default: 1)")
+    add(
+        "--no-compare",
+        action="store_true",
+        help="do not compress the held-out text with gzip, bzip2 and xz",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -29,9 +34,9 @@ def run(options: argparse.Namespace) -> int:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from hg_scale.evaluation.report.baselines import find_baselines
-    from hg_scale.evaluation.report.page import ReportPage, render
+    from hg_scale.evaluation.report.page import ReportContents, render
     from hg_scale.evaluation.report.run_folder import read_runs
-    from hg_scale.evaluation.report.samples import sample_of
+    from hg_scale.evaluation.report.samples import generate_run_sample
 
     runs = read_runs(options.runs)
     output = options.output or (runs[0].path if len(runs) == 1 else Path()) / "report.html"
@@ -43,15 +48,15 @@ def run(options: argparse.Namespace) -> int:
     ) as progress:
         task = progress.add_task("reading")
 
-        def doing(what: str) -> None:
-            progress.update(task, description=what)
+        def show(step: str) -> None:
+            progress.update(task, description=step)
 
-        baselines, reasons = ([], []) if options.no_compare else find_baselines(runs, doing)
+        baselines, reasons = ([], []) if options.no_compare else find_baselines(runs, show)
         samples = []
         for one in runs if options.sample else ():
-            doing(f"{one.name} writes")
-            samples.append(sample_of(one, options.sample, options.seed))
-    page = render(ReportPage(runs, baselines, reasons, samples))
+            show(f"{one.name}: generating a sample")
+            samples.append(generate_run_sample(one, options.sample, options.seed))
+    page = render(ReportContents(runs, baselines, reasons, samples))
     output.write_text(page, encoding="utf-8")
     print(f"report: {output} ({len(page.encode()):,} bytes)")
     return 0

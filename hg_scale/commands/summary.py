@@ -1,4 +1,4 @@
-"""What a run reached, beside general-purpose compressors, and a sample of its text."""
+"""Show held-out bits per byte of a run, compared with compressors, and a sample."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ from pathlib import Path
 
 from hg_scale.errors import UserError
 
-HELP = "show what a run reached on held-out text, and a sample of what it writes"
+HELP = "show held-out bits per byte of a run and a sample of generated text"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument(
-        "--compare", action="store_true", help="compress the same held-out text with gzip and co."
+        "--compare",
+        action="store_true",
+        help="compress the same held-out text with gzip, bzip2 and xz",
     )
     parser.add_argument(
-        "--sample", type=int, default=0, metavar="N", help="generate N tokens with the last weights"
+        "--sample",
+        type=int,
+        default=0,
+        metavar="N",
+        help="generate N tokens with the newest checkpoint",
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the sample")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the sample")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -32,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     console = Console(highlight=False)
     console.print(comparison(options.run, with_compressors=options.compare))
     if options.sample:
-        head = f"\na sample of {options.sample} tokens (temperature {TEMPERATURE}):"
+        head = f"\nsample of {options.sample} tokens (temperature {TEMPERATURE}):"
         console.print(head, style="bold")
         console.print(sample_text(options.run, options.sample, options.seed), markup=False)
     return 0

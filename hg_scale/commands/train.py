@@ -1,4 +1,4 @@
-"""Train a model in this process; under a launcher use `hg_scale/train.py`."""
+"""Train a model in this process; under a launcher use `hg_scale/train.py` instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mean of several sets of weights, as one more source."""
+"""The mean of several sets of weights, as a source of weights."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from hg_scale.checkpoint.jobs import ProgressReporter
-from hg_scale.convert.compare import require_same_model
-from hg_scale.convert.source import WeightSource
+from hg_scale.convert.source import WeightSource, require_same_model
 
 
 class AverageSource(WeightSource):
-    """Weights only: the moments of an average are those of no training run."""
+    """The mean of weights, taken in fp64. Without moments: those of a mean fit no training run."""
 
-    what = "average"
+    format_name = "average"
 
     def __init__(self, sources: Sequence[WeightSource]) -> None:
-        """Raises CheckpointError where they are of different models."""
+        """Raises CheckpointError if they are of different models."""
         first = sources[0]
         for other in sources[1:]:
             require_same_model(first, other)

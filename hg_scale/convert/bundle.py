@@ -1,9 +1,11 @@
-"""The plain model in one Python file, cut out of this package's own sources.
+"""Bundle the plain model into one Python file, generated from the sources of this package.
 
-Hugging Face's `trust_remote_code` loads modelling code from the folder of the weights. What goes
-there is not a copy kept beside the original: the files of `model/` are put one after another as
-they stand, without their imports of each other. The configuration alone is rewritten: pydantic's
-model becomes a plain dataclass with the same fields, since its values were checked before.
+Hugging Face's `trust_remote_code` loads modelling code from the folder of the weights. The files of
+`model/` are concatenated unchanged, without their imports of each other; only the configuration
+becomes a plain dataclass with the same fields, since its values were validated before.
+
+transformers' `register_for_auto_class` copies only the file that defines the class and what it
+imports relatively. These modules import absolutely, so its folder would need hg_scale to load.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ from __future__ import annotations
 
 _CONFIG_HEAD = '''@dataclass(frozen=True)
 class ModelConfig:
-    """What the Hourglass is: the model section of config.json."""'''
+    """The architecture of an Hourglass: the model section of config.json."""'''
 
 
 @dataclass(frozen=True)
 class BundlePart:
-    """A module, or those top-level names of it that the model needs."""
+    """A module to bundle: all of it, or only some of its top-level names."""
 
     module: str
     names: tuple[str, ...] | None = None
@@ -55,9 +57,9 @@ PARTS = (
 
 
 def bundle(version: str) -> str:
-    """The source of the module.
+    """Return the source of the bundle. version: of hg_scale, for its docstring.
 
-    Raises CheckpointError where two parts define one name, or one needs a name of none of them.
+    Raises CheckpointError if two parts define the same name, or a name that one needs is missing.
     """
     imports: dict[str, set[str]] = defaultdict(set)
     bodies: list[str] = []
@@ -69,7 +71,7 @@ def bundle(version: str) -> str:
         for node in ast.parse(text).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 if part.names is None:
-                    modules += _sort_imports(node, part, imports, needed)
+                    modules += _record_imports(node, part, imports, needed)
                 continue
             names = _defined(node)
             if _is_docstring(node) or (part.names is not None and not set(names) & set(part.names)):
@@ -80,7 +82,7 @@ def bundle(version: str) -> str:
                 owner[name] = part.module
             config = names == ["ModelConfig"]
             body.append(_config_class(node, lines) if config else _text(node, lines))
-        # `from hg_scale.model import banded` meant a module: here a class with its functions.
+        # `from hg_scale.model import banded` imports a module: here a class with its functions.
         spaces = [_namespace(module, owner) for module in modules]
         comment = f"# {'-' * 20} {part.module.replace('.', '/')}.py"
         bodies.append("\n\n\n".join([comment, *spaces, *body]))
@@ -91,13 +93,13 @@ def bundle(version: str) -> str:
     return "\n\n\n".join([head, *bodies]) + "\n"
 
 
-def _sort_imports(
+def _record_imports(
     node: ast.Import | ast.ImportFrom,
     part: BundlePart,
     imports: dict[str, set[str]],
     needed: dict[str, str],
 ) -> list[str]:
-    """Note what comes from elsewhere and what from other parts; returns parts used as modules."""
+    """Record external imports and names needed of other parts; return parts used as modules."""
     if isinstance(node, ast.Import):
         imports[""] |= {ast.unparse(alias) for alias in node.names}
         return []
@@ -120,7 +122,7 @@ def _import_lines(imports: dict[str, set[str]]) -> str:
     plain = [f"import {name}" for name in sorted(imports.get("", ()))]
     imports = {
         **imports,
-        "dataclasses": imports["dataclasses"] | {"dataclass"},  # of the plain configuration
+        "dataclasses": imports["dataclasses"] | {"dataclass"},  # for the plain configuration
         "typing": imports["typing"] | {"Any", "Literal"},
     }
     others = [f"from {m} import {', '.join(sorted(imports[m]))}" for m in sorted(imports) if m]
@@ -128,14 +130,14 @@ def _import_lines(imports: dict[str, set[str]]) -> str:
 
 
 def _path(module: str) -> Path:
-    """Where a module's source is, without running it: the last one needs transformers."""
+    """Return the path of a module without importing it: the last part needs transformers."""
     package, _, name = module.rpartition(".")
     folder = import_module(package)
     return Path(next(iter(folder.__path__))) / f"{name}.py"
 
 
 def _defined(node: ast.stmt) -> list[str]:
-    """The top-level names that a statement binds."""
+    """Return the top-level names that a statement binds."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
     if isinstance(node, ast.Assign):
@@ -152,7 +154,7 @@ def _is_docstring(node: ast.stmt) -> bool:
 
 
 def _text(node: ast.stmt, lines: list[str]) -> str:
-    """A statement as it stands in the file, decorators and the comments right above included."""
+    """Return the source of a statement, with its decorators and the comments right above."""
     decorators = getattr(node, "decorator_list", [])
     first = min([node.lineno, *(d.lineno for d in decorators)]) - 1
     while first and lines[first - 1].startswith("#"):
@@ -161,7 +163,7 @@ def _text(node: ast.stmt, lines: list[str]) -> str:
 
 
 def _config_class(node: ast.stmt, lines: list[str]) -> str:
-    """`ModelConfig` as a plain dataclass: the fields, then the properties that need no pydantic."""
+    """Return `ModelConfig` as a plain dataclass: its fields, and methods that need no pydantic."""
     assert isinstance(node, ast.ClassDef)
     fields = [f"    {name}: Any" for name in ModelConfig.model_fields]
     methods = [
@@ -174,7 +176,8 @@ def _config_class(node: ast.stmt, lines: list[str]) -> str:
 
 
 def _namespace(module: str, owner: dict[str, str]) -> str:
-    public = [name for name, where in owner.items() if where == module and name[0] != "_"]
+    """Return a class that stands for a module: its public functions as static methods."""
+    public = [name for name, part in owner.items() if part == module and name[0] != "_"]
     members = "\n".join(
         f"    {name} = staticmethod({name})" for name in public if not name.isupper()
     )

@@ -1,7 +1,7 @@
-"""Reading what DeepSpeed writes: its universal format, and consolidated fp32 weights.
+"""DeepSpeed's files as sources of weights: its universal format, and consolidated fp32 weights.
 
-These are pickles. They are read by torch's restricted unpickler, which makes tensors, containers
-and plain values and calls nothing else; whatever asks for more is refused. Needs no DeepSpeed.
+These are pickles. torch's restricted unpickler reads them: it constructs tensors, containers and
+plain values only, and a file that refers to anything else is refused. Needs no DeepSpeed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections import OrderedDict
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,25 @@ from torch import Tensor
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.fragments import KINDS
 from hg_scale.config.schema import ModelConfig
-from hg_scale.convert.source import (
+from hg_scale.convert.export_source import (
     SAFETENSORS,
     SAFETENSORS_INDEX,
     SafetensorsFiles,
-    WeightSource,
-    files_by_name,
-    model_of,
-    parameter_shapes,
+    files_by_tensor,
 )
+from hg_scale.convert.source import WeightSource, parameter_shapes, parse_model
 
-LATEST, ZERO = "latest_universal", "zero"
+LATEST_UNIVERSAL, ZERO_FOLDER = "latest_universal", "zero"
 TORCH_FILE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-OURS = "hg_scale"  # what `to-deepspeed` adds to the model states
+EXTRA_STATE = "hg_scale"  # the key that `to-deepspeed` adds to the model states
 _ALLOWED: list[Any] = [OrderedDict, torch.Size]  # beyond tensors, containers and plain values
 _FORBIDDEN = re.compile(r"(?:GLOBAL|function|class|global)\s+`?([\w.]+)`?\s+(?:was not|whose)")
 
 
 def load_pickle(path: Path) -> Any:
-    """What a file of `torch.save` holds, tensors memory-mapped, nothing of it executed.
+    """Load a file of `torch.save`, tensors memory-mapped, without executing anything in it.
 
-    Raises CheckpointError where it holds more than tensors, containers and plain values.
+    Raises CheckpointError if it holds more than tensors, containers and plain values.
     """
     try:
         with torch.serialization.safe_globals(_ALLOWED):
@@ -47,11 +46,11 @@ def load_pickle(path: Path) -> Any:
         raise CheckpointError(f"{path}: no such file") from None
     except pickle.UnpicklingError as error:
         found = _FORBIDDEN.search(str(error))
-        what = f"it asks for {found[1]}" if found else "it is no plain file of torch.save"
+        what = f"it refers to {found[1]}" if found else "it is not a plain file of torch.save"
         raise CheckpointError(
-            f"{path}: refused, nothing of it was run: {what}; expected tensors and plain values"
+            f"{path}: refused, nothing was executed: {what}; expected tensors and plain values"
         ) from None
-    except Exception as error:  # a broken file may raise anything
+    except Exception as error:  # a corrupt file may raise anything
         line = str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: cannot be read as a file of torch.save: {line}") from None
 
@@ -59,25 +58,25 @@ def load_pickle(path: Path) -> Any:
 class UniversalSource(WeightSource):
     """A folder in DeepSpeed's universal format: `zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt`.
 
-    `model` is needed where `to-deepspeed` did not write it, which says it itself.
+    `model` is needed unless `to-deepspeed` wrote the folder: it stores the model there.
     """
 
-    what = "universal checkpoint"
+    format_name = "universal checkpoint"
 
     def __init__(self, path: Path, model: ModelConfig | None = None) -> None:
         self.folder = universal_folder(path)
-        zero = self.folder / ZERO
+        zero = self.folder / ZERO_FOLDER
         names = sorted(str(p.parent.relative_to(zero)) for p in zero.glob("**/fp32.pt"))
         states = self._states()
-        ours = states.get(OURS) or {}
-        if not isinstance(ours, dict):
-            raise CheckpointError(f"{self.folder}: {OURS} is no object in its model states")
+        extra = states.get(EXTRA_STATE) or {}
+        if not isinstance(extra, dict):
+            raise CheckpointError(
+                f"{self.folder}: {EXTRA_STATE} is not an object in its model states"
+            )
         if model is None:
-            if "model" not in ours:
-                raise CheckpointError(
-                    f"{path}: does not say which model it is of; from-deepspeed --config FILE does"
-                )
-            model = model_of(ours["model"], self.folder)
+            if "model" not in extra:
+                raise _unknown_model(path)
+            model = parse_model(extra["model"], self.folder)
         self._shapes = parameter_shapes(model)
         self._cached: tuple[tuple[str, str] | None, Tensor] = (None, torch.empty(0))
         stored = {name: self._shape(name) for name in names}
@@ -86,13 +85,13 @@ class UniversalSource(WeightSource):
         self.kinds = tuple(kind for kind in KINDS if (first / f"{kind}.pt").exists())
         if self.kinds != KINDS:
             self.kinds = ("fp32",)
-        self.step = _whole_number(states.get("global_steps", 0), self.folder)
+        self.step = _integer(states.get("global_steps", 0), self.folder)
         self.optimizer_step = self.step
         if (first / "step.pt").exists():
-            self.optimizer_step = _whole_number(load_pickle(first / "step.pt"), first / "step.pt")
+            self.optimizer_step = _integer(load_pickle(first / "step.pt"), first / "step.pt")
         unknown = {"step": self.step, "position": 0, "skipped": 0, "data": {}}
-        self.progress, self.tokenizer = ours.get("progress", unknown), ours.get("tokenizer")
-        config = ours.get("config")
+        self.progress, self.tokenizer = extra.get("progress", unknown), extra.get("tokenizer")
+        config = extra.get("config")
         self.config = config if isinstance(config, dict) else None
 
     def _read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
@@ -102,7 +101,7 @@ class UniversalSource(WeightSource):
         self._cached = (None, torch.empty(0))
 
     def _states(self) -> dict[str, Any]:
-        """The model states beside the weights, if there are any."""
+        """Return the model states beside the weights; empty if there are none."""
         found = sorted(self.folder.glob("*model_states.pt"))
         states = load_pickle(found[0]) if found else {}
         if not isinstance(states, dict):
@@ -110,36 +109,34 @@ class UniversalSource(WeightSource):
         return states
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        """DeepSpeed lays parameters flat where they come from ZeRO 3."""
+        """Return the shape of a stored parameter, which DeepSpeed flattens under ZeRO 3."""
         shape = tuple(self._tensor(name, "fp32").shape)
-        whole = self._shapes.get(name, shape)
-        flat = len(shape) == 1 and len(whole) > 1 and shape[0] % (rest := _size(whole[1:])) == 0
-        return (shape[0] // rest, *whole[1:]) if flat else shape
+        full = self._shapes.get(name, shape)
+        flat = len(shape) == 1 and len(full) > 1 and shape[0] % (rest := prod(full[1:])) == 0
+        return (shape[0] // rest, *full[1:]) if flat else shape
 
     def _tensor(self, name: str, kind: str) -> Tensor:
         if self._cached[0] != (name, kind):
-            path = self.folder / ZERO / name / f"{kind}.pt"
+            path = self.folder / ZERO_FOLDER / name / f"{kind}.pt"
             value = load_pickle(path)
             tensor = value.get("param") if isinstance(value, dict) else value
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                raise CheckpointError(f"{path}: holds no tensor of numbers")
+                raise CheckpointError(f"{path}: expected a floating-point tensor")
             self._cached = ((name, kind), tensor)
         return self._cached[1]
 
 
 class ConsolidatedSource(WeightSource):
-    """One state dict: what DeepSpeed's `zero_to_fp32` writes, as torch's files or safetensors.
+    """One state dict: what DeepSpeed's `zero_to_fp32` writes, in torch's format or safetensors.
 
     `path`: the file, or the folder with it (or with the files that its index lists).
     """
 
-    what = "state dict"
+    format_name = "state dict"
 
     def __init__(self, path: Path, model: ModelConfig | None = None) -> None:
         if model is None:
-            raise CheckpointError(
-                f"{path}: does not say which model it is of; from-deepspeed --config FILE does"
-            )
+            raise _unknown_model(path)
         self._files: SafetensorsFiles | _TorchFiles
         folder = path.is_dir()
         safe = path.suffix == ".safetensors" or (
@@ -160,11 +157,11 @@ class _TorchFiles:
 
     def __init__(self, path: Path) -> None:
         self._loaded: dict[Path, dict[str, Tensor]] = {}
-        self._place = dict(files_by_name(path, TORCH_FILE, TORCH_INDEX, self._load))
-        self.shapes = {name: tuple(self.tensor(name).shape) for name in self._place}
+        self._files = dict(files_by_tensor(path, TORCH_FILE, TORCH_INDEX, self._load))
+        self.shapes = {name: tuple(self.tensor(name).shape) for name in self._files}
 
     def tensor(self, name: str) -> Tensor:
-        file = self._place[name]
+        file = self._files[name]
         tensors = self._load(file)
         if name not in tensors:
             raise CheckpointError(f"{file}: {name} is missing")
@@ -184,30 +181,35 @@ class _TorchFiles:
             if not isinstance(value, dict) or not all(
                 isinstance(t, Tensor) for t in value.values()
             ):
-                raise CheckpointError(f"{file}: expected a state dict, tensors by name")
+                raise CheckpointError(f"{file}: expected a state dict (tensors by name)")
             self._loaded[file] = value
         return self._loaded[file]
 
 
 def universal_folder(path: Path) -> Path:
-    """The folder with `zero/`: `path` itself, or what its `latest_universal` names."""
-    if (path / ZERO).is_dir():
+    """Return the folder with `zero/`: `path` itself, or the one that `latest_universal` names.
+
+    Raises CheckpointError if there is none.
+    """
+    if (path / ZERO_FOLDER).is_dir():
         return path
     try:
-        tag = (path / LATEST).read_text(encoding="utf-8").strip()
+        tag = (path / LATEST_UNIVERSAL).read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / LATEST}: cannot be read: {error}") from None
-    if Path(tag).name != tag or not (path / tag / ZERO).is_dir():
-        raise CheckpointError(f"{path / LATEST}: names {tag!r}, which is no universal checkpoint")
+        raise CheckpointError(f"{path / LATEST_UNIVERSAL}: cannot be read: {error}") from None
+    if Path(tag).name != tag or not (path / tag / ZERO_FOLDER).is_dir():
+        raise CheckpointError(
+            f"{path / LATEST_UNIVERSAL}: names {tag!r}, which is not a universal checkpoint"
+        )
     return path / tag
 
 
-def _whole_number(value: Any, where: Path) -> int:
+def _unknown_model(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: does not contain its model; use from-deepspeed --config FILE")
+
+
+def _integer(value: Any, path: Path) -> int:
     try:
         return int(value)
     except (TypeError, ValueError, RuntimeError):
-        raise CheckpointError(f"{where}: expected a number of steps") from None
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+        raise CheckpointError(f"{path}: expected a number of steps") from None

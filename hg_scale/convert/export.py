@@ -1,13 +1,13 @@
-"""Exports: a folder of safetensors that loads with torch alone, and its loader.
+"""Exports: write a folder of safetensors that loads without hg_scale, and load it.
 
-    model.safetensors       weights under the model's own names; past a size in several files, with
-                            an index in Hugging Face's layout
-    config.json             the model section, where the weights come from, their tokenizer
-    tokenizer.model         where the tokenizer has one
-    README.md               what this is and how to load it
+    model.safetensors       weights by parameter name; above a size limit several files, with an
+                            index in Hugging Face's format
+    config.json             the model section, the origin of the weights, their tokenizer
+    tokenizer.model         if the tokenizer has a model file
+    README.md               a model card with the lines that load the weights
 
-Rows that pad the vocabulary are kept: they are part of the model that the config describes, so an
-export goes back to the very checkpoint that it came from.
+The padding of the vocabulary is kept: it is part of the model in `config.json`, so importing an
+export restores the same weights bit for bit.
 """
 
 from __future__ import annotations
@@ -22,19 +22,13 @@ from typing import Any
 from hg_scale import __version__
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.jobs import ProgressReporter, run_jobs
-from hg_scale.checkpoint.safetensors_file import DTYPES, TensorRegion, create
+from hg_scale.checkpoint.safetensors_file import DTYPES, TensorRegion, create_safetensors
+from hg_scale.convert.checkpoint_source import CheckpointSource
+from hg_scale.convert.export_source import CONFIG, SAFETENSORS, SAFETENSORS_INDEX, ExportSource
 from hg_scale.convert.layerwise_forward import BOUND, largest_difference
 from hg_scale.convert.model_card import model_card
 from hg_scale.convert.output import new_folder
-from hg_scale.convert.source import (
-    CONFIG,
-    SAFETENSORS,
-    SAFETENSORS_INDEX,
-    CheckpointSource,
-    ExportSource,
-    WeightSource,
-    pieces,
-)
+from hg_scale.convert.source import WeightSource, parameter_chunks
 from hg_scale.data.tokenizer import MODEL_FILE, Tokenizer
 from hg_scale.model.hourglass import Hourglass
 
@@ -43,31 +37,27 @@ SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
-class Style:
-    """What a folder has beside or instead of a plain export's contents.
+class ExportStyle:
+    """What distinguishes another format, such as Hugging Face's, from a plain export."""
 
-    `prefix` goes in front of every name, `config` into config.json, `files` are texts by name.
-    """
-
-    prefix: str = ""
-    config: Mapping[str, Any] = field(default_factory=dict)
-    files: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""  # of every parameter name
+    config: Mapping[str, Any] = field(default_factory=dict)  # further keys of config.json
+    files: Mapping[str, str] = field(default_factory=dict)  # further text files by name
 
 
-PLAIN = Style()
+PLAIN = ExportStyle()
 
 
 @dataclass(frozen=True)
-class Copy:
-    """Reads a piece of a parameter and puts it where it belongs; sent to the workers."""
+class CopyChunk:
+    """Job: copy elements (name, kind, start, stop) of a source to a file; return how many."""
 
     source: WeightSource
-    places: dict[tuple[str, str], TensorRegion]  # by name and kind
+    regions: dict[tuple[str, str], TensorRegion]  # by name and kind
 
-    def __call__(self, piece: tuple[str, str, int, int]) -> int:
-        """(name, kind, start, stop) -> its elements, written."""
-        name, kind, start, stop = piece
-        self.places[name, kind].write(start, self.source.read(name, kind, start, stop))
+    def __call__(self, chunk: tuple[str, str, int, int]) -> int:
+        name, kind, start, stop = chunk
+        self.regions[name, kind].write(start, self.source.read(name, kind, start, stop))
         return stop - start
 
 
@@ -79,19 +69,20 @@ def export(
     workers: int = 1,
     shard_bytes: int = SHARD_BYTES,
     tokenizer: Tokenizer | None = None,
-    style: Style = PLAIN,
+    style: ExportStyle = PLAIN,
     report: ProgressReporter,
 ) -> float:
-    """Write weights to the new folder `out`; the largest difference of the logits from theirs.
+    """Write weights to the new folder `out`; return the largest difference of the logits.
 
-    Raises CheckpointError where the source is damaged or was trained with another tokenizer, where
-    `out` cannot be written or, in fp32, computes something else.
+    dtype: "fp32" or "bf16". shard_bytes: the largest file. tokenizer: that of the training data,
+    None if not available. Raises CheckpointError if the source is corrupt or was trained with
+    another tokenizer, if `out` cannot be written, or if its fp32 logits differ from the source's.
     """
     _refuse_other_tokenizer(source, tokenizer)
     source.require_unchanged(workers, report)
     with new_folder(out) as folder:
-        places = _make_files(folder, source, dtype, shard_bytes, style.prefix)
-        copy_pieces(source, places, workers, report, "exporting")
+        regions = _create_files(folder, source, dtype, shard_bytes, style.prefix)
+        copy_tensors(source, regions, workers, report, "exporting")
         config = export_config(source, dtype, tokenizer) | dict(style.config)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(
@@ -107,50 +98,49 @@ def export(
         if dtype == "fp32" and not difference <= BOUND:
             raise CheckpointError(
                 f"{out}: not exported: its logits differ from those of {source.path} by "
-                f"{difference:.2e} (at most {BOUND:.0e} may come of rounding)"
+                f"{difference:.2e} (rounding explains at most {BOUND:.0e})"
             )
     return difference
 
 
 def _refuse_other_tokenizer(source: WeightSource, tokenizer: Tokenizer | None) -> None:
-    """Weights with a tokenizer that they were not trained with load, and give nonsense."""
-    theirs = source.tokenizer
-    ours = tokenizer.identity.model_dump() if tokenizer else None
-    if ours and theirs and ours != theirs:
+    """Raise CheckpointError: with another tokenizer, weights load without error and are useless."""
+    trained_with = source.tokenizer
+    given = tokenizer.identity.model_dump() if tokenizer else None
+    if given and trained_with and given != trained_with:
 
-        def words(identity: dict[str, Any]) -> str:
-            told = (f"{key} {value}" for key, value in identity.items() if value is not None)
-            return ", ".join(told)
+        def describe(identity: dict[str, Any]) -> str:
+            return ", ".join(f"{k} {value}" for k, value in identity.items() if value is not None)
 
         raise CheckpointError(
-            f"{source.path}: trained with the tokenizer {words(theirs)}; that of the data is "
-            f"{words(ours)}; name data made with the first with --data SHARDS"
+            f"{source.path}: trained with the tokenizer {describe(trained_with)}; that of the data "
+            f"is {describe(given)}; name data prepared with the former with --data SHARDS"
         )
 
 
-def copy_pieces(
+def copy_tensors(
     source: WeightSource,
-    places: dict[tuple[str, str], TensorRegion],
+    regions: dict[tuple[str, str], TensorRegion],
     workers: int,
     report: ProgressReporter,
     what: str,
 ) -> None:
-    """Fill files with what a source holds."""
-    todo = [
+    """Copy tensors of a source, by name and kind, to the regions of files. what: for progress."""
+    chunks = [
         (name, kind, start, stop)
-        for name, kind in places
-        for _, start, stop in pieces(name, source.shapes[name])
+        for name, kind in regions
+        for _, start, stop in parameter_chunks(name, source.shapes[name])
     ]
-    report.begin(what, 4 * sum(stop - start for *_, start, stop in todo))
+    report.begin(what, 4 * sum(stop - start for *_, start, stop in chunks))
     source.close()
-    for _, elements in run_jobs(Copy(source, places), todo, workers):
+    for _, elements in run_jobs(CopyChunk(source, regions), chunks, workers):
         report.advance(4 * elements)
 
 
 def export_config(source: WeightSource, dtype: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """`config.json`: all that is needed to use the weights."""
+    """Return the contents of `config.json`: what is needed to use the weights."""
     identity = tokenizer.identity.model_dump() if tokenizer else source.tokenizer
-    origin: dict[str, Any] = {"kind": source.what, "name": source.path.resolve().name}
+    origin: dict[str, Any] = {"kind": source.format_name, "name": source.path.resolve().name}
     if isinstance(source, CheckpointSource):
         origin |= {key: source.manifest[key] for key in ("layout", "versions")}
     return {
@@ -168,7 +158,7 @@ def export_config(source: WeightSource, dtype: str, tokenizer: Tokenizer | None)
 
 
 def split_into_files(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
-    """Names in order, as many to a file as stay within `limit` bytes, one at least."""
+    """Yield the names of each file: in order, at most `limit` bytes, at least one name."""
     group: list[str] = []
     total = 0
     for name, size in sizes.items():
@@ -181,34 +171,34 @@ def split_into_files(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]
         yield group
 
 
-def _make_files(
+def _create_files(
     folder: Path, source: WeightSource, dtype: str, shard_bytes: int, prefix: str
 ) -> dict[tuple[str, str], TensorRegion]:
-    """The safetensors files, still empty, and the index where there are several."""
+    """Create the safetensors files without their data, and an index if there are several."""
     element = DTYPES[dtype][2]
     sizes = {name: element * prod(shape) for name, shape in source.shapes.items()}
     groups = list(split_into_files(sizes, shard_bytes))
-    places: dict[tuple[str, str], TensorRegion] = {}
+    regions: dict[tuple[str, str], TensorRegion] = {}
     index: dict[str, str] = {}
     for number, names in enumerate(groups, start=1):
         file = SAFETENSORS
         if len(groups) > 1:
             file = f"model-{number:05}-of-{len(groups):05}.safetensors"
         shapes = [(prefix + name, source.shapes[name]) for name in names]
-        made = create(folder / file, shapes, dtype)
+        created = create_safetensors(folder / file, shapes, dtype)
         for name in names:
-            places[name, "fp32"] = made[prefix + name]
+            regions[name, "fp32"] = created[prefix + name]
             index[prefix + name] = file
     if len(groups) > 1:
         text = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
         (folder / SAFETENSORS_INDEX).write_text(json.dumps(text, indent=2) + "\n")
-    return places
+    return regions
 
 
 def load_export(folder: Path) -> Hourglass:
-    """The plain model of an export, on the CPU, in the precision it is stored in, memory-mapped.
+    """Load an export as a plain model: on the CPU, memory-mapped, in the dtype of the files.
 
-    Needs neither Megatron nor DeepSpeed. Raises CheckpointError where it is no whole export.
+    Needs neither Megatron nor DeepSpeed. Raises CheckpointError if the export is not complete.
     """
     import torch
 

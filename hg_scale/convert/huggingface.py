@@ -1,4 +1,4 @@
-"""A folder in Hugging Face's style: an export whose modelling code is our own plain model."""
+"""Hugging Face folders: an export with the plain model as `trust_remote_code` modelling code."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from hg_scale import __version__
 from hg_scale.checkpoint.jobs import ProgressReporter
 from hg_scale.convert.bundle import bundle
-from hg_scale.convert.export import SHARD_BYTES, Style, export
+from hg_scale.convert.export import SHARD_BYTES, ExportStyle, export
 from hg_scale.convert.source import WeightSource
 from hg_scale.data.tokenizer import Tokenizer
 
 MODULE = "modeling_hg_scale"
-_TORCH = {"fp32": "float32", "bf16": "bfloat16"}
+_TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def to_huggingface(
@@ -26,7 +26,7 @@ def to_huggingface(
     tokenizer: Tokenizer | None = None,
     report: ProgressReporter,
 ) -> float:
-    """Write the new folder `out`; the largest difference of the logits. As `export`."""
+    """Write the new folder `out`; arguments, result and errors as of `export`."""
     identity = tokenizer.identity.model_dump() if tokenizer else source.tokenizer
     end = identity["eod"] if identity else None
     config: dict[str, Any] = {
@@ -37,10 +37,10 @@ def to_huggingface(
         },
         "model_type": "hg_scale",
         "vocab_size": source.model.vocab_size,
-        "bos_token_id": end,  # a text begins where another ended
+        "bos_token_id": end,  # a document starts after the end of another
         "eos_token_id": end,
-        "dtype": _TORCH[dtype],
-        "torch_dtype": _TORCH[dtype],  # the same, for transformers before 4.56
+        "dtype": _TORCH_DTYPES[dtype],
+        "torch_dtype": _TORCH_DTYPES[dtype],  # its name before transformers 4.56
         "use_cache": False,
     }
     return export(
@@ -50,6 +50,6 @@ def to_huggingface(
         workers=workers,
         shard_bytes=shard_bytes,
         tokenizer=tokenizer,
-        style=Style("model.", config, {f"{MODULE}.py": bundle(__version__)}),
+        style=ExportStyle("model.", config, {f"{MODULE}.py": bundle(__version__)}),
         report=report,
     )

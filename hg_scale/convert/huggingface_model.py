@@ -1,4 +1,4 @@
-"""The plain model behind transformers' interface. Only ever run inside a bundle (`bundle.py`)."""
+"""The plain model with transformers' interface; runs only as part of a bundle (`bundle.py`)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from hg_scale.model.hourglass import Hourglass
 
 
 class HourglassConfig(PretrainedConfig):
-    """`model`: the section of that name, all keys given."""
+    """`model`: the model section of hg_scale's configuration, with all keys."""
 
     model_type = "hg_scale"
 
-    def __init__(self, model: dict[str, Any] | None = None, **others: Any) -> None:
+    def __init__(self, model: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.model = model or {}
-        super().__init__(**others)
+        super().__init__(**kwargs)
 
 
 class HourglassForCausalLM(PreTrainedModel, GenerationMixin):
-    """Token ids in, logits of the next token out. No cache: `generate` runs the whole text again.
+    """The Hourglass as a causal language model: token ids to logits of the next token.
 
-    Padding on the left is refused; on the right it changes nothing before it.
+    There is no KV cache: `generate` runs the complete text for each token. Padding on the left is
+    refused; padding on the right does not affect earlier positions.
     """
 
     config_class = HourglassConfig
@@ -40,25 +41,28 @@ class HourglassForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Weights come from the folder."""
+        """Do nothing: the weights are loaded."""
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.model.get_submodule("embedding.table")
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **others: Any) -> dict[str, Any]:
-        return {"input_ids": input_ids, "attention_mask": others.get("attention_mask")}
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
 
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        **others: Any,
+        **kwargs: Any,
     ) -> CausalLMOutput:
-        """input_ids (B, L) -> logits (B, L, vocab_size); labels as input_ids, -100 not scored."""
+        """Map input_ids (B, L) to logits (B, L, vocab_size), and labels to the mean loss.
+
+        labels (B, L): the input_ids themselves (they are shifted here); -100 is ignored.
+        """
         if attention_mask is not None:
-            gaps = attention_mask[:, 1:] > attention_mask[:, :-1]
-            if bool(gaps.any()):
+            padded_left = attention_mask[:, 1:] > attention_mask[:, :-1]
+            if bool(padded_left.any()):
                 raise ValueError("attention_mask: padding on the left is not supported")
         logits = self.model(input_ids)[..., : self.config.vocab_size]
         loss = None

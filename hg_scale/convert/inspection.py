@@ -1,4 +1,4 @@
-"""What `hg-scale convert` shows of weights, in words and tables."""
+"""The summaries and tables that `hg-scale convert inspect` and `diff` print."""
 
 from __future__ import annotations
 
@@ -9,40 +9,42 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
-from hg_scale.convert.compare import Difference
-from hg_scale.convert.health import Health
-from hg_scale.convert.source import CheckpointSource, ExportSource, WeightSource
+from hg_scale.convert.checkpoint_source import CheckpointSource
+from hg_scale.convert.compare import TensorDifference
+from hg_scale.convert.export_source import ExportSource
+from hg_scale.convert.health import TensorHealth
+from hg_scale.convert.source import WeightSource
 
 
-def facts_of(source: WeightSource, health: Sequence[Health]) -> dict[str, str]:
-    """Lines about the whole. `health`: of every tensor, or nothing where none was read."""
+def summarize(source: WeightSource, health: Sequence[TensorHealth]) -> dict[str, str]:
+    """Return lines (title, value) about a source. health: of every tensor, empty if not read."""
     model = source.model
-    facts = {
-        "kind": source.what,
+    summary = {
+        "kind": source.format_name,
         "step": f"{source.step:,}",
         "model": f"{model.hierarchy}, d_model {model.d_model}, vocabulary {model.vocab_size:,}",
         "parameters": f"{source.parameters:,} in {len(source.shapes)} tensors",
         "holds": ", ".join(source.kinds),
     }
     if source.tokenizer:
-        facts["tokenizer"] = " ".join(
+        summary["tokenizer"] = " ".join(
             str(source.tokenizer[key]) for key in ("name", "vocab_size", "eod", "sha256")
             if source.tokenizer.get(key) is not None
         )  # fmt: skip
     if isinstance(source, CheckpointSource):
-        facts |= _of_a_checkpoint(source.manifest)
+        summary |= _summarize_manifest(source.manifest)
     if isinstance(source, ExportSource):
-        facts["precision"] = str(source.described.get("precision"))
+        summary["precision"] = str(source.config_json.get("precision"))
     if health:
-        faults = [h.fault for h in health if h.fault]
-        facts["health"] = "all finite" if not faults else "; ".join(map(str, faults[:5]))
-    return facts
+        problems = [h.problem for h in health if h.problem]
+        summary["health"] = "all finite" if not problems else "; ".join(problems[:5])
+    return summary
 
 
-def _of_a_checkpoint(manifest: dict[str, Any]) -> dict[str, str]:
+def _summarize_manifest(manifest: dict[str, Any]) -> dict[str, str]:
     layout, progress, files = manifest["layout"], manifest["progress"], manifest["files"]
     sizes = [file["bytes"] for file in files]
-    facts = {
+    summary = {
         "written by": f"tensor {layout['tensor']} x pipeline {layout['pipeline']} x data "
         f"{layout['data']}, ZeRO {layout['zero_stage']}",
         "optimizer step": f"{manifest['optimizer_step']:,}",
@@ -53,13 +55,13 @@ def _of_a_checkpoint(manifest: dict[str, Any]) -> dict[str, str]:
         "versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
     }
     if "source" in manifest:
-        facts["made from"] = " ".join(map(str, manifest["source"].values()))
-    return facts
+        summary["made from"] = " ".join(map(str, manifest["source"].values()))
+    return summary
 
 
-def tensors_table(source: WeightSource, health: Sequence[Health]) -> Table:
-    """A line a tensor: shape, and where it was read the size of its numbers."""
-    figures = {(h.name, h.kind): h for h in health}
+def tensors_table(source: WeightSource, health: Sequence[TensorHealth]) -> Table:
+    """Return a table with a line per tensor: its shape and, if `health` is given, statistics."""
+    by_tensor = {(h.name, h.kind): h for h in health}
     table = Table(box=SIMPLE)
     table.add_column("tensor", no_wrap=True)
     table.add_column("shape", no_wrap=True)
@@ -72,16 +74,16 @@ def tensors_table(source: WeightSource, health: Sequence[Health]) -> Table:
     for name, shape in source.shapes.items():
         row = [name, " x ".join(map(str, shape)), f"{prod(shape):,}"]
         if health:
-            weights = figures[name, "fp32"]
+            weights = by_tensor[name, "fp32"]
             row += [f"{weights.rms:.3g}", f"{weights.largest:.3g}"]
-            row += [f"{figures[name, kind].rms:.3g}" for kind in source.kinds[1:]]
-        faulty = any(h.fault for h in health if h.name == name)
-        table.add_row(*row, style="red" if faulty else None)
+            row += [f"{by_tensor[name, kind].rms:.3g}" for kind in source.kinds[1:]]
+        bad = any(h.problem for h in health if h.name == name)
+        table.add_row(*row, style="red" if bad else None)
     return table
 
 
-def differences_table(differences: Sequence[Difference], top: int) -> Table:
-    """The largest first; NaN before all."""
+def differences_table(differences: Sequence[TensorDifference], top: int) -> Table:
+    """Return a table of the `top` largest differences; NaN comes first."""
     order = sorted(differences, key=lambda d: (d.largest == d.largest, -d.largest))
     table = Table(box=SIMPLE)
     table.add_column("tensor", no_wrap=True)

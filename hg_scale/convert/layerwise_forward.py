@@ -1,4 +1,4 @@
-"""What weights compute, one layer in memory at a time: for models larger than memory."""
+"""Compute logits with one layer in memory at a time, for models larger than memory."""
 
 from __future__ import annotations
 
@@ -14,37 +14,40 @@ from hg_scale.model.context import Context
 from hg_scale.model.hourglass import Hourglass
 from hg_scale.model.plan import layer_plan
 
-BOUND = 1e-5  # of logits in fp32, as for the golden files
-_ROWS, _LENGTH = 2, 128
+BOUND = 1e-5  # largest difference of fp32 logits, as for the golden files
+_BATCH, _LENGTH = 2, 128
 
 
 def fixed_batch(model: ModelConfig) -> Tensor:
-    """ids (2, 128 or less), always the same for a model."""
+    """Return random ids (2, at most 128), the same on each call for a model."""
     length = min(_LENGTH, model.sequence_length)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, model.vocab_size, (_ROWS, length), generator=generator)
+    return torch.randint(0, model.vocab_size, (_BATCH, length), generator=generator)
 
 
 @torch.inference_mode()
 def layerwise_logits(source: WeightSource, ids: Tensor, report: ProgressReporter) -> Tensor:
-    """ids (B, L) -> fp32 logits (B, L, vocabulary) of the plain model with these weights."""
+    """Map ids (B, L) to fp32 logits (B, L, vocabulary) with the weights of a source."""
     model = source.model
     with torch.device("meta"):
         hourglass = Hourglass(model)
     if hourglass.position_bias is not None:
-        _fill(hourglass.position_bias, "position_bias", source)
+        _load_weights(hourglass.position_bias, "position_bias", source)
     state, context = Activations(ids), Context(model.parsed.factors)
     for plan in layer_plan(model):
         layer = hourglass.get_submodule(plan.name)
-        _fill(layer, plan.name, source)
+        _load_weights(layer, plan.name, source)
         state = layer(state, context)
         report.advance(sum(p.numel() for p in layer.parameters()) * 4)
-        layer.to("meta")  # lets go of its weights
+        layer.to("meta")  # frees its weights
     return state.x[..., : model.vocab_size]
 
 
 def largest_difference(a: WeightSource, b: WeightSource, report: ProgressReporter) -> float:
-    """Of their logits on the fixed batch, computed in fp32. Raises CheckpointError where NaN."""
+    """Return the largest difference of two sources' fp32 logits on `fixed_batch`.
+
+    Raises CheckpointError if it is not finite.
+    """
     ids = fixed_batch(a.model)
     report.begin("comparing logits", 4 * (a.parameters + b.parameters))
     difference = (layerwise_logits(a, ids, report) - layerwise_logits(b, ids, report)).abs().max()
@@ -55,6 +58,6 @@ def largest_difference(a: WeightSource, b: WeightSource, report: ProgressReporte
     return float(difference)
 
 
-def _fill(module: nn.Module, name: str, source: WeightSource) -> None:
-    weights = {key: source.whole(f"{name}.{key}") for key, _ in module.named_parameters()}
+def _load_weights(module: nn.Module, name: str, source: WeightSource) -> None:
+    weights = {key: source.full_tensor(f"{name}.{key}") for key, _ in module.named_parameters()}
     module.load_state_dict(weights, assign=True)

@@ -1,4 +1,4 @@
-"""The README of an export."""
+"""The model card (README.md) of an export."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
 ```
 
-`modeling_hg_scale.py` is the plain model of hg_scale in one file. It needs torch and transformers only. There is no cache of keys and values, and no padding on the left: an `attention_mask` with zeros in front is refused.
+`modeling_hg_scale.py` is the plain model of hg_scale in one file. It needs torch and transformers only. There is no KV cache, and no padding on the left: an `attention_mask` that begins with zeros is refused.
 """  # noqa: E501
 
 _NAMES = """\
-| name | what |
+| name | contents |
 | --- | --- |
 | `embedding.table.weight` | (vocabulary, d) |
-| `pre.I.*`, `post.I.*`, `level*.stack.I.*` and so on | block I of a stack; the hierarchy in `config.json` says which there are |
+| `pre.I.*`, `post.I.*`, `level*.stack.I.*` and so on | block I of a stack; the hierarchy in `config.json` determines which exist |
 | `*.attention.qkv.weight` | queries, keys and values, rows ordered (head, q k v, d_head); `kv` is (head, k v, d_head) |
 | `*.attention.pos.weight`, `*.position_bias.u`, `.v` | Transformer-XL's relative positions |
 | `*.ff.up.weight` | with SwiGLU, gate and up alternate: (gcd(d_ff, 64) chunks, gate up, rows) |
-| `levelN.shorten.*`, `levelN.upsample.*` | the layers that join scale N to the next shorter one |
+| `levelN.shorten.*`, `levelN.upsample.*` | the layers between level N and the next inner level |
 | `head.linear.weight` | (vocabulary, d) |
 
 Linear weights are (out, in).
@@ -57,16 +57,19 @@ Linear weights are (out, in).
 
 
 def model_card(title: str, config: dict[str, Any], source: WeightSource, transformers: bool) -> str:
-    """Markdown; `config` is the export's config.json, `transformers` whether that loads it."""
+    """Return the card as Markdown.
+
+    config: the export's config.json; transformers: whether it is a Hugging Face folder.
+    """
     model = source.model
     tokenizer = config["tokenizer"]
     rows = {
         "hierarchy": f"`{model.hierarchy}`",
         "parameters": f"{source.parameters:,}",
         "trained for": f"{source.step:,} steps",
-        "window in training": f"{model.sequence_length:,} tokens",
+        "sequence length in training": f"{model.sequence_length:,} tokens",
         "vocabulary": f"{model.vocab_size:,} ids",
-        "tokenizer": "not known" if tokenizer is None else _tokenizer(tokenizer),
+        "tokenizer": "unknown" if tokenizer is None else _tokenizer(tokenizer),
         "precision of the weights": config["precision"],
         "made from": f"{config['source']['kind']} `{config['source']['name']}`",
     }
@@ -81,12 +84,11 @@ def model_card(title: str, config: dict[str, Any], source: WeightSource, transfo
     ]
     if model.padded_vocab > model.vocab_size:
         parts.append(
-            f"Embedding and head have {model.padded_vocab:,} rows, those past "
+            f"Embedding and head have {model.padded_vocab:,} rows, of which those after the first "
             f"{model.vocab_size:,} are padding: no such id occurs, and their logits are masked.\n"
         )
     parts.append(
-        "An input is the text shifted by one: the logits at position t are of the token after "
-        "input t. A text begins with "
+        "The logits at position t predict the token after input t. A document begins with "
         + ("id 0" if not tokenizer or tokenizer["eod"] is None else f"id {tokenizer['eod']}")
         + ".\n"
     )

@@ -1,36 +1,32 @@
-"""Which kind of weights a path leads to."""
+"""Open the weights at a path, whichever format they are in."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.find import MANIFEST, find_latest
+from hg_scale.checkpoint.find import find_latest
+from hg_scale.checkpoint.manifest import MANIFEST
 from hg_scale.config.schema import ModelConfig
+from hg_scale.convert.checkpoint_source import CheckpointSource
 from hg_scale.convert.deepspeed_files import (
-    LATEST,
+    LATEST_UNIVERSAL,
     TORCH_FILE,
     TORCH_INDEX,
-    ZERO,
+    ZERO_FOLDER,
     ConsolidatedSource,
     UniversalSource,
 )
-from hg_scale.convert.source import (
-    CONFIG,
-    SAFETENSORS,
-    SAFETENSORS_INDEX,
-    CheckpointSource,
-    ExportSource,
-    GoldenSource,
-    WeightSource,
-)
+from hg_scale.convert.export_source import CONFIG, SAFETENSORS, SAFETENSORS_INDEX, ExportSource
+from hg_scale.convert.reference import GoldenSource
+from hg_scale.convert.source import WeightSource
 
 
 def open_source(path: Path, model: ModelConfig | None = None) -> WeightSource:
-    """A checkpoint, a run's newest one, an export, a golden file, or DeepSpeed's.
+    """Open a checkpoint, a run's newest one, an export, a golden file, or DeepSpeed's files.
 
-    `model` is for DeepSpeed's, which do not say it. Raises CheckpointError where it is none of
-    these or is damaged.
+    model: for DeepSpeed's files, which do not contain it. Raises CheckpointError if the path is
+    none of these, or is incomplete.
     """
 
     def has(*names: str) -> bool:
@@ -46,7 +42,7 @@ def open_source(path: Path, model: ModelConfig | None = None) -> WeightSource:
         return CheckpointSource(path)
     if has("checkpoints"):
         return open_checkpoint(path)
-    if has(LATEST, ZERO):
+    if has(LATEST_UNIVERSAL, ZERO_FOLDER):
         return UniversalSource(path, model)
     if model is None and has(CONFIG) and has(SAFETENSORS, SAFETENSORS_INDEX):
         return ExportSource(path)
@@ -54,12 +50,12 @@ def open_source(path: Path, model: ModelConfig | None = None) -> WeightSource:
         return ConsolidatedSource(path, model)
     raise CheckpointError(
         f"{path}: expected a run, a checkpoint ({MANIFEST}), an export ({CONFIG}, {SAFETENSORS}), "
-        f"a golden file or DeepSpeed's ({LATEST}, {TORCH_FILE})"
+        f"a golden file or DeepSpeed's ({LATEST_UNIVERSAL}, {TORCH_FILE})"
     )
 
 
 def open_checkpoint(path: Path) -> CheckpointSource:
-    """A checkpoint folder, or a run's newest whole one. Raises CheckpointError."""
+    """Open a checkpoint folder, or the newest complete one of a run. Raises CheckpointError."""
     if (path / "checkpoints").is_dir():
         newest = find_latest(path / "checkpoints")
         if newest is None:
@@ -69,6 +65,6 @@ def open_checkpoint(path: Path) -> CheckpointSource:
 
 
 def is_export(path: Path) -> bool:
-    """Whether a folder is an export and not a checkpoint or a run."""
+    """Return whether a folder is an export, and not a checkpoint or a run."""
     weights = any((path / name).exists() for name in (SAFETENSORS, SAFETENSORS_INDEX))
     return weights and (path / CONFIG).is_file() and not (path / MANIFEST).exists()

@@ -1,4 +1,4 @@
-"""The folder that a conversion writes: there whole, under its name, or not at all."""
+"""The output folder of a conversion: it appears complete under its name, or not at all."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hg_scale.atomic_write import sync_path
 from hg_scale.checkpoint.errors import CheckpointError
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` to write into; synced and renamed to `out` at the end.
+    """Yield a hidden folder beside `out` to write into; flush it and rename it to `out` at the end.
 
-    Where anything fails it is removed; what a killed conversion left is removed by the next one to
-    the same place. Raises CheckpointError where something is at `out`, or it cannot be written.
+    The hidden folder is removed on any error; one that a killed process left is cleared by the next
+    call for the same `out`. Raises CheckpointError if `out` exists or cannot be written.
     """
     if out.exists() or out.is_symlink():
         raise CheckpointError(f"{out}: exists already; name a new folder, or remove it")
@@ -35,13 +36,15 @@ def new_folder(out: Path) -> Iterator[Path]:
         _clear(temporary)
         try:
             yield temporary
-            _sync(temporary)
+            for path in sorted(temporary.rglob("*"), reverse=True):
+                sync_path(path)
+            sync_path(temporary)
             os.rename(temporary, out)
             sync_path(out.parent)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(
-                f"{out}: cannot be written: {error.strerror or error}; nothing of it was kept"
+                f"{out}: cannot be written: {error.strerror or error}; partial output was removed"
             ) from None
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -56,19 +59,3 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _sync(folder: Path) -> None:
-    """Put all below a folder on the disk."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        sync_path(path)
-    sync_path(folder)
-
-
-def sync_path(path: Path) -> None:
-    """Put a file, or the renames in a folder, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,8 +1,9 @@
-"""Writing a checkpoint from weights that were not trained here: imports, averages.
+"""Write a checkpoint from any source of weights: imports, averages.
 
-What starts from one begins anew: step 0, the first of its data, Adam's moments zero and its step
-count 0, so that a warm-up does what it does in any run. Where the source carries moments and says
-where training stood (DeepSpeed's universal format), that is kept, and training goes on.
+A run that starts from one starts from scratch but for the weights: step 0, the first of its data,
+Adam's moments and step count 0, so that warm-up has its usual effect. If the source has moments and
+the progress of training (checkpoints, DeepSpeed's universal format), these are kept and a run
+resumes.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from hg_scale.checkpoint.checksum import Checksum
-from hg_scale.checkpoint.find import MANIFEST
+from hg_scale.checkpoint.checksum import ComputeChecksum
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
 from hg_scale.checkpoint.jobs import ProgressReporter, run_jobs
-from hg_scale.checkpoint.safetensors_file import TensorRegion, create
-from hg_scale.checkpoint.versions import CHECKPOINT_VERSION, seal
-from hg_scale.convert.export import copy_pieces, split_into_files
+from hg_scale.checkpoint.manifest import CHECKPOINT_VERSION, MANIFEST, seal
+from hg_scale.checkpoint.safetensors_file import TensorRegion, create_safetensors
+from hg_scale.convert.export import copy_tensors, split_into_files
 from hg_scale.convert.output import new_folder
 from hg_scale.convert.source import WeightSource
 
@@ -35,32 +35,31 @@ def to_checkpoint(
     report: ProgressReporter,
     file_bytes: int = FILE_BYTES,
 ) -> None:
-    """Write the checkpoint folder `out`. Raises CheckpointError; on a damaged source, too."""
+    """Write the checkpoint folder `out`. Raises CheckpointError, also if the source is corrupt."""
     source.require_unchanged(workers, report)
-    goes_on = source.kinds == KINDS and source.progress is not None
+    resumable = source.kinds == KINDS and source.progress is not None
     with new_folder(out) as folder:
-        places: dict[tuple[str, str], TensorRegion] = {}
+        regions: dict[tuple[str, str], TensorRegion] = {}
         files: dict[str, list[str]] = {}
         sizes = {name: 4 * len(KINDS) * prod(shape) for name, shape in source.shapes.items()}
         for rank, names in enumerate(split_into_files(sizes, file_bytes)):
             file = f"rank-{rank:05}.safetensors"
             files[file] = names
-            # By kind, so that moments that are not written are one hole of the file.
+            # By kind, so that moments that are not written are one hole in the file.
             tensors = [
-                (f"{number}.{kind}", source.shapes[name])
+                (f"{number}.{kind}", (prod(source.shapes[name]),))
                 for kind in KINDS
                 for number, name in enumerate(names)
             ]
-            flat = [(key, (prod(shape),)) for key, shape in tensors]
-            made = create(folder / file, flat)
+            created = create_safetensors(folder / file, tensors)
             for number, name in enumerate(names):
-                for kind in KINDS if goes_on else ("fp32",):
-                    places[name, kind] = made[f"{number}.{kind}"]
-        copy_pieces(source, places, workers, report, "importing")
+                for kind in KINDS if resumable else ("fp32",):
+                    regions[name, kind] = created[f"{number}.{kind}"]
+        copy_tensors(source, regions, workers, report, "importing")
         sizes = {file: (folder / file).stat().st_size for file in files}
         report.begin("checksums", sum(sizes.values()))
         entries = []
-        for file, checksum in run_jobs(Checksum(folder), files, workers):
+        for file, checksum in run_jobs(ComputeChecksum(folder), files, workers):
             report.advance(sizes[file])
             fragments = [
                 Fragment(Slice(name, source.shapes[name]), 0, prod(source.shapes[name])).to_json()
@@ -69,25 +68,29 @@ def to_checkpoint(
             entries.append(
                 {"name": file, "bytes": sizes[file], "checksum": checksum, "fragments": fragments}
             )
-        manifest = _head(source, goes_on) | {"files": entries}
+        manifest = _manifest(source, resumable) | {"files": entries}
         (folder / MANIFEST).write_text(json.dumps(seal(manifest)), encoding="utf-8")
 
 
-def _head(source: WeightSource, goes_on: bool) -> dict[str, Any]:
-    """The manifest but for the files, as a run would have written it."""
-    step = source.step if goes_on else 0
-    begin = {"step": 0, "position": 0, "skipped": 0, "data": {}}
+def _manifest(source: WeightSource, resumable: bool) -> dict[str, Any]:
+    """Return the manifest without its files, as a run would have written it."""
+    step = source.step if resumable else 0
+    start = {"step": 0, "position": 0, "skipped": 0, "data": {}}
     return {
         "format_version": CHECKPOINT_VERSION,
         "step": step,
-        "progress": source.progress if goes_on else begin,
-        "optimizer_step": source.optimizer_step if goes_on else 0,
-        "moments": goes_on,
+        "progress": source.progress if resumable else start,
+        "optimizer_step": source.optimizer_step if resumable else 0,
+        "moments": resumable,
         "layout": _LAYOUT,
         "config": (source.config or {}) | {"model": source.model.model_dump()},
         "versions": {name: _version(name) for name in ("hg-scale", "torch", "deepspeed", "numpy")},
         "tokenizer": source.tokenizer,
-        "source": {"kind": source.what, "name": source.path.resolve().name, "step": source.step},
+        "source": {
+            "kind": source.format_name,
+            "name": source.path.resolve().name,
+            "step": source.step,
+        },
     }
 
 

@@ -1,13 +1,13 @@
-"""Writing DeepSpeed's universal format: what `deepspeed.checkpoint.ds_to_universal` would write.
+"""Write DeepSpeed's universal format, as `deepspeed.checkpoint.ds_to_universal` does.
 
     latest_universal                    the name of the folder below
-    global_stepN/zero/NAME/fp32.pt      {"param": whole tensor, "cat_dim": ...}; exp_avg.pt and
-                                        exp_avg_sq.pt alike, step.pt the optimizer's step count
+    global_stepN/zero/NAME/fp32.pt      {"param": unsharded tensor, "cat_dim": ...}; likewise
+                                        exp_avg.pt, exp_avg_sq.pt; step.pt is the step count
     global_stepN/zero/optimizer_state.pt
-    global_stepN/*_model_states.pt      counters; one name for ZeRO 1 and 2, one for ZeRO 3
+    global_stepN/*_model_states.pt      counters; one file for ZeRO 1 and 2, one for ZeRO 3
 
-A DeepSpeed engine around a model with our parameter names loads it with
-`{"checkpoint": {"load_universal": true}}`. `cat_dim` is where tensor parallelism cuts.
+`cat_dim` is the dimension that tensor parallelism shards. A DeepSpeed engine around a model with
+the same parameter names loads the folder with `{"checkpoint": {"load_universal": true}}`.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from torch import nn
 from hg_scale.checkpoint.fragments import KINDS
 from hg_scale.checkpoint.jobs import ProgressReporter, run_jobs
 from hg_scale.config.schema import ModelConfig
-from hg_scale.convert.deepspeed_files import LATEST, OURS, ZERO
+from hg_scale.convert.checkpoint_source import CheckpointSource
+from hg_scale.convert.deepspeed_files import EXTRA_STATE, LATEST_UNIVERSAL, ZERO_FOLDER
 from hg_scale.convert.output import new_folder
-from hg_scale.convert.source import CheckpointSource
 from hg_scale.model.hourglass import Hourglass
 from hg_scale.model.layers import PlainLayers
 from hg_scale.model.sharding import TensorShard, mark, shard_of
 
-DEEPSPEED_VERSION = "0.19.8"  # whose converter this follows
+DEEPSPEED_VERSION = "0.19.8"  # this follows its converter
 UNIVERSAL_VERSION = 0.4
-_GROUPS = 1024  # more parameter groups than any optimizer here has
+_PARAM_GROUPS = 1024  # more than any optimizer here has
 
 
-class _Cuts(PlainLayers):
-    """Plain layers whose parameters say along which dimension Megatron's are cut."""
+class _ShardedLayers(PlainLayers):
+    """Plain layers whose parameters are marked with the dimension that Megatron shards."""
 
     def column(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
         layer = super().column(d_in, d_out, bias)
@@ -61,28 +61,28 @@ class _Cuts(PlainLayers):
         return mark(super().by_head(heads, d_head, value), TensorShard(0))
 
 
-def cut_dimensions(model: ModelConfig) -> dict[str, int | None]:
-    """Where tensor parallelism cuts each parameter; None: nowhere."""
+def tensor_parallel_dims(model: ModelConfig) -> dict[str, int | None]:
+    """Return the dimension along which tensor parallelism shards each parameter, or None."""
     with torch.device("meta"):
-        hourglass = Hourglass(model, _Cuts())
+        hourglass = Hourglass(model, _ShardedLayers())
     return {name: shard_of(p).dim for name, p in hourglass.named_parameters()}
 
 
 @dataclass(frozen=True)
 class WriteParameter:
-    """Writes the files of one parameter; sent to the workers."""
+    """Job: write the files of one parameter; return the number of bytes."""
 
     source: CheckpointSource
     folder: Path
     dims: dict[str, int | None]
 
     def __call__(self, name: str) -> int:
-        """Bytes written."""
         folder = self.folder / name
         folder.mkdir(parents=True)
-        cut = {} if self.dims[name] is None else {"cat_dim": self.dims[name]}
-        for kind in KINDS:  # zeros where training is to begin anew: DeepSpeed wants them there
-            torch.save({"param": self.source.whole(name, kind), **cut}, folder / f"{kind}.pt")
+        cat_dim = {} if self.dims[name] is None else {"cat_dim": self.dims[name]}
+        for kind in KINDS:  # DeepSpeed needs the moments even if they are zeros
+            state = {"param": self.source.full_tensor(name, kind), **cat_dim}
+            torch.save(state, folder / f"{kind}.pt")
         torch.save(torch.tensor(float(self.source.optimizer_step)), folder / "step.pt")
         return 4 * len(KINDS) * prod(self.source.shapes[name])
 
@@ -90,33 +90,32 @@ class WriteParameter:
 def to_deepspeed(
     source: CheckpointSource, out: Path, *, workers: int = 1, report: ProgressReporter
 ) -> None:
-    """Write the new folder `out`. Raises CheckpointError; on a damaged source, too."""
+    """Write the new folder `out`. Raises CheckpointError, also if the source is corrupt."""
     source.require_unchanged(workers, report)
     tag = f"global_step{source.step}"
     with new_folder(out) as folder:
-        zero = folder / tag / ZERO
+        zero = folder / tag / ZERO_FOLDER
         zero.mkdir(parents=True)
-        write = WriteParameter(source, zero, cut_dimensions(source.model))
+        write = WriteParameter(source, zero, tensor_parallel_dims(source.model))
         report.begin("writing DeepSpeed's files", 4 * len(KINDS) * source.parameters)
         for _, written in run_jobs(write, list(source.shapes), workers):
             report.advance(written)
         torch.save(_optimizer_state(source), zero / "optimizer_state.pt")
         for name in ("mp_rank_00", "zero_pp_rank_0_mp_rank_00"):
             torch.save(_model_states(source), folder / tag / f"{name}_model_states.pt")
-        (folder / LATEST).write_text(tag, encoding="utf-8")
+        (folder / LATEST_UNIVERSAL).write_text(tag, encoding="utf-8")
 
 
 def _optimizer_state(source: CheckpointSource) -> dict[str, Any]:
-    """What DeepSpeed overwrites its optimizer's settings with: nothing.
+    """Return an optimizer state that overwrites none of the loading engine's settings.
 
-    It goes through the parameter groups here and its own side by side, setting what these hold.
-    Empty ones leave the loading run's learning rates and decays as configured, whatever its groups
-    are; there must be no fewer than it has.
+    DeepSpeed zips these parameter groups with its own and copies every key. Empty groups leave the
+    learning rates and weight decays as configured; there must be at least as many as it has.
     """
     step = torch.tensor(float(source.optimizer_step))
     return {
         "ds_version": DEEPSPEED_VERSION,
-        "param_groups": [{} for _ in range(_GROUPS)],
+        "param_groups": [{} for _ in range(_PARAM_GROUPS)],
         "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": [{}]},  # ZeRO 3
     }
 
@@ -133,7 +132,7 @@ def _model_states(source: CheckpointSource) -> dict[str, Any]:
         "lr_scheduler": None,
         "ds_version": DEEPSPEED_VERSION,
         "universal_checkpoint_info": {"universal_checkpoint_version": UNIVERSAL_VERSION},
-        OURS: {
+        EXTRA_STATE: {
             "model": source.model.model_dump(),
             "config": source.config,
             "progress": progress,

@@ -1,4 +1,4 @@
-"""How far a preparation is: a bar on a terminal, now and then a line in a log."""
+"""Show the progress of long work: a bar on a terminal, or a line every half minute in a log."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _LINE_SECONDS = 30.0  # between two lines of a log
 
 
 class ProgressBar:
-    """Bytes of one stage after another, with bytes/s and the time left; a context manager.
+    """Counts the bytes of one stage after another; shows bytes/s and the time left.
 
-    Where `stream` is no terminal it gets a line every half minute, where it is None nothing.
+    A context manager. Where `stream` is not a terminal, it gets lines; where it is None, nothing.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -26,7 +26,7 @@ class ProgressBar:
         self._shown = 0.0
 
     def begin(self, what: str, total: int | None, before: int = 0) -> None:
-        """A stage of `total` bytes (None: not known), `before` of them done by an earlier run."""
+        """Start a stage of `total` bytes (None: unknown); an earlier run did `before` of them."""
         if self._bars is not None:
             if self._task is not None:
                 self._bars.update(self._task, completed=self._done)
@@ -35,13 +35,13 @@ class ProgressBar:
         self._start = self._shown = time.monotonic()
 
     def describe(self, what: str) -> None:
-        """Say more about the stage."""
+        """Replace the description of the stage."""
         self._what = what
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, description=what)
 
     def update(self, done: int) -> None:
-        """So many bytes of the stage are done."""
+        """Set the number of bytes of the stage that are done."""
         self._done = done
         now = time.monotonic()
         if self._bars is not None and self._task is not None:
@@ -53,7 +53,7 @@ class ProgressBar:
             self._shown = now
 
     def advance(self, count: int) -> None:
-        """So many more bytes are done."""
+        """Add to the number of bytes that are done."""
         self.update(self._done + count)
 
     def _line(self, now: float) -> str:
@@ -96,5 +96,5 @@ class ProgressBar:
 
 
 def on_stderr() -> ProgressBar:
-    """Progress for a command line."""
+    """Return a progress bar for a command line."""
     return ProgressBar(sys.stderr)

@@ -1,1 +1,1 @@
-"""What a trained model is worth and what it writes: scores, texts, images, reports."""
+"""Trained models in use: loading, scoring, generation of text and images, reports of runs."""

@@ -1,32 +1,34 @@
-"""What a trained model writes: text as it is made, and images."""
+"""Generation with a trained model: text, streamed in chunks, and images."""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hg_scale.data.tokenizer import Tokenizer
 from hg_scale.errors import UserError
-from hg_scale.evaluation.loaded_model import LoadedModel
 from hg_scale.model.decoding import generate
 from hg_scale.model.sampling import Sampling
 
-TEMPERATURE = 0.8  # of samples that a summary or a report shows
-GRAY = 128  # of what is not given of an image
+if TYPE_CHECKING:
+    from hg_scale.evaluation.loaded_model import LoadedModel
+
+TEMPERATURE = 0.8  # default, and that of samples in summaries and reports
+GRAY = 128  # value of masked pixels
 
 ImageArray = NDArray[np.uint8]  # (height, width, channels)
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How to write: up to `tokens` a text, `batch` texts at once.
+    """How to generate: up to `tokens` tokens per text, `batch` texts at a time.
 
-    `context`: tokens that the model sees; None: as many as it was trained on.
+    `context`: tokens that the model attends to; None: its training sequence length.
     """
 
     sampling: Sampling
@@ -36,8 +38,8 @@ class GenerationConfig:
     context: int | None = None
 
 
-class Piece(NamedTuple):
-    """A few characters, or none, of text `row`; `last` where it ends."""
+class TextChunk(NamedTuple):
+    """Zero or more characters of the text number `row`; `last` marks the end of that text."""
 
     row: int
     text: str
@@ -45,99 +47,112 @@ class Piece(NamedTuple):
 
 
 class Detokenizer:
-    """Tokens to whole characters: bytes wait until their character is complete."""
+    """Incremental decoder from tokens to complete characters; partial UTF-8 is buffered."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
-        """The characters that `token` completes; U+FFFD for what is not UTF-8."""
+        """Return the characters that `token` completes; invalid UTF-8 becomes U+FFFD."""
         return self._utf8.decode(self._tokenizer.decode(np.array([token])))
 
-    def end(self) -> str:
-        """What is left, where the text ends inside a character."""
+    def finish(self) -> str:
+        """Return U+FFFD where the text ends inside a character, else an empty string."""
         return self._utf8.decode(b"", final=True)
 
 
-def write_texts(
-    trained: LoadedModel, prompts: Sequence[bytes], how: GenerationConfig
-) -> Iterator[Piece]:
-    """What follows each prompt, as it is made; rows of a batch take turns.
+def generate_texts(
+    loaded: LoadedModel, prompts: Sequence[bytes], config: GenerationConfig
+) -> Iterator[TextChunk]:
+    """Yield the continuation of each prompt as it is generated, the texts of a batch interleaved.
 
-    A text ends at the end of its document, which is not part of it, or after `how.tokens`. The
-    beginning of a prompt is the beginning of a document, where the data has documents.
+    A text ends at the end of its document (the token is not part of it) or after `config.tokens`.
+    Where the data has documents, a prompt starts a new one. Raises UserError for image models.
     """
-    if trained.images is not None:
-        raise UserError(f"{trained.subject}: holds images; `hg-scale generate` draws them")
-    tokenizer = trained.open_tokenizer()
+    if loaded.image_shape is not None:
+        raise UserError(
+            f"{loaded.data_source}: contains images, so no text can be generated; generate images "
+            "with `hg-scale generate`"
+        )
+    tokenizer = loaded.tokenizer
     start = tokenizer.eod or 0
-    return write_after(trained, [[start, *tokenizer.encode(p).tolist()] for p in prompts], how)
+    ids = [[start, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    return generate_from_ids(loaded, ids, config)
 
 
-def write_after(
-    trained: LoadedModel, prompts: Sequence[Sequence[int]], how: GenerationConfig
-) -> Iterator[Piece]:
-    """`write_texts` after tokens, at least one a prompt, as they are."""
-    tokenizer = trained.open_tokenizer()
-    for first in range(0, len(prompts), how.batch):
-        ids = [list(prompt) for prompt in prompts[first : first + how.batch]]
-        characters = [Detokenizer(tokenizer) for _ in ids]
-        left = [how.tokens] * len(ids)
+def generate_from_ids(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig
+) -> Iterator[TextChunk]:
+    """Like `generate_texts`, from token ids (at least one per prompt), used as they are."""
+    tokenizer = loaded.tokenizer
+    for first in range(0, len(prompts), config.batch):
+        ids = [list(prompt) for prompt in prompts[first : first + config.batch]]
+        detokenizers = [Detokenizer(tokenizer) for _ in ids]
+        remaining = [config.tokens] * len(ids)
         for row, token in generate(
-            trained.model, ids, how.tokens, how.sampling, seed=how.seed, stop=tokenizer.eod,
-            context=how.context, first_row=first, vocab_size=tokenizer.vocab_size,
+            loaded.model, ids, config.tokens, config.sampling, seed=config.seed,
+            stop=tokenizer.eod, context=config.context, first_row=first,
+            vocab_size=tokenizer.vocab_size,
         ):  # fmt: skip
-            left[row] -= 1
-            last = token == tokenizer.eod or not left[row]
-            text = "" if token == tokenizer.eod else characters[row].add(token)
-            yield Piece(first + row, text + (characters[row].end() if last else ""), last)
+            remaining[row] -= 1
+            last = token == tokenizer.eod or not remaining[row]
+            text = "" if token == tokenizer.eod else detokenizers[row].add(token)
+            tail = detokenizers[row].finish() if last else ""
+            yield TextChunk(first + row, text + tail, last)
 
 
-def write_sample(trained: LoadedModel, tokens: int, seed: int) -> str:
-    """Text from the beginning of a document, at TEMPERATURE."""
-    how = GenerationConfig(Sampling(TEMPERATURE), tokens, seed)
-    return "".join(piece.text for piece in write_texts(trained, [b""], how))
+def generate_sample(loaded: LoadedModel, tokens: int, seed: int) -> str:
+    """Return one text without a prompt, at the default temperature."""
+    config = GenerationConfig(Sampling(TEMPERATURE), tokens, seed)
+    return "".join(chunk.text for chunk in generate_texts(loaded, [b""], config))
 
 
-def in_order(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """The pieces of one text after another: of the first that is not at its end as they come."""
-    turn, waiting = 0, dict[int, list[Piece]]()
-    for piece in pieces:
-        waiting.setdefault(piece.row, []).append(piece)
-        while turn in waiting:
-            ready = waiting.pop(turn)
+def in_prompt_order(chunks: Iterable[TextChunk]) -> Iterator[TextChunk]:
+    """Yield the chunks text by text, buffering those of later texts.
+
+    The first unfinished text is passed on as it arrives.
+    """
+    current, buffered = 0, dict[int, list[TextChunk]]()
+    for chunk in chunks:
+        buffered.setdefault(chunk.row, []).append(chunk)
+        while current in buffered:
+            ready = buffered.pop(current)
             yield from ready
             if not ready[-1].last:
                 break
-            turn += 1
+            current += 1
 
 
-def draw_images(
-    trained: LoadedModel, given: Sequence[NDArray[np.uint8]], how: GenerationConfig
+def generate_images(
+    loaded: LoadedModel, prefixes: Sequence[NDArray[np.uint8]], config: GenerationConfig
 ) -> Iterator[tuple[int, ImageArray | None]]:
-    """Go on from the sub-pixels given, (n,) each, to whole images: (row, None) for each sub-pixel
-    made, (row, image) for the last of each image."""
-    shape = trained.images
+    """Complete images from their first sub-pixels, one array (n,) per image, n the same for all.
+
+    Yields (row, None) for every sub-pixel generated and (row, image) for the last of an image.
+    Raises UserError for text models.
+    """
+    shape = loaded.image_shape
     if shape is None:
-        raise UserError(f"{trained.subject}: holds text, no images")
+        raise UserError(f"{loaded.data_source}: contains text, so no images can be generated")
     total = int(np.prod(shape))
-    for first in range(0, len(given), how.batch):
-        made = [pixels.tolist() for pixels in given[first : first + how.batch]]
-        if len({len(pixels) for pixels in made}) > 1:
-            raise ValueError("all images need as many sub-pixels given")
+    for first in range(0, len(prefixes), config.batch):
+        sub_pixels = [prefix.tolist() for prefix in prefixes[first : first + config.batch]]
+        if len({len(values) for values in sub_pixels}) > 1:
+            raise ValueError("all images of a batch need prefixes of the same length")
         for row, token in generate(
-            trained.model, [[0, *pixels] for pixels in made], total - len(made[0]), how.sampling,
-            seed=how.seed, context=how.context, first_row=first, vocab_size=256,
+            loaded.model, [[0, *values] for values in sub_pixels], total - len(sub_pixels[0]),
+            config.sampling, seed=config.seed, context=config.context, first_row=first,
+            vocab_size=256,
         ):  # fmt: skip
-            made[row].append(token)
-            whole = len(made[row]) == total
-            image = np.array(made[row], np.uint8).reshape(shape) if whole else None
+            sub_pixels[row].append(token)
+            complete = len(sub_pixels[row]) == total
+            image = np.array(sub_pixels[row], np.uint8).reshape(shape) if complete else None
             yield first + row, image
 
 
-def upper_part(image: ImageArray, rows: int) -> ImageArray:
-    """The first rows of an image, gray below."""
-    part = np.full_like(image, GRAY)
-    part[:rows] = image[:rows]
-    return part
+def mask_below(image: ImageArray, rows: int) -> ImageArray:
+    """Return the image with everything below its first `rows` rows in gray."""
+    masked = np.full_like(image, GRAY)
+    masked[:rows] = image[:rows]
+    return masked

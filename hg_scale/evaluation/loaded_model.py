@@ -1,36 +1,44 @@
-"""A trained model to use: from a run, a checkpoint or an export, on one device, with its data."""
+"""A trained model loaded for inference: from a run, a checkpoint or an export, on one device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hg_scale.checkpoint.find import MANIFEST, content_damage, find_latest, read_manifest
+from hg_scale.checkpoint.find import find_latest, verify_checksums
 from hg_scale.checkpoint.load import read_parameters
-from hg_scale.checkpoint.run_tokenizer import kept_tokenizer
+from hg_scale.checkpoint.manifest import MANIFEST, read_manifest
+from hg_scale.checkpoint.run_tokenizer import load_run_tokenizer
 from hg_scale.config.load import parse_config
 from hg_scale.config.schema import ModelConfig, Precision
 from hg_scale.convert.export import load_export
+from hg_scale.convert.export_source import ExportSource
 from hg_scale.convert.open import is_export
-from hg_scale.convert.source import ExportSource
 from hg_scale.data.index import Index, read_index
+from hg_scale.data.protocol import WindowProtocol
 from hg_scale.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerIdentity, load_tokenizer
 from hg_scale.errors import UserError
+from hg_scale.evaluation.generation import TEMPERATURE, GenerationConfig, generate_texts
+from hg_scale.evaluation.scoring import score_text
 from hg_scale.model.hourglass import Hourglass
+from hg_scale.model.sampling import Sampling
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its weights, where they are from, and the index of its data.
+    """A model with its weights, where they come from, and its tokenizer.
 
-    `index` is None where the data is not at hand, or an export was not told it. `images`: height,
-    width, channels of what the model draws; None where it writes text.
+    `index` describes the model's data; it is None where the data is missing or an export names
+    none. `exported_image_shape`: (height, width, channels), as recorded in an export of an image
+    model.
     """
 
     model: Hourglass
@@ -38,142 +46,248 @@ class LoadedModel:
     step: int
     index: Index | None
     open_tokenizer: Callable[[], Tokenizer]
-    drawn: tuple[int, int, int] | None = None  # as an export says
+    exported_image_shape: tuple[int, int, int] | None = None
 
     @property
-    def images(self) -> tuple[int, int, int] | None:
-        return self.index.image_shape if self.index else self.drawn
+    def config(self) -> ModelConfig:
+        """The architecture: the `model` section of the configuration."""
+        return self.model.config
 
     @property
-    def subject(self) -> str:
-        """What a message about the data names: where it lies, or the model that knows of it."""
-        return self.data or str(self.path)
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the training data. Raises UserError where it is unknown."""
+        return self.open_tokenizer()
 
     @property
-    def data(self) -> str:
-        """Where the data lies; empty where it is not known."""
-        return self.index.location if self.index else ""
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """(height, width, channels) of the images that the model generates; None for text."""
+        return self.index.image_shape if self.index else self.exported_image_shape
+
+    @property
+    def data_source(self) -> str:
+        """What messages about the data name: its location, or the model's folder if unknown."""
+        return self.index.location if self.index else str(self.path)
+
+    def generate(
+        self,
+        prompt: str = "",
+        tokens: int = 500,
+        *,
+        temperature: float = TEMPERATURE,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        greedy: bool = False,
+        seed: int = 1,
+        context: int | None = None,
+    ) -> str:
+        """Return the text that follows `prompt`, without the prompt, up to `tokens` tokens.
+
+        Arguments and defaults are those of `hg-scale generate`; `greedy` is temperature 0. The
+        text ends early where the model ends the document. Raises UserError for a model of images
+        and for values out of range.
+        """
+        sampling = Sampling(0.0 if greedy else temperature, top_k, top_p)
+        config = GenerationConfig(sampling, tokens, seed, context=context)
+        _check_range(config)
+        prompts = [prompt.encode(errors="surrogateescape")]
+        return "".join(chunk.text for chunk in generate_texts(self, prompts, config))
+
+    def bits_per_byte(
+        self,
+        text: str | bytes,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        batch_size: int = 8,
+    ) -> float:
+        """Return the bits per byte of `text`, every token scored once.
+
+        Windows of `window` tokens (default: the training sequence length), each starting `stride`
+        tokens after the one before (default: `window`, no overlap), as in `hg-scale evaluate
+        --data FILE`. Raises UserError for a model of images, an empty text or values out of range.
+        """
+        if self.image_shape is not None:
+            raise UserError(
+                f"{self.data_source}: contains images, so text cannot be scored; score images with "
+                "`hg-scale evaluate`"
+            )
+        length = self.config.sequence_length if window is None else window
+        stride = length if stride is None else stride
+        if length < 1 or batch_size < 1:
+            raise UserError(f"window={length}, batch_size={batch_size}: expected 1 or more")
+        if not 1 <= stride <= length:
+            raise UserError(f"stride={stride}: expected 1 to the window of {length} tokens")
+        data = text.encode() if isinstance(text, str) else text
+        if not data:
+            raise UserError("text: is empty; expected at least one byte to score")
+        protocol = WindowProtocol(length, stride)
+        score = score_text(self.model, self.tokenizer, data, protocol, batch_size=batch_size)
+        return score.bits_per_byte
+
+
+def _check_range(config: GenerationConfig) -> None:
+    """Raise UserError for arguments of `LoadedModel.generate` that are out of range."""
+    sampling = config.sampling
+    problems = {
+        f"tokens={config.tokens}: expected 1 or more": config.tokens < 1,
+        f"temperature={sampling.temperature}: expected 0 or more": not (
+            0 <= sampling.temperature < inf
+        ),
+        f"top_k={sampling.top_k}: expected 1 or more": sampling.top_k is not None
+        and sampling.top_k < 1,
+        f"top_p={sampling.top_p}: expected more than 0, up to 1": not 0 < sampling.top_p <= 1,
+        f"context={config.context}: expected 2 or more": config.context is not None
+        and config.context < 2,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise UserError(problem)
 
 
 def load(
-    folder: Path,
-    data: str | None = None,
+    folder: str | Path,
+    data: str | Path | None = None,
     precision: Precision = "fp32",
     device: str | None = None,
 ) -> LoadedModel:
-    """The newest checkpoint of a run folder, a checkpoint folder, or an export.
+    """Load a trained model from a run folder (its newest checkpoint), a checkpoint or an export.
 
-    `data`: prepared corpus in place of that of the run. `device`: by default the GPU if there is
-    one. Raises UserError where something is missing.
+    `data`: prepared corpus to use instead of the run's. `device`: default cuda if available, else
+    cpu. Raises UserError where something is missing or does not fit.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(
             f"{folder}: no such folder; name a run folder, a checkpoint folder or an export"
         )
-    trained = _export(folder, data) if is_export(folder) else _checkpoint(folder, data)
-    index, known = trained.index, trained.model.config.vocab_size
-    if index is not None and index.vocab_size > known:
+    if precision not in _DTYPES:
+        raise UserError(f"precision={precision!r}: expected fp32 or bf16")
+    target = _parse_device(device)
+    location = None if data is None else str(data)
+    loaded = (_load_export if is_export(folder) else _load_checkpoint)(folder, location)
+    index, vocab_size = loaded.index, loaded.config.vocab_size
+    if index is not None and index.vocab_size > vocab_size:
         raise UserError(
-            f"{index.location}: has {index.vocab_size} kinds of tokens, the model of "
-            f"{trained.path} knows {known}; name the data it was trained on with --data"
+            f"{index.location}: has a vocabulary of {index.vocab_size}, the model of "
+            f"{loaded.path} one of {vocab_size}; name the data it was trained on with --data"
         )
-    trained.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), _DTYPES[precision])
-    return trained
+    loaded.model.to(target, _DTYPES[precision])
+    return loaded
 
 
-def _checkpoint(folder: Path, data: str | None) -> LoadedModel:
+def _parse_device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={name!r}: expected cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={name!r}: no GPU is available; use cpu")
+    return device
+
+
+def _load_checkpoint(folder: Path, data: str | None) -> LoadedModel:
     checkpoint = find_latest(folder / "checkpoints")
     if checkpoint is None:
         if (folder / "config.json").is_file():
-            raise UserError(f"{folder}: a run without a checkpoint; train it to its first one")
+            raise UserError(f"{folder}: a run without a checkpoint; train until its first one")
         if not (folder / MANIFEST).is_file():
             raise UserError(
-                f"{folder}: expected a run folder (with config.json and checkpoints/), a "
-                f"checkpoint folder whose save was finished (with {MANIFEST}) or an export"
+                f"{folder}: expected a run folder (with config.json and checkpoints/), a complete "
+                f"checkpoint folder (with {MANIFEST}) or an export"
             )
         checkpoint = folder
     manifest = read_manifest(checkpoint)
-    if fault := content_damage(checkpoint):
-        raise UserError(f"{checkpoint}: {fault}; use another checkpoint")
+    if problem := verify_checksums(checkpoint):
+        raise UserError(f"{checkpoint}: {problem}; use another checkpoint")
     config = parse_config({"model": manifest["config"]["model"]}, source=str(checkpoint))
-    ours, step = manifest.get("tokenizer"), manifest["step"]
+    identity, step = manifest.get("tokenizer"), manifest["step"]
     try:
         index = (
-            read_index(data) if data else _index_of(manifest["config"].get("data", {}), checkpoint)
+            read_index(data)
+            if data
+            else _index_of_section(manifest["config"].get("data", {}), checkpoint)
         )
     except UserError:
-        tokenizer = None if data else kept_tokenizer(checkpoint, ours)
+        tokenizer = None if data else load_run_tokenizer(checkpoint, identity)
         if tokenizer is None:
             raise
-        return LoadedModel(
-            load_model(config.model, checkpoint), checkpoint, step, None, lambda: tokenizer
-        )
-    refuse_other_tokenizer(index, ours, checkpoint)
+        model = load_model(config.model, checkpoint)
+        return LoadedModel(model, checkpoint, step, None, lambda: tokenizer)
+    require_same_tokenizer(index, identity, checkpoint)
     model = load_model(config.model, checkpoint)
     return LoadedModel(model, checkpoint, step, index, index.open_tokenizer)
 
 
-def _export(folder: Path, data: str | None) -> LoadedModel:
+def _load_export(folder: Path, data: str | None) -> LoadedModel:
     source, index = ExportSource(folder), read_index(data) if data else None
-    ours = source.tokenizer
+    identity = source.tokenizer
 
     def open_tokenizer() -> Tokenizer:
-        if ours is None:
+        if identity is None:
             raise UserError(
                 f"{folder}: names no tokenizer; give --data SHARDS, or export with --data"
             )
         file = folder / MODEL_FILE
-        identity = TokenizerIdentity.model_validate(ours)
-        return load_tokenizer(identity, file.read_bytes() if file.is_file() else None)
+        content = file.read_bytes() if file.is_file() else None
+        return load_tokenizer(TokenizerIdentity.model_validate(identity), content)
 
     if index is not None:
-        refuse_other_tokenizer(index, ours, folder)
+        require_same_tokenizer(index, identity, folder)
         if source.images and index.image_shape != source.images:
-            held = f"images of {index.image_shape}" if index.image_shape else "text"
-            raise UserError(f"{index.location}: holds {held}, but {folder} draws images of "
-                            f"{source.images} (height, width, channels)")  # fmt: skip
+            content = f"images of {index.image_shape}" if index.image_shape else "text"
+            raise UserError(
+                f"{index.location}: contains {content}, but {folder} generates images of "
+                f"{source.images} (height, width, channels)"
+            )
         open_tokenizer = index.open_tokenizer
     return LoadedModel(
         load_export(folder), folder, source.step, index, open_tokenizer, source.images
     )
 
 
-def refuse_other_tokenizer(index: Index, ours: dict[str, Any] | None, model: Path) -> None:
+def require_same_tokenizer(index: Index, identity: dict[str, Any] | None, model_path: Path) -> None:
     """Raise UserError where the data was made with another tokenizer than the model's, if known.
 
-    Scores would be numbers that look right.
+    Scores across tokenizers would look plausible and mean nothing.
     """
-    theirs = index.tokenizer.model_dump()
-    text = index.document_tokens is None
-    if ours is not None and text and ours["name"] == theirs["name"] == "bytes":
-        return  # a byte is the same token with ends of documents and without
-    if ours is not None and ours != theirs:
+    of_data = index.tokenizer.model_dump()
+    is_text = index.document_tokens is None
+    if identity is not None and is_text and identity["name"] == of_data["name"] == "bytes":
+        return  # bytes have the same ids with and without an end-of-document token
+    if identity is not None and identity != of_data:
         raise UserError(
-            f"{index.location}: made with another tokenizer ({theirs['name']}, vocabulary "
-            f"{theirs['vocab_size']}) than {model} ({ours['name']}, vocabulary "
-            f"{ours['vocab_size']}); prepare the text again with the tokenizer of the model"
+            f"{index.location}: made with another tokenizer ({of_data['name']}, vocabulary "
+            f"{of_data['vocab_size']}) than {model_path} ({identity['name']}, vocabulary "
+            f"{identity['vocab_size']}); prepare the text again with the model's tokenizer"
         )
 
 
-def _index_of(section: dict[str, object], checkpoint: Path) -> Index:
-    """The index of the data that a checkpoint's `data` section names first."""
+def _index_of_section(section: dict[str, object], checkpoint: Path) -> Index:
+    """Read the index of the first corpus in the `data` section of a checkpoint's configuration."""
     sources = section.get("sources")
     first = sources[0] if isinstance(sources, list) and sources else section
     path = first.get("path")
     if not isinstance(path, str):
-        raise UserError(f"{checkpoint}: names no data of its own; give --data SHARDS")
-    return index_of_run(path)
+        raise UserError(f"{checkpoint}: names no data; give --data SHARDS")
+    return read_corpus_index(path)
 
 
-def index_of_run(path: str) -> Index:
-    """The index of data that a run's folder names: looking at a run must not run a command."""
+def read_corpus_index(path: str) -> Index:
+    """Read the index of a run's corpus; refuse a `pipe:` command, which must not be executed."""
     if path.startswith("pipe:"):
-        raise UserError(f"the run's data is a command, which is not run here: {path}")
+        raise UserError(f"the run's data is a command, which is not executed here: {path}")
     return read_index(path)
 
 
 def load_model(config: ModelConfig, checkpoint: Path) -> Hourglass:
-    """The plain model with a checkpoint's weights, in fp32."""
+    """Return the unsharded model with a checkpoint's weights, in fp32 on the CPU."""
     with torch.device("meta"):  # no initial weights, which would only be thrown away
         model = Hourglass(config)
     model.load_state_dict(dict(read_parameters(checkpoint)), assign=True)

@@ -1,4 +1,4 @@
-"""What a model makes of text it has not seen: losses of a text, each token scored once."""
+"""Losses of a model on a text, every token scored once, and the figures derived from them."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hg_scale.data.protocol import TokenText, WindowProtocol, batches
+from hg_scale.data.protocol import Tokens, TokenText, WindowProtocol, batches
+from hg_scale.data.tokenizer import Tokenizer
 from hg_scale.model.hourglass import Hourglass
 
-PIECES = 30  # consecutive pieces of the text whose spread gives the interval
-FEWEST = 10  # pieces; the spread of fewer says too little
-_NORMAL_95 = 1.95996  # half the width of a 95% interval, in standard errors
+BATCHES = 30  # consecutive parts of the text (batch means) whose spread gives the interval
+MIN_BATCHES = 10  # with fewer the interval would be too uncertain
+_NORMAL_95 = 1.95996  # 97.5% quantile of the normal distribution
 
 
-def student_95(freedom: int) -> float:
-    """The 97.5% quantile of Student's t with `freedom` >= FEWEST - 1 degrees, to 3 decimals."""
-    z = _NORMAL_95  # Cornish-Fisher expansion in 1 / freedom
+def student_95(degrees: int) -> float:
+    """The 97.5% quantile of Student's t, to 3 decimals for 9 or more degrees of freedom."""
+    z = _NORMAL_95  # Cornish-Fisher expansion in 1 / degrees
     terms = (
         z,
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
-    return sum(term / freedom**power for power, term in enumerate(terms))
+    return sum(term / degrees**power for power, term in enumerate(terms))
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Sums of losses in nats (fp64), and how many tokens and bytes of text each is of.
+    """Sums of losses in nats (fp64), with the number of tokens and bytes in each sum.
 
-    By window (N,) in the order of the text, and by position in the window (L,).
+    Per window, in the order of the text: `nats`, `tokens`, `bytes`, each (N,). Per position in the
+    window: `position_nats`, `position_tokens`, each (L,).
     """
 
     nats: NDArray[np.float64]
@@ -46,7 +48,7 @@ class Losses:
 
     @staticmethod
     def joined(parts: list[Losses]) -> Losses:
-        """The losses of consecutive shares of the windows as one."""
+        """Join the losses of consecutive ranges of windows."""
         return Losses(
             np.concatenate([p.nats for p in parts]),
             np.concatenate([p.tokens for p in parts]),
@@ -58,19 +60,19 @@ class Losses:
 
 @dataclass(frozen=True)
 class Score:
-    """The losses of a text that is `bytes` long."""
+    """Mean losses of a text of `bytes` bytes, in the usual units."""
 
     losses: Losses
     bytes: int
 
     @cached_property
     def nats(self) -> float:
-        """Sum over all tokens."""
+        """Sum of the losses of all tokens."""
         return float(self.losses.nats.sum())
 
     @cached_property
     def tokens(self) -> int:
-        """Tokens scored: all of the text."""
+        """Number of tokens scored."""
         return int(self.losses.tokens.sum())
 
     @property
@@ -87,42 +89,46 @@ class Score:
 
     @property
     def byte_interval(self) -> float:
-        """Half a 95% interval of bits a byte, as a fraction: how far the mean of the source
-        (endless text of this kind) may lie.
+        """Half width of a 95% confidence interval of bits per byte, as a fraction of it.
 
-        From the spread of up to 30 consecutive pieces (batch means), since neighbouring windows
-        are alike; of fewer windows each is a piece. NaN for fewer than FEWEST windows.
+        The interval is for the mean over endless text of this kind. It comes from the spread of up
+        to 30 consecutive parts of the text (batch means), since the losses of neighbouring windows
+        are correlated. NaN for fewer than MIN_BATCHES windows.
         """
         sizes = self.losses.bytes
-        pieces = min(PIECES, len(sizes))
-        if pieces < FEWEST:
+        parts = min(BATCHES, len(sizes))
+        if parts < MIN_BATCHES:
             return float("nan")
         nats, size = (
-            np.array([part.sum() for part in np.array_split(values, pieces)])
+            np.array([part.sum() for part in np.array_split(values, parts)])
             for values in (self.losses.nats, sizes)
         )
-        # Of a ratio of sums: the spread of what each piece has beyond its share.
-        beyond = nats - self.nats * size / size.sum()
-        spread = sqrt((beyond**2).sum() * pieces / (pieces - 1))
-        return student_95(pieces - 1) * spread / self.nats
+        # Bits per byte is a ratio of sums, so its variance is that of the residuals.
+        residuals = nats - self.nats * size / size.sum()
+        spread = sqrt((residuals**2).sum() * parts / (parts - 1))
+        return student_95(parts - 1) * spread / self.nats
 
     def by_position(self, edges: list[int]) -> list[tuple[int, int, float, int]]:
-        """(first, after the last, mean nats, tokens) for positions in the window cut at `edges`;
-        without stretches in which nothing was scored."""
-        found = []
+        """(start, stop, mean nats, tokens) for the ranges of window positions between `edges`.
+
+        Ranges without a scored token are left out.
+        """
+        ranges = []
         for a, b in zip(edges, edges[1:], strict=False):
             tokens = int(self.losses.position_tokens[a:b].sum())
             if tokens:
                 nats = float(self.losses.position_nats[a:b].sum()) / tokens
-                found.append((a, b, nats, tokens))
-        return found
+                ranges.append((a, b, nats, tokens))
+        return ranges
 
     def by_phase(self, period: int) -> list[tuple[float, int]]:
-        """(mean nats, tokens) by position modulo `period`: how stale the shortened levels are
-        inside a group shows here. NaN where nothing was scored."""
-        places = np.arange(len(self.losses.position_nats)) % period
-        nats = np.bincount(places, self.losses.position_nats, period)
-        tokens = np.bincount(places, self.losses.position_tokens, period).astype(np.int64)
+        """(mean nats, tokens) for each window position modulo `period`; NaN without a token.
+
+        Shows how the loss grows within a group, where the shortened levels were last updated.
+        """
+        phases = np.arange(len(self.losses.position_nats)) % period
+        nats = np.bincount(phases, self.losses.position_nats, period)
+        tokens = np.bincount(phases, self.losses.position_tokens, period).astype(np.int64)
         with np.errstate(invalid="ignore"):
             return list(zip((nats / tokens).tolist(), tokens.tolist(), strict=True))
 
@@ -132,34 +138,36 @@ def score_windows(
     model: Hourglass,
     text: TokenText,
     tokens: int,
-    how: WindowProtocol,
+    protocol: WindowProtocol,
     *,
-    rows: int = 8,
-    begin: int = 0,
+    batch_size: int = 8,
+    start_token: int = 0,
     separate: bool = False,
     first: int = 0,
     last: int | None = None,
     count_bytes: Callable[[NDArray[np.int64]], int] = len,
     advance: Callable[[int], object] = lambda tokens: None,
 ) -> Losses:
-    """Losses of the windows from `first` to `last` of a text of `tokens`: see `data/protocol.py`.
+    """Score windows `first` to `last` of a text of `tokens` tokens, `batch_size` at a time.
 
-    `rows` windows go through the model at once; it does not change the result. `count_bytes`: of
-    the text that tokens stand for. Raises DataError where the text cannot be read.
+    `start_token` precedes the text, and every window where windows are `separate` documents
+    (images). `count_bytes` returns the bytes of text that token ids decode to. `advance` is called
+    with the number of tokens of each batch. Raises DataError where the text cannot be read.
     """
     device = next(model.parameters()).device
     nats, counts, sizes = [np.zeros(0)], [np.zeros(0, np.int64)], []
-    position_nats = torch.zeros(how.length, dtype=torch.float64, device=device)
-    position_tokens = np.zeros(how.length, np.int64)
+    position_nats = torch.zeros(protocol.length, dtype=torch.float64, device=device)
+    position_tokens = np.zeros(protocol.length, np.int64)
     for inputs, labels in batches(
-        text, tokens, how, rows=rows, begin=begin, separate=separate, first=first, last=last
-    ):
+        text, tokens, protocol, rows=batch_size, begin=start_token, separate=separate,
+        first=first, last=last,
+    ):  # fmt: skip
         ids, targets = torch.from_numpy(inputs).to(device), torch.from_numpy(labels).to(device)
         losses = model.parts.cross_entropy(model(ids), targets).double()  # 0 where label is -1
         counted = labels >= 0
         nats.append(losses.sum(1).cpu().numpy())
         counts.append(counted.sum(1))
-        sizes += [count_bytes(row[of]) for row, of in zip(labels, counted, strict=True)]
+        sizes += [count_bytes(row[mask]) for row, mask in zip(labels, counted, strict=True)]
         position_nats[: losses.shape[1]] += losses.sum(0)
         position_tokens[: losses.shape[1]] += counted.sum(0)
         advance(int(counted.sum()))
@@ -167,3 +175,20 @@ def score_windows(
         np.concatenate(nats), np.concatenate(counts), np.array(sizes, np.int64),
         position_nats.cpu().numpy(), position_tokens,
     )  # fmt: skip
+
+
+def score_text(
+    model: Hourglass,
+    tokenizer: Tokenizer,
+    text: bytes,
+    protocol: WindowProtocol,
+    *,
+    batch_size: int = 8,
+) -> Score:
+    """Score a text held in memory, as one document; `text` is not empty."""
+    ids = tokenizer.encode(text)
+    losses = score_windows(
+        model, Tokens(ids), len(ids), protocol, batch_size=batch_size,
+        start_token=tokenizer.eod or 0, count_bytes=tokenizer.count_bytes,
+    )  # fmt: skip
+    return Score(losses, len(text))

@@ -1,4 +1,4 @@
-"""The evaluation of a trained model on a text, by one process or several."""
+"""Evaluation of a trained model on a text, in one process or several."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from hg_scale.evaluation.scoring import Losses, Score, score_windows
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """What is to be scored, and how; small enough to be sent to a process.
+    """What to score and how; small, since it is pickled for worker processes.
 
-    `data`: a prepared corpus, whose `split` (None: test) is scored, or a plain file; None: the
-    corpus of the run. `length`: tokens in a window, None: as in training; `stride`: None, no
-    context; `windows`: only so many.
+    `data`: a prepared corpus, of which `split` (None: test) is scored, or a plain file; None: the
+    corpus of the run. `length`: tokens per window (None: as in training). `stride`: tokens between
+    windows (None: `length`, no overlap). `windows`: score the first so many only.
     """
 
     model: Path
@@ -39,85 +39,89 @@ class EvaluationTask:
     length: int | None = None
     stride: int | None = None
     windows: int | None = None
-    rows: int = 8
+    batch_size: int = 8
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
 @dataclass(frozen=True)
-class EvaluationSubject:
-    """A model and the text that it is scored on: `tokens` that stand for `bytes`.
+class EvaluationSetup:
+    """A loaded model, the text to score it on, `tokens` long, and the windows to score.
 
-    `bytes` is None for a part of a text: what its tokens stand for.
+    `bytes` is the length of the text in bytes; None where only its first tokens are scored.
+    `start_token` precedes the text, and every image where the data holds images.
     """
 
-    trained: LoadedModel
+    loaded: LoadedModel
     text: TokenText
-    name: str
+    text_name: str
     tokens: int
     bytes: int | None
-    how: WindowProtocol
-    begin: int
+    protocol: WindowProtocol
+    start_token: int
     images: bool
 
     @property
     def windows(self) -> int:
-        return self.how.count(self.tokens)
+        """Number of windows to score."""
+        return self.protocol.count(self.tokens)
 
 
-def open_subject(task: EvaluationTask, device: str | None = None) -> EvaluationSubject:
-    """The model and the text of a task. Raises UserError where they do not fit each other."""
+def prepare_evaluation(task: EvaluationTask, device: str | None = None) -> EvaluationSetup:
+    """Load the model and open the text of a task. Raises UserError where they do not fit."""
     plain = _plain_file(task)
-    trained = load(task.model, None if plain else task.data, task.precision, device)
-    length = task.length or trained.model.config.sequence_length
-    how = WindowProtocol(length, task.stride or length)
+    loaded = load(task.model, None if plain else task.data, task.precision, device)
+    length = task.length or loaded.config.sequence_length
+    protocol = WindowProtocol(length, task.stride or length)
     images = False
     text: TokenText
     if plain:
-        if trained.images is not None:
-            raise UserError(f"{plain}: a plain file is scored as text, but {trained.subject} holds "
-                            "images: name a prepared corpus with --data")  # fmt: skip
-        raw, tokenizer = plain.read_bytes(), trained.open_tokenizer()
+        if loaded.image_shape is not None:
+            raise UserError(f"{plain}: a plain file is scored as text, but {loaded.data_source} "
+                            "contains images: name a prepared corpus with --data")  # fmt: skip
+        raw, tokenizer = plain.read_bytes(), loaded.tokenizer
         size: int | None = len(raw)
         ids = tokenizer.encode(raw)
         text, tokens = Tokens(ids), len(ids)
-        name, begin = str(plain), tokenizer.eod or 0
+        name, start_token = str(plain), tokenizer.eod or 0
         if not tokens:
             raise UserError(f"{plain}: is empty")
     else:
-        index = trained.index
+        index = loaded.index
         if index is None:
-            why = "an export names no data" if is_export(task.model) else "its data is not there"
+            why = "an export names no data" if is_export(task.model) else "its data is missing"
             raise UserError(f"{task.model}: {why}; give --data SHARDS or FILE")
         split = task.split or "test"
         text, tokens = SplitReader(index, split), index.split(split).tokens
         size = split_bytes(index, split)
-        name, begin = f"{split} split of {index.location}", index.eod or 0
-        images = trained.images is not None
-        if images and (how.length, how.stride) != (index.document_tokens,) * 2:
+        name, start_token = f"{split} split of {index.location}", index.eod or 0
+        images = loaded.image_shape is not None
+        if images and (protocol.length, protocol.stride) != (index.document_tokens,) * 2:
             raise UserError(
                 f"{index.location}: an image is {index.document_tokens} tokens, and is scored on "
-                "its own: leave --context, --window and --stride out"
+                "its own: omit --context, --window and --stride"
             )
     if task.windows is not None:
-        part = how.length + (task.windows - 1) * how.stride
-        if part < tokens:
-            tokens, size = part, None
-    return EvaluationSubject(trained, text, name, tokens, size, how, begin, images)
+        limit = protocol.length + (task.windows - 1) * protocol.stride
+        if limit < tokens:
+            tokens, size = limit, None
+    return EvaluationSetup(loaded, text, name, tokens, size, protocol, start_token, images)
 
 
 def _plain_file(task: EvaluationTask) -> Path | None:
-    """The text file that a task names; None where it names a prepared corpus, or nothing."""
+    """Return the text file that a task names; None for a prepared corpus or the run's own."""
     path = Path(task.data or "")
     if task.data and is_local(task.data) and not path.exists():
         raise UserError(
             f"--data {path}: no such file or folder; name a text file or a prepared corpus"
         )
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise UserError(f"--data {path}: a pipe or a device; it has to be a file that stays")
+        raise UserError(f"--data {path}: a pipe or a device; expected a regular file")
     if not path.is_file() or path.name == INDEX_FILE:
         return None
     if path.suffix == ".tar":
-        raise UserError(f"{path}: a shard is no text; name its folder, and the split with --split")
+        raise UserError(
+            f"{path}: a shard, not a text file; name its folder, and the split with --split"
+        )
     if task.split is not None:
         raise UserError(f"--split: {path} is a plain file and has no {task.split!r} split")
     return path
@@ -126,58 +130,65 @@ def _plain_file(task: EvaluationTask) -> Path | None:
 def evaluate(
     task: EvaluationTask,
     processes: int = 1,
-    advance: Callable[[int, int], object] = lambda tokens, of: None,
-) -> tuple[EvaluationSubject, Score]:
-    """Score a task; each of several processes takes consecutive windows.
+    advance: Callable[[int, int], object] = lambda tokens, total: None,
+) -> tuple[EvaluationSetup, Score]:
+    """Score a task; with several processes each scores a range of consecutive windows.
 
-    `advance` is told the tokens just scored, and of how many in all; first 0. The
-    result does not depend on the number of processes, beyond rounding. Raises UserError, here, for
-    what any process meets.
+    `advance(tokens, total)` is called with the tokens just scored, first 0, and those of the whole
+    text. The result does not depend on `processes` beyond rounding. An error in any process is
+    raised here, as UserError.
     """
-    subject = open_subject(task, "cpu" if processes > 1 else None)
-    processes = min(processes, subject.windows)
+    setup = prepare_evaluation(task, "cpu" if processes > 1 else None)
+    processes = min(processes, setup.windows)
 
-    def told(tokens: int) -> None:
-        advance(tokens, subject.tokens)
+    def report(tokens: int) -> None:
+        advance(tokens, setup.tokens)
 
-    told(0)
+    report(0)
     if processes == 1:
-        losses = _share(subject, task.rows, 0, 1, told)
+        losses = _score_share(setup, task.batch_size, 0, 1, report)
     else:
-        losses = _spread(task, processes, told)
-    size = int(losses.bytes.sum()) if subject.bytes is None else subject.bytes
-    return subject, Score(losses, size)
+        losses = _score_in_processes(task, processes, report)
+    size = int(losses.bytes.sum()) if setup.bytes is None else setup.bytes
+    return setup, Score(losses, size)
 
 
-def _share(
-    subject: EvaluationSubject, rows: int, rank: int, size: int, advance: Callable[[int], object]
+def _score_share(
+    setup: EvaluationSetup,
+    batch_size: int,
+    rank: int,
+    size: int,
+    advance: Callable[[int], object],
 ) -> Losses:
-    """Losses of the `rank`-th of `size` equal parts."""
-    ends = np.linspace(0, subject.windows, size + 1).round().astype(int)
+    """Score the windows of rank `rank` of `size`."""
+    edges = np.linspace(0, setup.windows, size + 1).round().astype(int)
     return score_windows(
-        subject.trained.model, subject.text, subject.tokens, subject.how, rows=rows,
-        begin=subject.begin, separate=subject.images, first=int(ends[rank]),
-        last=int(ends[rank + 1]), count_bytes=subject.trained.open_tokenizer().count_bytes,
+        setup.loaded.model, setup.text, setup.tokens, setup.protocol, batch_size=batch_size,
+        start_token=setup.start_token, separate=setup.images, first=int(edges[rank]),
+        last=int(edges[rank + 1]), count_bytes=setup.loaded.tokenizer.count_bytes,
         advance=advance,
     )  # fmt: skip
 
 
-def _spread(task: EvaluationTask, processes: int, advance: Callable[[int], object]) -> Losses:
+def _score_in_processes(
+    task: EvaluationTask, processes: int, advance: Callable[[int], object]
+) -> Losses:
+    """Score a task in worker processes and join their losses."""
     context = mp.get_context("spawn")
     results: Any = context.Queue()
     workers = [
-        context.Process(target=_work, args=(task, rank, processes, results), daemon=True)
+        context.Process(target=_worker, args=(task, rank, processes, results), daemon=True)
         for rank in range(processes)
     ]
     parts: dict[int, Losses] = {}
     try:
-        # Ctrl-C reaches every process of the terminal's group; it is for this one to end them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Ctrl-C reaches every process of the terminal's group; this one ends the workers.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            for worker in workers:  # each inherits the mask
+            for worker in workers:  # they inherit the mask
                 worker.start()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while len(parts) < processes:
             try:
                 rank, kind, value = results.get(timeout=5)
@@ -186,11 +197,11 @@ def _spread(task: EvaluationTask, processes: int, advance: Callable[[int], objec
                 if dead and results.empty():
                     code = workers[dead[0]].exitcode
                     raise UserError(
-                        f"process {dead[0]} of the evaluation died (exit code {code}); with too "
-                        "little memory, use fewer --processes or a smaller --batch"
+                        f"process {dead[0]} of the evaluation died (exit code {code}); if it ran "
+                        "out of memory, use fewer --processes or a smaller --batch"
                     ) from None
                 continue
-            if kind == "fault":
+            if kind == "error":
                 raise UserError(value)
             if kind == "tokens":
                 advance(value)
@@ -204,21 +215,23 @@ def _spread(task: EvaluationTask, processes: int, advance: Callable[[int], objec
     return Losses.joined([parts[rank] for rank in range(processes)])
 
 
-def _work(task: EvaluationTask, rank: int, size: int, results: Any) -> None:
-    """One process: on a GPU of its own where there are several, else on its share of the cores."""
+def _worker(task: EvaluationTask, rank: int, size: int, results: Any) -> None:
+    """Score one share in a worker process: on its own GPU, or on its share of the CPU cores."""
     device = None
     if torch.cuda.is_available():
         device = f"cuda:{rank % torch.cuda.device_count()}"
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
     try:
-        subject = open_subject(task, device)
-        told = _share(subject, task.rows, rank, size, lambda n: results.put((rank, "tokens", n)))
-        results.put((rank, "losses", told))
+        setup = prepare_evaluation(task, device)
+        losses = _score_share(
+            setup, task.batch_size, rank, size, lambda n: results.put((rank, "tokens", n))
+        )
+        results.put((rank, "losses", losses))
     except UserError as error:
-        results.put((rank, "fault", str(error)))
+        results.put((rank, "error", str(error)))
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        results.put((rank, "fault", f"process {rank} of the evaluation failed: {why}"))
+        results.put((rank, "error", f"process {rank} of the evaluation failed: {why}"))
     results.close()
     results.join_thread()

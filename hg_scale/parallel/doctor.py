@@ -244,7 +244,7 @@ def compiler() -> Finding:
 
 
 def mpi() -> Finding:
-    """The MPI that mpi4py loads: data_prep/ uses it, training only under mpirun."""
+    """The MPI that mpi4py loads; only training under mpirun uses it."""
     code = "from mpi4py import MPI; print(MPI.Get_library_version())"
     done = _run(sys.executable, "-c", f"import mpi4py; mpi4py.rc.initialize = False; {code}")
     if done.returncode:
@@ -267,10 +267,7 @@ def slurm() -> Finding:
     if release.returncode or not words:
         error = _last_line(listing if listing.stderr else release)
         return Finding("slurm", "note", f"srun fails: {error}")
-    message = f"{release.stdout.strip()}; srun --mpi: {kinds}"
-    if "pmix" not in words:
-        return Finding("slurm", "ok", f"{message}; no PMIx: data_prep takes its ranks from Slurm")
-    return Finding("slurm", "ok", message)
+    return Finding("slurm", "ok", f"{release.stdout.strip()}; srun --mpi: {kinds}")
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:

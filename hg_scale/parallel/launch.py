@@ -13,14 +13,22 @@ from dataclasses import dataclass
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import CONFIG_ERROR
 
-# Launchers and their variables for rank, world size and local rank; the first that is set wins.
-# deepspeed and torchrun set RANK, Open MPI's mpirun and Slurm's srun their own.
+# Launchers and their variables for rank, world size and local rank; the first that is set wins, as
+# one launcher may have started the other. RANK is of deepspeed and torchrun, OMPI of Open MPI's
+# mpirun, MV2 of MVAPICH's mpirun_rsh, PMI of the mpirun of MPICH and Intel MPI.
+_PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 _LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+    _PMI,
     _SLURM,
 )
+_LOCAL_SIZES = (
+    "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE",
+    "MPI_LOCALNRANKS", "LOCAL_SIZE",
+)  # fmt: skip
 # Slurm numbers a job's steps from 0; the batch script, an interactive shell and the like have
 # numbers from here on, and are one process whatever SLURM_NTASKS says.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
@@ -52,6 +60,8 @@ class Launch:
             rank, world, local = names
             if names == _SLURM and not in_slurm_step(environment):
                 continue
+            if names == _PMI and in_slurm_step(environment) and local not in environment:
+                continue  # of `srun --mpi=pmi2`, which does not set the local rank
             if rank in environment and world in environment:
                 size = _number(environment, world, 1)
                 found = _number(environment, rank)
@@ -64,10 +74,13 @@ class Launch:
                 )
         return cls()
 
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.world_size} on {socket.gethostname()}"
+
     @property
     def local_world_size(self) -> int:
         """Processes on this node; `world_size` if the launcher does not set it."""
-        for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "LOCAL_SIZE"):
+        for name in _LOCAL_SIZES:
             if name in os.environ:
                 return _number(os.environ, name, 1)
         if in_slurm_step(os.environ) and "SLURM_STEP_TASKS_PER_NODE" in os.environ:

@@ -1,8 +1,8 @@
 """The layer list over pipeline stages, under DeepSpeed's PipelineEngine.
 
-A boundary inside the valley must carry the short activations and every open skip. They travel as
-one tensor, laid flat and side by side, packed and unpacked here; layers never see it. (Given a
-tuple, DeepSpeed walks shared graph once for each tensor, and fails with tensor parallelism.)
+A boundary between inner levels carries the short activations and every open skip. They cross as one
+flat tensor, packed and unpacked here; layers never see it. (Given a tuple, DeepSpeed runs backward
+through the shared graph once per tensor, which fails with tensor parallelism.)
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from __future__ import annotations
 from itertools import accumulate
 
 import torch
-import torch.distributed as dist
-from deepspeed.pipe import PipelineModule
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from hg_scale.config.schema import ModelConfig
@@ -21,12 +18,13 @@ from hg_scale.model.context import Context
 from hg_scale.model.hourglass import attach, make_layer, make_shared_bias, mean_loss
 from hg_scale.model.layers import PlainLayers
 from hg_scale.model.plan import boundary_shapes, layer_plan
+from hg_scale.parallel.deepspeed_adapter import StageModule
 from hg_scale.parallel.mesh import Mesh, compare_group
 from hg_scale.parallel.stages import Cut
 
 
-class HourglassPipeline(PipelineModule):
-    """The layers of this rank's stage, named as in the whole model.
+class HourglassPipeline(StageModule):
+    """The layers of this rank's stage, with the parameter names of the full model.
 
     Call `begin` before every `train_batch` and `eval_batch`: the stage counts its micro-batches
     from there to know which samples it holds.
@@ -47,50 +45,30 @@ class HourglassPipeline(PipelineModule):
         self.layer_plan = layer_plan(model)
         self.context = Context(model.parsed.factors)
         self.length = model.sequence_length
-        topology = PipeModelDataParallelTopology(
-            num_pp=mesh.pipeline, num_mp=mesh.tensor, num_dp=mesh.data
-        )
         super().__init__(
-            layers=self.layer_plan,
-            topology=topology,
-            loss_fn=lambda logits, labels: mean_loss(parts, logits, labels),
+            self.layer_plan,
+            cut.parts,
+            lambda logits, labels: mean_loss(parts, logits, labels),
+            tensor=mesh.tensor,
+            pipeline=mesh.pipeline,
+            data=mesh.data,
         )
-        for axis, ranks in {
-            "tensor": self._grid.slice_group,
-            "data": self._grid.dp_group,
-            "pipeline": self._grid.pp_group,
-        }.items():
-            compare_group(mesh, axis, list(ranks), "DeepSpeed")
+        for axis, ranks in self.group_ranks().items():
+            compare_group(mesh, axis, ranks, "DeepSpeed")
 
-    def _partition_layers(self, method: str = "") -> None:
-        """Cut by cost instead of by DeepSpeed's methods."""
-        self.parts = list(self.cut.parts)
-        self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
-
-    def _build(self) -> None:
-        """Build this stage's layers under the names that they have in the whole model."""
+    def build_layers(self, start: int, stop: int) -> list[nn.Module]:
         self.position_bias = make_shared_bias(self.config, self.layer_parts)
-        for plan in self.layer_plan[self._local_start : self._local_stop]:
-            again = bool(self.recompute and self.recompute[plan.level])
-            layer = make_layer(plan, self.config, self.layer_parts, self.position_bias, again)
+        layers: list[nn.Module] = []
+        for plan in self.layer_plan[start:stop]:
+            recompute = bool(self.recompute and self.recompute[plan.level])
+            layer = make_layer(plan, self.config, self.layer_parts, self.position_bias, recompute)
             attach(self, plan.name, layer)
-            self.forward_funcs.append(layer)
-        for parameter in self.parameters():
-            parameter.ds_pipe_replicated = False
-        if self.position_bias is not None:
-            # Each stage holds a copy; DeepSpeed counts the first one only in gradient norms.
-            for parameter in self.position_bias.parameters():
-                parameter.ds_pipe_replicated = self.stage_id > 0  # type: ignore[attr-defined]
+            layers.append(layer)
+        return layers
 
-    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:
-        """The shared position biases, whose gradients are added up over the stages."""
-        if self.position_bias is None:
-            return []
-        tied = list(self.position_bias.parameters())
-        for parameter in tied:
-            if parameter.grad is None:  # a stage without relative attention takes part with zeros
-                parameter.grad = torch.zeros_like(parameter)
-        return [(parameter, self._grid.get_pipe_parallel_group()) for parameter in tied]
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """The shared position biases: every stage holds a copy."""
+        return [] if self.position_bias is None else list(self.position_bias.parameters())
 
     def begin(self, context: Context, length: int) -> None:
         """Start a batch: `context.first_sample` is the first of this data-parallel rank."""
@@ -108,7 +86,7 @@ class HourglassPipeline(PipelineModule):
 
     def _unpack(self, packed: Tensor) -> Activations:
         shapes = boundary_shapes(
-            self.config, self.layer_plan, self._local_start, self.length, self.context.factors
+            self.config, self.layer_plan, self.first_layer, self.length, self.context.factors
         )
         return unpack(packed, shapes)
 

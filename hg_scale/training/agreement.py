@@ -1,4 +1,4 @@
-"""What one rank meets ends all ranks: none is left waiting in a collective for one that is gone."""
+"""An error on one rank ends all ranks: none waits in a collective for a rank that has ended."""
 
 from __future__ import annotations
 
@@ -14,52 +14,54 @@ _T = TypeVar("_T")
 
 
 class StoppedByPeer(UserError):
-    """This rank ends because another one met a fault, and that one tells it.
+    """This rank ends because another rank has an error, which that rank reports.
 
-    Its `__cause__` is this rank's own fault, if it has one too.
+    Its `__cause__` is this rank's own error, if it has one too.
     """
 
 
 def run_on_all_ranks(action: Callable[[], _T], device: torch.device) -> _T:
-    """What `action` returns here. Where it raises on any rank, whatever it is, all ranks raise."""
-    fault: Exception | None = None
+    """Return what `action` returns on this rank; if it raises on any rank, raise on all.
+
+    A collective. An OSError or MemoryError becomes a UserError that names the rank.
+    """
+    failure: Exception | None = None
     result = None
     try:
         result = action()
     except (OSError, MemoryError) as error:
-        told = str(error) or "no memory left on its host"
-        fault = UserError(f"rank {dist.get_rank()}: {told}")
-        fault.__cause__ = error
+        failure = UserError(f"rank {dist.get_rank()}: {str(error) or 'out of host memory'}")
+        failure.__cause__ = error
     except Exception as error:
-        fault = error
-    raise_on_all_ranks(fault, device)
+        failure = error
+    raise_on_all_ranks(failure, device)
     return result  # type: ignore[return-value]
 
 
-def raise_on_all_ranks(fault: Exception | None, device: torch.device) -> None:
+def raise_on_all_ranks(error: Exception | None, device: torch.device) -> None:
     """Raise on all ranks if one has an error: one reports its own, the others `StoppedByPeer`.
 
-    A collective operation of all ranks.
+    A collective.
     """
-    flag = torch.tensor(error_flag(fault), device=device)
+    flag = torch.tensor(error_flag(error), device=device)
     if dist.get_world_size() > 1:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    raise_flagged(int(flag), fault)
+    raise_flagged(int(flag), error)
 
 
-def error_flag(fault: Exception | None) -> int:
-    """A number for this rank's fault; their maximum says which rank is to tell."""
-    return dist.get_world_size() - dist.get_rank() if fault else 0
+def error_flag(error: Exception | None) -> int:
+    """A number for this rank's error; the maximum over all ranks identifies who reports."""
+    return dist.get_world_size() - dist.get_rank() if error else 0
 
 
-def raise_flagged(flag: int, fault: Exception | None) -> None:
-    """Raise if the maximum of all ranks' flags says that one has a fault."""
+def raise_flagged(flag: int, error: Exception | None) -> None:
+    """Raise if the maximum of all ranks' flags says that one has an error."""
     if flag:
-        stop_all(fault, dist.get_world_size() - flag)
+        stop_all(error, reporting_rank=dist.get_world_size() - flag)
 
 
-def stop_all(fault: Exception | None, teller: int) -> NoReturn:
-    """Raise `fault` on the rank that is to tell it, and `StoppedByPeer` on the others."""
-    if fault and dist.get_rank() == teller:
-        raise fault
-    raise StoppedByPeer(f"rank {teller} met a fault, and tells it") from fault
+def stop_all(error: Exception | None, reporting_rank: int) -> NoReturn:
+    """Raise `error` on the rank that reports it, and `StoppedByPeer` on the others."""
+    if error and dist.get_rank() == reporting_rank:
+        raise error
+    raise StoppedByPeer(f"rank {reporting_rank} reports an error") from error

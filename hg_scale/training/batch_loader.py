@@ -210,7 +210,7 @@ class BatchLoader:
                 f"{self.skipped[-1][1]}: {len(self.skipped)} windows skipped, more than "
                 f"data.max_skipped {self._most}: mend the shards named above, or allow more"
             )
-            stop_all(fault, teller=0)
+            stop_all(fault, reporting_rank=0)
 
     def _tell_shares(self) -> None:
         """Say where the ends of shards, of which no window can be made, are more than a few."""

@@ -1,7 +1,7 @@
-"""What would make a run fail later, found in a second, before any GPU is touched.
+"""Checks before a run, in about a second and without a GPU: `train.py --check`.
 
-`train.py --check` runs it from `slurm/common.sh` once an allocation stands: the configuration
-against the number of processes, the shards, the last checkpoint, the disk. It imports no torch.
+`slurm/common.sh` runs them at the start of an allocation: the configuration against the number of
+processes, the shards, the last checkpoint and the free disk space. Imports no torch.
 """
 
 from __future__ import annotations
@@ -11,12 +11,8 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from hg_scale.checkpoint.find import (
-    checkpoints_in,
-    damage,
-    find_latest,
-    read_manifest,
-)
+from hg_scale.checkpoint.find import checkpoints_in, find_latest, verify_sizes
+from hg_scale.checkpoint.manifest import read_manifest
 from hg_scale.config import ConfigError, load_config
 from hg_scale.config.errors import Problem
 from hg_scale.config.layouts import (
@@ -34,11 +30,11 @@ from hg_scale.model.costs import parameter_count
 from hg_scale.training.corpora import open_sources
 from hg_scale.training.resume import find_start_checkpoint, refuse_other_model
 
-STATE_BYTES = 12  # a parameter in a checkpoint: fp32 weight and two moments
+STATE_BYTES = 12  # per parameter in a checkpoint: fp32 weight and two moments
 
 
 class DiskError(UserError):
-    """The run folder cannot be written to, or will be full before the end."""
+    """The run folder is not writable, or its disk would be full before the run ends."""
 
 
 def check_run(
@@ -48,10 +44,10 @@ def check_run(
     world_size: int,
     stop_at: int | None = None,
 ) -> list[str]:
-    """Lines about a run of `world_size` processes in `folder` that can start.
+    """Check that a run of `world_size` processes in `folder` can start; return lines to print.
 
-    Raises ConfigError, DataError, CheckpointError or DiskError, told in lines, where it cannot.
-    The last line begins with the number of processes to start: `slurm/common.sh` reads it.
+    The last line begins with the number of processes to start, which `slurm/common.sh` reads.
+    Raises ConfigError, DataError, CheckpointError or DiskError if the run cannot start.
     """
     notes: list[str] = []
     try:
@@ -66,19 +62,20 @@ def check_run(
     checkpoint = check_checkpoint(config, folder, notes.append)
     check_disk(config, folder, checkpoint, stop_at)
     parallel = config.parallel
-    begin = f"goes on from {checkpoint}" if checkpoint else "begins anew"
+    start = f"resumes from {checkpoint}" if checkpoint else "starts from scratch"
     return [
         *notes,
         f"{world_size} processes = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data "
-        f"{config.data_parallel(world_size)}; {shards} shards; {begin}",
+        f"{config.data_parallel(world_size)}; {shards} shards; {start}",
     ]
 
 
 def check_inputs(config: Config, folder: Path, *, remote: bool) -> list[DataSource]:
-    """The corpora of a run, which it may read, and `checkpoint.start_from`, if it needs that.
+    """Open the corpora of a run and check `checkpoint.start_from`; return the corpora.
 
-    Raises ConfigError listing all that is wrong with them; not `remote`: with what is a path. What
-    the run folder holds is left to the run that has locked it.
+    remote: open corpora behind URLs and pipes, too. `start_from` is checked only for a run without
+    checkpoints; its own are verified once the run has locked its folder. Raises ConfigError that
+    lists all problems.
     """
     problems: list[Problem] = []
     sources: list[DataSource] = []
@@ -99,7 +96,7 @@ def check_inputs(config: Config, folder: Path, *, remote: bool) -> list[DataSour
 def _with_advice(
     error: ConfigError, path: Path, overrides: Sequence[str], world_size: int
 ) -> ConfigError:
-    """The error, and where only the number of processes is at fault, what would fit that."""
+    """Add layouts that fit to the error, if only the number of processes is wrong."""
     try:
         config = load_config(path, overrides)
     except ConfigError:
@@ -115,9 +112,9 @@ def _with_advice(
 
 
 def check_shards(source: DataSource) -> int:
-    """How many shards there are; raises DataError at the first that is missing or cut short.
+    """Count the shards; raise DataError for the first that is missing or truncated.
 
-    Names and sizes only. Behind a URL or a pipe none is looked at.
+    Compares names and sizes only, and only of local shards.
     """
     count = 0
     for file, size in _shard_files(source.index):
@@ -139,14 +136,18 @@ def check_shards(source: DataSource) -> int:
 
 
 def _shard_files(index: Index) -> Iterator[tuple[str, int]]:
-    """Of what a run reads: a training split there has to be, and a validation split may be."""
-    held_out = index.splits.get("validation")
-    for shard in [*index.split("train").shards, *(held_out.shards if held_out else [])]:
+    """The shards that a run reads and their sizes; the validation split is optional."""
+    validation = index.splits.get("validation")
+    for shard in [*index.split("train").shards, *(validation.shards if validation else [])]:
         yield index.url(shard), shard.file_bytes
 
 
 def check_checkpoint(config: Config, folder: Path, report: Callable[[str], None]) -> Path | None:
-    """What the run would begin from. CheckpointError or ConfigError: damaged, or another model."""
+    """Return the checkpoint that the run would resume or start from, or None.
+
+    Raises CheckpointError if all of the run's checkpoints are incomplete, ConfigError if the
+    checkpoint holds another model or `checkpoint.start_from` is not usable.
+    """
     checkpoint = find_latest(folder / "checkpoints", report=report)
     if checkpoint is None:
         return find_start_checkpoint(config, report)
@@ -157,36 +158,40 @@ def check_checkpoint(config: Config, folder: Path, report: Callable[[str], None]
 def check_disk(
     config: Config, folder: Path, checkpoint: Path | None, stop_at: int | None = None
 ) -> None:
-    """Raises DiskError where the checkpoints to come cannot be written, or do not fit there."""
-    here = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
-    if not (here.is_dir() and os.access(here, os.W_OK | os.X_OK)):
-        what = "no write permission" if here.is_dir() else "not a folder"
-        raise DiskError(f"{folder}: cannot be written ({here}: {what}); choose another --run")
-    done = size = 0
+    """Raise DiskError if the folder is not writable or the checkpoints to come do not fit.
+
+    checkpoint: where the run starts; its size is the estimate for the others.
+    """
+    existing = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path)
+    )
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        what = "no write permission" if existing.is_dir() else "not a folder"
+        raise DiskError(f"{folder}: cannot be written ({existing}: {what}); choose another --run")
+    step = size = 0
     if checkpoint:
         manifest = read_manifest(checkpoint)
-        done = manifest["step"]
+        step = manifest["step"]
         size = sum(file["bytes"] for file in manifest["files"])
     size = size or STATE_BYTES * parameter_count(config.model)
-    old = _superseded_later(folder / "checkpoints", done, config.checkpoint.keep_every)
-    count = checkpoints_to_come(config, done, stop_at, old)
+    old = _count_superseded(folder / "checkpoints", step, config.checkpoint.keep_every)
+    count = checkpoints_to_come(config, step, stop_at, old)
     try:
-        free = shutil.disk_usage(here).free
+        free = shutil.disk_usage(existing).free
     except OSError as error:
-        raise DiskError(f"{here}: {error.strerror}; choose another --run") from None
+        raise DiskError(f"{existing}: {error.strerror}; choose another --run") from None
     if count * size > free:
-        fits = free // size
         raise DiskError(
-            f"{folder}: {count} checkpoints to come of {size / 1e9:,.3g} GB each take "
-            f"{count * size / 1e9:,.3g} GB, {free / 1e9:,.3g} GB are free there (room for {fits}); "
-            "make room, raise checkpoint.every, or choose another --run"
+            f"{folder}: {count} checkpoints to come need {count * size / 1e9:,.3g} GB "
+            f"({size / 1e9:,.3g} GB each), but only {free / 1e9:,.3g} GB are free (room for "
+            f"{free // size}); free disk space, raise checkpoint.every, or choose another --run"
         )
 
 
 def checkpoints_to_come(config: Config, done: int, stop_at: int | None = None, old: int = 0) -> int:
-    """The most checkpoints that will stand on the disk beside those of `done` steps.
+    """Return how many more checkpoints than now the disk must hold after step `done`, at most.
 
-    With `checkpoint.keep_last`, `old` of those make room for newer ones.
+    old: existing checkpoints that `checkpoint.keep_last` deletes as newer ones are written.
     """
     last, every = config.training.steps, config.checkpoint.every
     last = last if stop_at is None else min(last, stop_at)
@@ -196,17 +201,17 @@ def checkpoints_to_come(config: Config, done: int, stop_at: int | None = None, o
     keep = config.checkpoint.keep_last
     if not keep:
         return count
-    kept = config.checkpoint.keep_every
-    # One more while the newest is being written and the oldest still stands.
-    places = max(1, keep + 1 - old)
-    return min(count, places + (last // kept - done // kept if kept else 0))
+    keep_every = config.checkpoint.keep_every
+    # Plus one: the oldest is deleted after the newest has been written.
+    rolling = max(1, keep + 1 - old)
+    return min(count, rolling + (last // keep_every - done // keep_every if keep_every else 0))
 
 
-def _superseded_later(checkpoints: Path, done: int, keep_every: int) -> int:
-    """How many of the whole checkpoints up to step `done` newer ones will take the place of."""
+def _count_superseded(checkpoints: Path, done: int, keep_every: int) -> int:
+    """Count the complete checkpoints up to step `done` that `keep_last` will delete."""
     if not checkpoints.is_dir():
         return 0
     return sum(
-        step <= done and not (keep_every and step % keep_every == 0) and damage(path) is None
+        step <= done and not (keep_every and step % keep_every == 0) and verify_sizes(path) is None
         for step, path in checkpoints_in(checkpoints).items()
     )

@@ -1,8 +1,8 @@
-"""Saving while training goes on.
+"""Asynchronous checkpoints: training continues while a thread writes.
 
-The loop waits for the copy to host memory; a thread writes it. The ranks' threads confirm to each
-other over a process group of their own (gloo), so that their collective operations neither mix
-with those of training nor wait for a step to end. What fails costs that checkpoint only.
+The loop waits for the copy to host memory only. The writing threads of the ranks confirm to each
+other over a gloo group of their own, so that their collectives neither mix with those of training
+nor wait for a step to end. A failed save costs that checkpoint only.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.rank_file import HostBuffer, Staged, gather
-from hg_scale.checkpoint.retention import Keep
+from hg_scale.checkpoint.rank_file import HostBuffer, Staged, stage
+from hg_scale.checkpoint.retention import RetentionPolicy
 from hg_scale.checkpoint.save import write_checkpoint
 from hg_scale.config.schema import Config
 from hg_scale.convert.source import parameter_shapes
 from hg_scale.parallel.runtime_errors import connection_error
 from hg_scale.parallel.timeouts import LONG
 from hg_scale.training.agreement import stop_all
-from hg_scale.training.state import TrainingProgress, describe_state, written_here
+from hg_scale.training.state import TrainingProgress, state_metadata, states_to_write
 
 if TYPE_CHECKING:
     from hg_scale.training.engine import Engine
 
-_PATIENCE = 30.0  # seconds for a save under way when a rank is gone
-_NICE = 19  # of the writing thread: it takes what processor time training leaves
+_LAST_SAVE_TIMEOUT = 30.0  # seconds that a running save gets when a rank is lost
+_NICE = 19  # priority of the writing thread: training goes first
 
 
 class Checkpointer:
-    """Writes a run's checkpoints. Make it, use it and close it on all ranks alike.
+    """Writes the checkpoints of a run; a context manager, to be used on all ranks.
 
-    A save that fails is warned of and older checkpoints stay. Use it as a context manager: the end
-    waits for the last save, and raises CheckpointError where that, of step `last_step`, failed.
+    A failed save is a warning, and older checkpoints stay. The exit waits for the last save and
+    raises CheckpointError if that one, of step `last_step`, failed.
     """
 
     def __init__(
@@ -52,104 +52,102 @@ class Checkpointer:
         *,
         last_step: int,
         warn: Callable[[str], None],
-        damaged: Collection[Path] = (),
+        corrupt: Collection[Path] = (),
         permit: Callable[[], None] = lambda: None,
     ) -> None:
-        """`damaged` are checkpoints known to be so, that are not to count among those kept.
+        """`corrupt`: checkpoints that are known to be corrupt and do not count as kept.
 
-        `permit` is asked on rank 0 before each save, and raises what forbids it.
+        `permit` is called on rank 0 before each save and raises to forbid it.
         """
-        self._engine, self._folder, self._config = engine, folder, config
-        self._last_step, self._warn, self._damaged = last_step, warn, damaged
+        self.folder = folder
+        self._engine, self._config = engine, config
+        self._last_step, self._warn, self._corrupt = last_step, warn, corrupt
         self._permit = permit
         self._names = parameter_shapes(config.model).keys()
-        self._written_in = 0.0  # seconds of the save before
-        self._keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every)
-        self.group = dist.new_group(backend="gloo", timeout=LONG)  # it waits for disks
+        self._save_seconds = 0.0  # of the last save
+        self._retention = RetentionPolicy(config.checkpoint.keep_last, config.checkpoint.keep_every)
+        self.group = dist.new_group(backend="gloo", timeout=LONG)  # long: it waits for disks
         self._buffer = HostBuffer()
         self._thread: ThreadPoolExecutor | None = None
         if config.checkpoint.async_:
             self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_yield_to_training)
         self._pending: Future[None] | None = None
-        self._last_fault: CheckpointError | None = None
+        self._last_error: CheckpointError | None = None
 
     @property
     def seconds(self) -> float:
-        """What a save would take now, by the one before; 0 where there was none."""
-        return self._written_in * (2 if self.busy else 1)
+        """Estimated seconds of a save started now, from the last one; 0 before the first."""
+        return self._save_seconds * (2 if self.busy else 1)
 
     def save(self, progress: TrainingProgress, last: bool = False) -> None:
-        """Save where training stands; first waits for the save before. `last`: none follows."""
+        """Save the current state, after the previous save has ended. `last`: no save follows."""
         start = time.monotonic()
         self.wait()
         if last:
             self._last_step = progress.step
-        meta = describe_state(self._engine, progress, self._config)
-        staged = gather(written_here(self._engine))
+        metadata = state_metadata(self._engine, progress, self._config)
+        staged = stage(states_to_write(self._engine))
         if self._thread is None:
-            self._write(progress.step, lambda: staged, meta, start)
+            self._write(progress.step, lambda: staged, metadata, start)
             return
         copied = self._copy(staged)
-        self._pending = self._thread.submit(self._write, progress.step, copied, meta, start)
+        self._pending = self._thread.submit(self._write, progress.step, copied, metadata, start)
 
     @property
     def busy(self) -> bool:
-        """Whether something is being written."""
+        """Whether a save is running."""
         return self._pending is not None and not self._pending.done()
 
     def wait(self) -> None:
-        """Until nothing is being written any more."""
+        """Wait for the running save."""
         if self._pending:
             self._pending.result()
             self._pending = None
 
     def _copy(self, staged: Staged) -> Callable[[], Staged]:
-        """The state in host memory; a fault is kept until the ranks speak about it."""
+        """Copy to host memory; an error is raised later, where all ranks agree on it."""
         try:
             copy = self._buffer.copy(staged)
         except (RuntimeError, MemoryError) as error:
-            fault = MemoryError(f"no host memory for a copy of its state: {first_line(error)}")
+            failure = MemoryError(f"no host memory for a copy of its state: {first_line(error)}")
 
             def fail() -> Staged:
-                raise fault
+                raise failure
 
             return fail
         return lambda: copy
 
     def _write(
-        self, step: int, staged: Callable[[], Staged], meta: dict[str, Any], start: float
+        self, step: int, staged: Callable[[], Staged], metadata: dict[str, Any], start: float
     ) -> None:
-        self._last_fault = None
+        self._last_error = None
         try:
             write_checkpoint(
-                self._folder,
+                self.folder,
                 step,
                 staged,
-                meta,
+                metadata,
                 group=self.group,
-                keep=self._keep,
-                damaged=self._damaged,
+                retention=self._retention,
+                corrupt=self._corrupt,
                 warn=self._warn,
                 permit=self._permit,
                 names=self._names,
             )
         except CheckpointError as error:
-            self._last_fault = error
-        except (
-            RuntimeError,
-            OSError,
-        ) as error:  # of gloo: training on this rank is about to meet it, too
-            self._last_fault = CheckpointError(f"not saved: a rank is gone: {first_line(error)}")
-            self._last_fault.__cause__ = error
-        self._written_in = time.monotonic() - start
-        if self._last_fault and step != self._last_step and dist.get_rank() == 0:
+            self._last_error = error
+        except (RuntimeError, OSError) as error:  # from gloo: training is about to fail, too
+            self._last_error = CheckpointError(f"not saved: lost a rank: {first_line(error)}")
+            self._last_error.__cause__ = error
+        self._save_seconds = time.monotonic() - start
+        if self._last_error and step != self._last_step and dist.get_rank() == 0:
             self._warn(
-                f"step {step} {self._last_fault}; older checkpoints are kept, the run goes on"
+                f"step {step} {self._last_error}; older checkpoints are kept, the run continues"
             )
 
-    def close(self, patience: float | None = None) -> None:
-        """Wait, `patience` seconds at most, and end the thread."""
-        done = self._pending is None or bool(wait([self._pending], patience).done)
+    def close(self, timeout: float | None = None) -> None:
+        """Wait for the running save, `timeout` seconds at most, and end the thread."""
+        done = self._pending is None or bool(wait([self._pending], timeout).done)
         if done:
             self.wait()
         if self._thread:
@@ -159,22 +157,23 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
-        # What a lost rank interrupts may still become whole, and may as well wait for it in vain.
-        self.close(_PATIENCE if error and connection_error(error) else None)
-        if kind is None and self._last_fault:
-            if isinstance(cause := self._last_fault.__cause__, RuntimeError):
+        # When a rank is lost, the running save may still complete, or may wait for it forever.
+        self.close(_LAST_SAVE_TIMEOUT if error and connection_error(error) else None)
+        if kind is None and self._last_error:
+            if isinstance(cause := self._last_error.__cause__, RuntimeError):
                 raise cause
-            fault = f"step {self._last_step} {self._last_fault}; mend that and start again: the run"
-            stop_all(CheckpointError(f"{fault} goes on from the checkpoint before"), teller=0)
+            what = f"step {self._last_step} {self._last_error}"
+            advice = "fix that and start again: the run resumes from the checkpoint before"
+            stop_all(CheckpointError(f"{what}; {advice}"), reporting_rank=0)
 
 
 def _yield_to_training() -> None:
-    """Lower this thread's priority, where a thread has one of its own."""
+    """Lower the priority of this thread, on systems where threads have their own."""
     if sys.platform == "linux":
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first."""
+    """The first line of an error's message, or its type."""
     return (str(error) or type(error).__name__).splitlines()[0]

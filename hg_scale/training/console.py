@@ -1,9 +1,9 @@
-"""What a person sees of a run: one live line on a terminal, else one plain line a logged step.
+"""Console output of a run: one live line on a terminal, else one plain line per logged step.
 
-DeepSpeed, Megatron, webdataset and the compilers they start print to stdout and stderr as they
-like, some from C++. `quiet_libraries` sends both file descriptors to a file of the rank; only
+DeepSpeed, Megatron, webdataset and the compilers they start print to stdout and stderr, some from
+C++. `quiet_libraries` redirects both file descriptors to a log file of the rank, so that only
 `Console` still writes to the terminal. Lines of the `deepspeed` launcher come from another process
-and cannot be held back.
+and still appear there.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from rich.table import Column
 
 
 class Console:
-    """The run's lines on `stream` (default: stdout), from rank 0 alone; `warn` from any rank.
+    """Prints the lines of a run: rank 0 everything, the other ranks warnings only.
 
-    Records are those of `metrics.jsonl`; what one lacks is left out. `tty` None asks the stream.
-    Use it as a context manager: the live line ends with it.
+    A context manager: the live line ends with it. Records are those of `metrics.jsonl`; keys that
+    a record lacks are left out. `tty`: whether to draw a live line (None: if `stream`, by default
+    stdout, is a terminal).
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Console:
                 console=_Terminal(file=self._stream, force_terminal=True),
                 refresh_per_second=4,
                 expand=True,
-                # Libraries' lines go to their file, not above the live line.
+                # Lines of libraries go to the log file, not above the live line.
                 redirect_stdout=False,
                 redirect_stderr=False,
             )
@@ -74,7 +75,7 @@ class Console:
             self._live.stop()
 
     def advance(self, step: int) -> None:
-        """Step `step` is done and not logged, or the run goes on from it: the live bar moves."""
+        """Move the bar of the live line to `step`, which is done."""
         if self._live:
             self._live.update(self._task, completed=step)
 
@@ -99,23 +100,24 @@ class Console:
             self.warn(f"step {record['step']} skipped: {record['skipped']}")
 
     def print(self, message: str) -> None:
-        """A line of the run's own, from rank 0."""
+        """Print a line, on rank 0 only."""
         if self.rank == 0:
             self._write(message)
 
     def warn(self, message: str) -> None:
-        """A warning of the run's own, from any rank, which it names."""
+        """Print a warning with the number of the rank, on any rank."""
         self._write(f"warning (rank {self.rank}): {message}")
 
-    def last_words(self, line: str) -> None:
-        """A line from any rank that is about to end at once, whatever another thread is doing.
+    def print_unlocked(self, line: str) -> None:
+        """Print the last line of a process that is about to exit, on any rank.
 
-        It takes no lock and no buffer; a live line is wiped, and the cursor shown again.
+        Takes no lock and uses no buffer, since another thread may hang in either. Clears the live
+        line and shows the cursor again. Writes to the terminal and to the rank's log file.
         """
         text = f"\r\x1b[2K\x1b[?25h{line}\n" if self._live else f"{line}\n"
-        for find in (self._stream.fileno, lambda: 2):  # 2: the rank's own log
+        for fileno in (self._stream.fileno, lambda: 2):  # 2 is redirected to the log file
             with suppress(OSError, ValueError):
-                os.write(find(), text.encode())
+                os.write(fileno(), text.encode())
 
     def _write(self, line: str) -> None:
         if self._live:
@@ -126,7 +128,7 @@ class Console:
 
 
 def _is_terminal(stream: TextIO) -> bool:
-    """Whether somebody looks at it: mpirun gives its ranks a terminal of no width for a file."""
+    """Whether a stream is a terminal with a width: mpirun's ranks get one of width 0 for a file."""
     try:
         return os.get_terminal_size(stream.fileno()).columns > 0
     except (OSError, ValueError):
@@ -134,27 +136,29 @@ def _is_terminal(stream: TextIO) -> bool:
 
 
 class _Terminal(rich.Console):
-    """As wide as the terminal behind its stream: rich asks stdin, stdout and stderr, none of which
-    need lead there while libraries are quiet."""
+    """A rich console as wide as the terminal behind its stream.
 
-    @property  # type: ignore[misc]  # rich can set it, too
+    rich would query stdin, stdout and stderr, which `quiet_libraries` may have redirected.
+    """
+
+    @property  # type: ignore[misc]  # in rich it has a setter
     def size(self) -> rich.ConsoleDimensions:
         try:
             columns, lines = os.get_terminal_size(self.file.fileno())
-        except (OSError, ValueError):  # a terminal in name only
+        except (OSError, ValueError):  # not a real terminal
             columns = 0
         return rich.ConsoleDimensions(columns, lines) if columns else super().size
 
 
 class _Eta:
-    """Time left, from the steps after the first shown one, which alone pays for compiling."""
+    """Estimates the time left; the first logged step, which includes compilation, is left out."""
 
     def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
         self._total, self._clock = total_steps, clock
         self._first: tuple[int, float] | None = None
 
     def seconds(self, step: int) -> float | None:
-        """Seconds left at `step`; None while there is nothing to judge by."""
+        """Return the seconds left at `step`; None at the first step, without an estimate."""
         now = self._clock()
         if self._first is None:
             self._first = step, now
@@ -179,13 +183,13 @@ _VALIDATION_FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
 
 
 def step_figures(record: Mapping[str, Any], eta: float | None) -> str:
-    """The figures of a logged step in one line; `eta` in seconds."""
-    left = [] if eta is None else [f"eta {format_duration(eta)}"]
-    return "  ".join((*_fields(record, _STEP_FIELDS), *left))
+    """Return the figures of a logged step in one line; `eta` in seconds."""
+    time_left = [] if eta is None else [f"eta {format_duration(eta)}"]
+    return "  ".join((*_fields(record, _STEP_FIELDS), *time_left))
 
 
 def validation_line(record: Mapping[str, Any]) -> str:
-    """A validation in one line."""
+    """Return the line of a validation."""
     return "  ".join((f"validation at step {record['step']}", *_fields(record, _VALIDATION_FIELDS)))
 
 
@@ -196,16 +200,16 @@ def _fields(
 
 
 def short_number(number: float) -> str:
-    """Three digits and a magnitude: 812, 31.2k, 4.05M."""
-    for unit in ("", "k", "M", "G"):
-        if not number >= 999.5 or unit == "G":  # `not >=` also ends at NaN
+    """Format a number with three digits and an SI suffix: 812, 31.2k, 4.05M."""
+    for suffix in ("", "k", "M", "G"):
+        if not number >= 999.5 or suffix == "G":  # `not >=` also stops at NaN
             break
         number /= 1000
-    return f"{number:.3g}{unit}"
+    return f"{number:.3g}{suffix}"
 
 
 def format_duration(seconds: float) -> str:
-    """Hours, minutes and seconds, or days: 1:02:03, 2d 03:04."""
+    """Format a duration as hours, minutes and seconds, or with days: 1:02:03, 2d 03:04."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -214,11 +218,11 @@ def format_duration(seconds: float) -> str:
 
 @contextmanager
 def quiet_libraries(log: Path) -> Iterator[TextIO]:
-    """Send all that this process prints, and its children, to the file `log`.
+    """Redirect stdout and stderr of this process and its children to the file `log`.
 
-    Gives the stream that still leads to where stdout led, for `Console`. Enter it before DeepSpeed
-    is imported. An error ends both in the file, after what libraries said, and on the terminal,
-    where a last line names the file; a crash in C++ shows its Python stack on the terminal.
+    Yields a stream to the original stdout, for `Console`. Enter it before DeepSpeed is imported.
+    The traceback of an error goes to the file, after the output of libraries, and to the terminal,
+    where a last line names the file. A crash in C++ prints its Python stack to the terminal.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     _flush()
@@ -226,12 +230,12 @@ def quiet_libraries(log: Path) -> Iterator[TextIO]:
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    # A killed run must not take its last lines with it in a buffer.
+    # Line buffering, so that the last lines of a killed run are in the file.
     buffered = [s for s in (sys.stdout, sys.stderr) if isinstance(s, TextIOWrapper)]
     modes = [stream.line_buffering for stream in buffered]
     for stream in buffered:
         stream.reconfigure(line_buffering=True)
-    traced = faulthandler.is_enabled()
+    faulthandler_enabled = faulthandler.is_enabled()
     faulthandler.enable(file=saved[1])
     terminal = os.fdopen(os.dup(saved[0]), "w", buffering=1, encoding="utf-8", errors="replace")
     failed = False
@@ -250,14 +254,14 @@ def quiet_libraries(log: Path) -> Iterator[TextIO]:
             os.close(original)
         for stream, mode in zip(buffered, modes, strict=True):
             stream.reconfigure(line_buffering=mode)
-        if traced and sys.__stderr__ is not None:
+        if faulthandler_enabled and sys.__stderr__ is not None:
             faulthandler.enable(file=sys.__stderr__)
         if failed:
-            print(f"what the libraries printed before this error: {log}", file=sys.stderr)
+            print(f"output of libraries before this error: {log}", file=sys.stderr)
 
 
 def _flush() -> None:
-    """Write out what Python and C hold for stdout and stderr, before the descriptors change."""
+    """Flush the buffers of Python and C for stdout and stderr, before the descriptors change."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()

@@ -1,6 +1,6 @@
-"""What a run would be: resolved configuration, layers with their costs, the pipeline's cut.
+"""The plan of a run (`train.py --dry-run`): configuration, layers with costs, pipeline cut.
 
-Needs neither torch nor a process group, and takes no longer than reading a file.
+Needs neither torch nor a process group.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from hg_scale.parallel.stages import cut_pipeline
 
 
 def print_plan(config: Config, world_size: int, console: Console) -> None:
-    """Print everything about a run of `world_size` processes."""
+    """Print the plan of a run of `world_size` processes."""
     console.print_json(config.model_dump_json(exclude_none=True))
     console.print(_layers(config))
     total, model = parameter_count(config.model), config.model
     tokens = config.training.global_batch_size * model.sequence_length
     per_token = training_flops_per_token(model)
     console.print(f"parameters: {total:,}")
-    console.print(f"training FLOPs: {per_token:,.0f} a token, {per_token * tokens:.3g} a step")
+    console.print(f"training FLOPs: {per_token:,.0f} per token, {per_token * tokens:.3g} per step")
     console.print(
-        f"tokens: {tokens:,} a step, {tokens * config.training.steps:.3g} in "
+        f"tokens: {tokens:,} per step, {tokens * config.training.steps:.3g} in "
         f"{config.training.steps:,} steps"
     )
     parallel = config.parallel
     console.print(
         f"layout: {world_size} processes = tensor {parallel.tensor} x pipeline "
         f"{parallel.pipeline} x data {config.data_parallel(world_size)}, ZeRO "
-        f"{parallel.zero_stage}; micro-batches a step: {config.micro_batches(world_size)}"
+        f"{parallel.zero_stage}; micro-batches per step: {config.micro_batches(world_size)}"
     )
     console.print(
-        f"memory a process: at least {state_bytes(config, world_size) / 2**30:,.1f} GiB for "
-        "weights, gradients and optimizer states; activations come on top"
+        f"memory per process: at least {state_bytes(config, world_size) / 2**30:,.1f} GiB for "
+        "weights, gradients and optimizer states, plus activations"
     )
     if parallel.pipeline > 1:
         _print_cut(config, world_size, console)
 
 
 def _layers(config: Config) -> Table:
-    """A row a layer; equal blocks that follow each other share one."""
+    """One row per layer; consecutive equal blocks share a row."""
     model, element = config.model, 2 if config.training.precision == "bf16" else 4
-    table = Table(title=f"layers of '{model.hierarchy}', one window: forward FLOPs, MiB of cache")
+    table = Table(title=f"layers of '{model.hierarchy}', one sequence: forward FLOPs, MiB of cache")
     for column in ("layer", "kind", "positions", "width"):
         table.add_column(column)
     for column in ("parameters", "GFLOPs", "share", "cache"):
@@ -71,7 +71,7 @@ def _layers(config: Config) -> Table:
 def _print_cut(config: Config, world_size: int, console: Console) -> None:
     cut = cut_pipeline(config.model, config.parallel.pipeline)
     costs = layer_costs(config.model)
-    table = Table(title="pipeline stages, training FLOPs of one window")
+    table = Table(title="pipeline stages: training FLOPs of one sequence")
     for column in ("stage", "layers"):
         table.add_column(column)
     for column in ("GFLOPs", "share", "elements in"):
@@ -87,6 +87,6 @@ def _print_cut(config: Config, world_size: int, console: Console) -> None:
     console.print(table)
     micro_batches = config.micro_batches(world_size)
     console.print(
-        f"expected imbalance: {cut.imbalance:.3f} (slowest stage over the mean, traffic included); "
+        f"expected imbalance: {cut.imbalance:.3f} (slowest stage / mean, with communication); "
         f"bubble: {cut.bubble(micro_batches):.1%} with {micro_batches} micro-batches"
     )

@@ -1,13 +1,14 @@
-"""Both DeepSpeed engines behind one `train_step`.
+"""Both of DeepSpeed's engines behind one `train_step`.
 
 With one pipeline stage the model is an ordinary module under `DeepSpeedEngine` (ZeRO 0 to 3),
 driven by forward, backward and step; with more it is a `PipelineModule` under `PipelineEngine`
-(ZeRO 0 and 1), driven by `train_batch`. The loop sees no difference.
+(ZeRO 0 and 1), driven by `train_batch`. The training loop sees no difference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isfinite, nan, sqrt
@@ -26,54 +27,61 @@ from hg_scale.model.hourglass import Hourglass
 from hg_scale.model.initialization import initialize_weights
 from hg_scale.model.layers import PlainLayers
 from hg_scale.model.sharding import shard_of
+from hg_scale.parallel.deepspeed_adapter import (
+    is_stage_copy,
+    local_gradients,
+    replace_gradient_clipping,
+    replace_loss_reduction,
+    skip_optimizer_step,
+    wrap_optimizer_step,
+)
 from hg_scale.parallel.extensions import load_extensions
 from hg_scale.parallel.mesh import Mesh
 from hg_scale.parallel.stages import Cut, cut_pipeline
 from hg_scale.training.agreement import run_on_all_ranks
-from hg_scale.training.gradients import local_gradients, skip_optimizer_step
 from hg_scale.training.guard import Guard, name_culprits
 from hg_scale.training.optimizer import make_optimizer, set_learning_rate
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss in nats a token and gradient norm before clipping, alike on all ranks.
+    """Mean loss in nats per token and gradient norm before clipping, identical on all ranks.
 
-    `why`: the optimizer did not step, for this reason.
+    `skip_reason`: why the optimizer did not step; None: it did.
     """
 
     loss: float
     grad_norm: float
-    why: str | None = None
+    skip_reason: str | None = None
 
     @property
     def skipped(self) -> bool:
-        return self.why is not None
+        return self.skip_reason is not None
 
 
 def make_engine(
-    config: Config, mesh: Mesh, parts: PlainLayers, device: torch.device, draw: bool = True
+    config: Config, mesh: Mesh, layers: PlainLayers, device: torch.device, draw: bool = True
 ) -> ModuleEngine | PipelineEngine:
-    """The model of `config`, initialised, under DeepSpeed, on this rank of the mesh.
+    """Build the model of `config` under DeepSpeed, on this rank of the mesh.
 
-    `draw`: fill the weights; without it they are to be read from a checkpoint.
+    draw: draw the initial weights; else they must be loaded from a checkpoint.
     """
-    # Adopts the process group that is there; a PipelineModule needs it before `initialize`.
+    # Adopts the existing process group; a PipelineModule needs it before `initialize`.
     if device.type == "cpu":
         load_extensions()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     recompute = by_level(config.training.activation_checkpointing, config.model.parsed.level_count)
-    kind: type[ModuleEngine] | type[PipelineEngine]
+    engine_class: type[ModuleEngine] | type[PipelineEngine]
     if mesh.pipeline == 1:
-        model: Any = Hourglass(config.model, parts, recompute)
-        kind = ModuleEngine
+        model: Any = Hourglass(config.model, layers, recompute)
+        engine_class = ModuleEngine
     else:
         from hg_scale.parallel.pipeline import HourglassPipeline
 
         micro = config.training.micro_batch_size
         cut = cut_pipeline(config.model, mesh.pipeline)
-        model = HourglassPipeline(config.model, parts, mesh, cut, micro, recompute)
-        kind = PipelineEngine
+        model = HourglassPipeline(config.model, layers, mesh, cut, micro, recompute)
+        engine_class = PipelineEngine
     named = list(model.named_parameters())
     if draw:
         initialize_weights(named, config.model, config.training.seed)
@@ -88,30 +96,30 @@ def make_engine(
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
     )
-    return kind(config, mesh, engine, optimizer, device, slices)
+    return engine_class(config, mesh, engine, optimizer, device, slices)
 
 
 def describe_slice(name: str, parameter: nn.Parameter) -> Slice:
-    """A parameter of this rank in the words of a checkpoint (before ZeRO 3 empties it)."""
+    """Return this rank's slice of a parameter; call it before ZeRO 3 frees the parameter."""
     shard = shard_of(parameter)
     shape = shard.whole_shape(tuple(parameter.shape))
     return Slice(name, shape, shard.dim, shard.index, shard.count)
 
 
 def inputs_and_labels(batch: Tensor) -> tuple[Tensor, Tensor]:
-    """ids (B, L + 1) as inputs and labels, (B, L) each.
+    """Split ids (B, L + 1) int64 into inputs and labels, (B, L) each.
 
-    A window that could not be read holds -1: no label there counts, and as an input it is id 0.
-    Losses are divided by B x L all the same, so the other windows weigh as they would have.
+    A sequence that could not be read holds -1: its labels are ignored and its inputs are id 0.
+    Losses are still divided by B x L, so the weight of the other sequences does not change.
     """
     return batch[:, :-1].clamp(min=0), batch[:, 1:]
 
 
-class Engine:
-    """What the loop drives. `deepspeed` is the engine inside, `model` the module.
+class Engine(ABC):
+    """Takes optimizer steps and evaluates. `deepspeed` is DeepSpeed's engine, `model` its module.
 
-    Both of DeepSpeed's engines end a step in `_take_model_step`, when all gradients are there. Here
-    `guard` is asked first, and a bad step leaves weights and moments alone on every rank.
+    Once all gradients are reduced, `guard` judges the step; a bad step leaves weights and moments
+    unchanged on every rank.
     """
 
     def __init__(
@@ -128,102 +136,108 @@ class Engine:
         self.model: nn.Module = engine.module
         self.slices = slices
         self.micro_batch_size = config.training.micro_batch_size
-        self.rows = config.training.global_batch_size // mesh.data  # of this rank, a step
+        self.local_batch_size = config.training.global_batch_size // mesh.data
         self.guard = Guard(config.guard)
         self._step = 0
         self._loss = self._norm = nan
-        self._why: str | None = None
-        self._take_step = engine._take_model_step
-        engine._take_model_step = self._take_good_step
+        self._skip_reason: str | None = None
+        wrap_optimizer_step(engine, self._guarded_step)
         if config.parallel.zero_stage == 0:
-            # DeepSpeed's own clipping in fp32 leaves norms and biases of later stages out.
-            engine.clip_fp32_gradients = self._clip_gradients
+            replace_gradient_clipping(engine, self._clip_gradients)
+
+    @property
+    def local_samples(self) -> slice:
+        """This rank's samples of the global batch."""
+        first = self.mesh.data_rank * self.local_batch_size
+        return slice(first, first + self.local_batch_size)
 
     @property
     def cut(self) -> Cut | None:
-        """How the pipeline is cut, if there is one."""
+        """The pipeline cut; None with one stage."""
         return getattr(self.model, "cut", None)
 
     def train_step(self, batch: Tensor | None, step: int, learning_rate: float) -> StepResult:
-        """One optimizer step, the `step`-th (from 1).
+        """Take optimizer step `step`, counted from 1.
 
-        batch: (rows of this rank, L + 1) int64 ids; None on ranks that need no tokens.
+        batch: (local batch size, L + 1) int64 ids; None on ranks that need no tokens.
         """
         set_learning_rate(self.optimizer, learning_rate)
         self._step = step
         self._train_step(batch, self._context(step))
         if self.config.parallel.zero_stage > 0:
             self._norm = float(self.deepspeed.get_global_grad_norm())
-        return StepResult(self._loss, self._norm, self._why)
+        return StepResult(self._loss, self._norm, self._skip_reason)
 
+    @abstractmethod
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor] | None], length: int) -> float:
-        """Sum of the losses in nats over all data-parallel ranks' batches.
+        """Sum of the losses in nats over the batches of all data-parallel ranks.
 
-        batches: (ids, labels), each (micro_batch_size, length), as many on every rank; None on
-        ranks that need no tokens.
+        batches: (ids, labels), each (micro_batch_size, length), the same number on every rank; None
+        on ranks that need no tokens.
         """
-        raise TypeError(f"{type(self).__name__} defines no evaluate")
 
+    @abstractmethod
     def _train_step(self, batch: Tensor | None, context: Context) -> None:
-        raise TypeError(f"{type(self).__name__} defines no _train_step")
+        """Forward, backward and optimizer step over all micro-batches."""
 
+    @abstractmethod
     def _mean_loss(self) -> Tensor:
-        """This rank's mean loss of the step, () float32, where it has one (the last stage)."""
-        raise TypeError(f"{type(self).__name__} defines no _mean_loss")
+        """This rank's mean loss of the step, () float32; 0 on all but the last stage."""
 
     def _context(self, step: int) -> Context:
-        """This step's factors and dropout key; the first sample is this rank's."""
+        """The step's shorten factors and dropout key, and the index of this rank's first sample."""
         model, seed = self.config.model, self.config.training.seed
         factors = model.parsed.factors
         if model.factor_choices:
             factors = draw_factors(model.factor_choices, seed, step)
-        return Context(factors, (seed, step), self.mesh.data_rank * self.rows)
+        return Context(factors, (seed, step), self.local_samples.start)
 
-    def _take_good_step(self, *arguments: Any) -> None:
-        """The optimizer's step, without effect where the guard finds it bad."""
-        finite = self._exchange_signs()
-        self._why = self.guard.judge(self._loss, finite)
-        if self._why:
-            self._why = name_culprits(self._why, self._mean_loss(), self.deepspeed, self.slices)
+    def _guarded_step(self, take_step: Callable[[], None]) -> None:
+        """Take the optimizer's step, which changes nothing if the guard finds the step bad."""
+        finite = self._all_reduce_step_stats()
+        reason = self.guard.judge(self._loss, finite)
+        if reason:
+            reason = name_culprits(reason, self._mean_loss(), self.deepspeed, self.slices)
         skipped = self.deepspeed.skipped_steps
-        with skip_optimizer_step(self.optimizer) if self._why else nullcontext():
-            self._take_step(*arguments)
-        if self.deepspeed.skipped_steps > skipped and not self._why:
-            self._why = "the norm of its gradients is beyond float32"
-        self.deepspeed.skipped_steps = skipped + bool(self._why)
-        self.guard.note(self._step, self._loss, bool(self._why))
+        with skip_optimizer_step(self.optimizer) if reason else nullcontext():
+            take_step()
+        if self.deepspeed.skipped_steps > skipped and not reason:
+            reason = "the gradient norm overflows float32"
+        self._skip_reason = reason
+        self.deepspeed.skipped_steps = skipped + bool(reason)
+        self.guard.record(self._step, self._loss, bool(reason))
 
-    def _exchange_signs(self) -> bool:
-        """Whether the gradients of all ranks are finite; sets the mean loss, alike on all ranks.
+    def _all_reduce_step_stats(self) -> bool:
+        """Set the mean loss on all ranks. Returns whether the gradients of all ranks are finite.
 
-        One collective operation of all ranks. Without ZeRO it also gives the gradients' norm.
+        One collective. Under ZeRO 0 it also sets the gradient norm.
         """
         mesh = self.mesh
-        held = local_gradients(self.deepspeed, self.slices)
-        norms = torch.stack(torch._foreach_norm(held)).double()
-        signs = torch.zeros(3, dtype=torch.float64, device=self.device)
+        gradients = local_gradients(self.deepspeed, self.slices)
+        norms = torch.stack(torch._foreach_norm(gradients)).double()
+        stats = torch.zeros(3, dtype=torch.float64, device=self.device)
         if mesh.is_last_stage and mesh.tensor_rank == 0:
-            signs[0] = self._mean_loss()
-        signs[1] = ~norms.sum().isfinite()
+            stats[0] = self._mean_loss()
+        stats[1] = ~norms.sum().isfinite()
         if self.config.parallel.zero_stage == 0 and mesh.data_rank == 0:
-            signs[2] = norms[self._counted_once()].square().sum()
+            stats[2] = norms[self._counted_in_norm()].square().sum()
         if mesh.world_size > 1:
-            dist.all_reduce(signs)
-        loss, bad, squares = signs.tolist()
+            dist.all_reduce(stats)
+        loss, not_finite, squares = stats.tolist()
         self._loss, self._norm = loss / mesh.data, sqrt(squares)
-        return not bad
+        return not not_finite
 
-    def _counted_once(self) -> list[bool]:
-        """For each gradient, without ZeRO: this rank counts it in the norm of the whole model."""
+    def _counted_in_norm(self) -> list[bool]:
+        """For each gradient, under ZeRO 0: whether this rank adds it to the norm of the model."""
         return [
-            not getattr(parameter, "ds_pipe_replicated", False)
+            not is_stage_copy(parameter)
             and (shard_of(parameter).dim is not None or self.mesh.tensor_rank == 0)
             for parameter in self.slices
             if parameter.grad is not None
         ]
 
     def _clip_gradients(self) -> None:
-        """Without ZeRO: to the norm of the model's gradients, each parameter counted once."""
+        """Under ZeRO 0: clip by the norm of the model, in which each parameter counts once."""
         limit = self.config.optimizer.gradient_clipping
         if limit and isfinite(self._norm):
             scale = min(limit / (self._norm + 1e-6), 1.0)
@@ -237,16 +251,17 @@ class ModuleEngine(Engine):
         assert batch is not None
         self.deepspeed.train()
         self._total = torch.zeros((), device=self.device)
-        for start in range(0, self.rows, self.micro_batch_size):
-            micro = batch[start : start + self.micro_batch_size]
-            here = Context(context.factors, context.key, context.first_sample + start)
-            loss = self.deepspeed(*inputs_and_labels(micro), here)
+        for start in range(0, self.local_batch_size, self.micro_batch_size):
+            micro_batch = batch[start : start + self.micro_batch_size]
+            first = context.first_sample + start
+            micro_context = Context(context.factors, context.key, first)
+            loss = self.deepspeed(*inputs_and_labels(micro_batch), micro_context)
             self._total += loss.detach()
             self.deepspeed.backward(loss)
             self.deepspeed.step()
 
     def _mean_loss(self) -> Tensor:
-        return self._total * (self.micro_batch_size / self.rows)
+        return self._total * (self.micro_batch_size / self.local_batch_size)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor] | None], length: int) -> float:
@@ -266,12 +281,11 @@ class PipelineEngine(Engine):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._shape: tuple[tuple[int, ...], int, int] | None = None
-        # Its own would exchange the losses again, after the step.
-        self.deepspeed._aggregate_total_loss = lambda: self._loss
+        replace_loss_reduction(self.deepspeed, lambda: self._loss)
 
-    def _begin(self, context: Context, length: int, rows: int) -> None:
-        """Tell the stage what comes, and DeepSpeed when the shapes at its boundaries change."""
-        shape = (context.factors, length, rows)
+    def _begin(self, context: Context, length: int, batch_size: int) -> None:
+        """Set the context of this stage; reset DeepSpeed's buffers when the shapes change."""
+        shape = (context.factors, length, batch_size)
         if shape != self._shape:
             self.deepspeed.reset_activation_shape()
             self._shape = shape
@@ -286,7 +300,7 @@ class PipelineEngine(Engine):
         total = self.deepspeed.total_loss
         if total is None:  # an earlier stage
             return torch.zeros((), device=self.device)
-        return total.detach() * (self.micro_batch_size / self.rows)
+        return total.detach() * (self.micro_batch_size / self.local_batch_size)
 
     def _micro_batches(self, batch: Tensor | None) -> Iterator[tuple[Tensor, Tensor]] | None:
         if batch is None:
@@ -294,8 +308,10 @@ class PipelineEngine(Engine):
         return map(inputs_and_labels, batch.split(self.micro_batch_size))
 
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor] | None], length: int) -> float:
-        todo = list(batches)
+        micro_batches = list(batches)
+        count = len(micro_batches)
         self._begin(Context(self.config.model.parsed.factors), length, self.micro_batch_size)
-        needed = None if todo and todo[0] is None else iter(todo)
-        mean = self.deepspeed.eval_batch(needed, num_micro_batches=len(todo))
-        return float(mean) * len(todo) * self.micro_batch_size * length * self.mesh.data
+        needs_tokens = not micro_batches or micro_batches[0] is not None
+        data = iter(micro_batches) if needs_tokens else None
+        mean = self.deepspeed.eval_batch(data, num_micro_batches=count)
+        return float(mean) * count * self.micro_batch_size * length * self.mesh.data

@@ -1,14 +1,14 @@
-"""How a rank ends that cannot go on: by its own fault, or since others are gone.
+"""How a rank ends after an error of its own, or after another rank has ended.
 
-All ranks end then, and the launcher takes the highest exit code, so a rank that lost the others
-has to find out why: a fault of another's own is not mended by starting again. A rank with such a
-fault leaves `RUN/ranks/rank-00003.end` behind, before it closes its connections.
+An error on one rank ends all ranks, and the launcher returns the highest exit code. A rank that
+loses its connection must therefore find out why: if another rank ended with an error of its own,
+starting the job again would not fix it. A rank with such an error writes
+`RUN/ranks/rank-00003.end` before it closes its connections.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import socket
 import sys
 import time
@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from hg_scale.atomic_write import write_json
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import FAILED, LOST, starts_again
 from hg_scale.parallel.launch import Launch
@@ -25,21 +26,21 @@ from hg_scale.training.agreement import StoppedByPeer
 if TYPE_CHECKING:
     from hg_scale.training.interruption import Interruption
 
-_PATIENCE = 5.0  # seconds in which a peer's fault may become visible on a shared disk
+_PEER_TIMEOUT = 5.0  # seconds until a peer's file is visible on a shared file system
 
 
 class LostRank(UserError):
-    """This rank cannot reach the others any more, or its GPU."""
+    """This rank lost its connection to the other ranks, or its GPU."""
 
     exit_code = LOST
 
 
 class OutOfMemory(UserError):
-    """This rank's memory does not hold what it is to compute; the others do not know of it yet."""
+    """This rank ran out of memory; the other ranks do not know it yet."""
 
 
 class RankEnd(NamedTuple):
-    """How a rank ended: the exit code, and why in a line."""
+    """How a rank ended: its exit code and the reason in one line."""
 
     rank: int
     code: int
@@ -47,28 +48,26 @@ class RankEnd(NamedTuple):
 
 
 def clear_end(folder: Path, rank: int) -> None:
-    """Forget how this rank ended last time. Raises OSError."""
+    """Delete this rank's end file of an earlier start. Raises OSError."""
     _path(folder, rank).unlink(missing_ok=True)
 
 
 def write_end(folder: Path, rank: int, code: int, line: str) -> None:
-    """Say that this rank ends by a fault of its own; on a disk that cannot be written, nothing."""
+    """Record that this rank ends with an error of its own; ignore a disk that is not writable."""
     path = _path(folder, rank)
-    temporary = path.with_suffix(".end.tmp")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"code": code, "line": line}) + "\n")
-        os.replace(temporary, path)
+        write_json(path, {"code": code, "line": line})
 
 
 def error_of_peer(
-    folder: Path, rank: int, world_size: int, patience: float = _PATIENCE
+    folder: Path, rank: int, world_size: int, timeout: float = _PEER_TIMEOUT
 ) -> RankEnd | None:
-    """The fault of another rank for which the job is not to be started again.
+    """Return the end of another rank whose exit code forbids starting the job again, or None.
 
-    Waits up to `patience` seconds for one.
+    Waits up to `timeout` seconds for the file of such a rank.
     """
-    end = time.monotonic() + patience
+    end = time.monotonic() + timeout
     while True:
         for other in range(world_size):
             if other != rank and (found := _read(folder, other)):
@@ -80,9 +79,9 @@ def error_of_peer(
 
 def _read(folder: Path, rank: int) -> RankEnd | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
-        told = json.loads(_path(folder, rank).read_text())
-        if not starts_again(int(told["code"])):
-            return RankEnd(rank, int(told["code"]), str(told["line"]))
+        record = json.loads(_path(folder, rank).read_text())
+        if not starts_again(int(record["code"])):
+            return RankEnd(rank, int(record["code"]), str(record["line"]))
     return None
 
 
@@ -91,7 +90,7 @@ def _path(folder: Path, rank: int) -> Path:
 
 
 def as_user_error(error: Exception, launch: Launch, interruption: Interruption) -> UserError | None:
-    """An error as a person is told it; None where that needs a traceback."""
+    """Return the error to report in one line; None if the error is a bug and needs a traceback."""
     gpu = gpu_error(error)
     if why := gpu or connection_error(error):
         what = f"its GPU on {socket.gethostname()}" if gpu else "its connection to the others"
@@ -101,16 +100,16 @@ def as_user_error(error: Exception, launch: Launch, interruption: Interruption) 
         )
     if isinstance(error, UserError):
         return error
-    if lack := out_of_memory(error):
+    if why := out_of_memory(error):
         return OutOfMemory(
-            f"rank {launch.rank} has not enough memory {_when(interruption)}: {lack}; choose a "
+            f"rank {launch.rank} ran out of memory {_when(interruption)}: {why}; choose a "
             "smaller training.micro_batch_size, training.activation_checkpointing=true, a higher "
             "parallel.zero_stage, or more parallel.tensor or parallel.pipeline"
         )
     if interruption.signals.received and interruption.step is None:
-        # Slurm signals all that belongs to a job, compilers too.
+        # Slurm signals every process of a job, also compilers that this one has started.
         return LostRank(
-            f"rank {launch.rank} was interrupted by {interruption.signals} at the start "
+            f"rank {launch.rank} was interrupted by {interruption.signals} during start-up "
             f"({type(error).__name__}); the job is to be started again"
         )
     return None
@@ -118,25 +117,25 @@ def as_user_error(error: Exception, launch: Launch, interruption: Interruption) 
 
 def _when(interruption: Interruption) -> str:
     step = interruption.step
-    return "at the start" if step is None else f"at step {step + 1}"
+    return "during start-up" if step is None else f"at step {step + 1}"
 
 
-def report_failure(fault: UserError, folder: Path, launch: Launch) -> int:
-    """Say what ended the run, where that is this rank's to say; the exit code."""
-    if isinstance(fault, StoppedByPeer):
-        return exit_code_of(fault.__cause__)
-    if not isinstance(fault, LostRank):
-        print(fault, file=sys.stderr)
-        return fault.exit_code
-    met = error_of_peer(folder, launch.rank, launch.world_size)
-    if met is None:
-        print(fault, file=sys.stderr)
-        return fault.exit_code
-    if launch.rank == (1 if met.rank == 0 else 0):  # one is enough
-        print(f"rank {met.rank} ended by itself, and all with it: {met.line}", file=sys.stderr)
-    return met.code
+def report_failure(error: UserError, folder: Path, launch: Launch) -> int:
+    """Print why the run ended, unless another rank does, and return the exit code."""
+    if isinstance(error, StoppedByPeer):
+        return _exit_code_of(error.__cause__)
+    if not isinstance(error, LostRank):
+        print(error, file=sys.stderr)
+        return error.exit_code
+    peer = error_of_peer(folder, launch.rank, launch.world_size)
+    if peer is None:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    if launch.rank == (1 if peer.rank == 0 else 0):  # only one rank reports it
+        print(f"rank {peer.rank} failed and ended all ranks: {peer.line}", file=sys.stderr)
+    return peer.code
 
 
-def exit_code_of(fault: BaseException | None) -> int:
-    """The exit code of a rank that met this, and ends since another one met a fault too."""
-    return fault.exit_code if isinstance(fault, UserError) else FAILED
+def _exit_code_of(error: BaseException | None) -> int:
+    """Return the exit code of a rank stopped by a peer; `error`: its own error, if it has one."""
+    return error.exit_code if isinstance(error, UserError) else FAILED

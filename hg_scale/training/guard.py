@@ -1,11 +1,11 @@
-"""Which steps are bad: a loss or gradients that are not finite, or a spike of the loss.
+"""Bad steps, which the optimizer skips: a loss or gradients not finite, or a loss spike.
 
-Every rank asks its own `Guard` before each update, with figures that are alike on all ranks, so
-that all skip the same steps.
+Every rank has its own `Guard` and judges by figures that are identical on all ranks, so that all
+skip the same steps.
 
 A spike is a loss more than `spike_sigma` standard deviations above the mean of the last `window`
-good losses. Those are good ones only, so that no outlier widens the band; while the loss falls,
-the mean lies above it and the deviation includes the fall, so that few are taken for spikes.
+good losses. Bad losses are left out, so that no outlier raises the threshold. While the loss falls,
+the mean is above it and the deviation includes the fall, so few good steps are judged as spikes.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hg_scale.checkpoint.find import checkpoints_in, damage
+from hg_scale.checkpoint.find import checkpoints_in, verify_sizes
 from hg_scale.checkpoint.fragments import Slice
 from hg_scale.config.schema import GuardConfig
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import GAVE_UP
+from hg_scale.parallel.deepspeed_adapter import gradients_by_parameter
 from hg_scale.training.agreement import stop_all
-from hg_scale.training.gradients import gradients_by_parameter
 
-_NAMED = 4  # tensors in a line; the others are counted
+_NAMED = 4  # tensors named in a message; the others are counted
 
 
 class GaveUp(UserError):
-    """Too many of the last steps were bad, the first of them being step `first`.
+    """Too many of the last steps were bad; `first` is the first of them.
 
-    The checkpoint to go back to is looked for when this is told: a save may still be under way
-    when it is raised.
+    The message looks for the checkpoint to return to when it is printed: a save may still be
+    running when this is raised.
     """
 
     exit_code = GAVE_UP
@@ -47,7 +47,7 @@ class GaveUp(UserError):
     def __str__(self) -> str:
         good = newest_before(self.checkpoints, self.first)
         if good is None:
-            advice = "no checkpoint is older than these; start a new run"
+            advice = "no checkpoint is older than these steps; start a new run"
         else:
             advice = f"the last good checkpoint is {good}; start a new run from it (--run NEW "
             advice += f"--set checkpoint.start_from={good})"
@@ -55,7 +55,7 @@ class GaveUp(UserError):
 
 
 class Guard:
-    """Judges every step by those before it."""
+    """Judges every step by the losses of the steps before it."""
 
     def __init__(self, config: GuardConfig) -> None:
         self._config = config
@@ -63,7 +63,7 @@ class Guard:
         self._skipped: deque[int] = deque()  # steps skipped among the last `window`
 
     def judge(self, loss: float, finite_gradients: bool) -> str | None:
-        """Why a step with this mean loss must not be taken; None: it may."""
+        """Return why a step with this mean loss is bad, or None if it is good."""
         if not isfinite(loss):
             return "the loss is not finite"
         if not finite_gradients:
@@ -71,15 +71,15 @@ class Guard:
         sigma, count = self._config.spike_sigma, len(self._losses)
         if sigma is None or 2 * count < self._config.window:
             return None
-        # Exact arithmetic, and so alike on processors of all kinds.
+        # fmean and pstdev are exact, and so identical on all processors.
         mean, deviation = fmean(self._losses), pstdev(self._losses)
         if deviation == 0 or loss <= mean + sigma * deviation:
             return None
         above = (loss - mean) / deviation
         return f"loss {loss:.4g} is {above:.1f} sigma above the last {count}, {mean:.4g}"
 
-    def note(self, step: int, loss: float, skipped: bool) -> None:
-        """What became of a step."""
+    def record(self, step: int, loss: float, skipped: bool) -> None:
+        """Record the outcome of a step that was judged."""
         if skipped:
             self._skipped.append(step)
         else:
@@ -87,69 +87,69 @@ class Guard:
         while self._skipped and self._skipped[0] <= step - self._config.window:
             self._skipped.popleft()
 
-    def require_better(self, step: int, why: str, checkpoints: Path) -> None:
-        """Raise GaveUp after too many bad steps, the last of which is `step`, for `why`.
+    def require_progress(self, step: int, reason: str, checkpoints: Path) -> None:
+        """Raise GaveUp on all ranks if too many of the last steps were bad.
 
-        On all ranks; one of them tells it.
+        `reason`: why the last of them, `step`, was bad.
         """
-        window, most = self._config.window, self._config.max_skipped
-        if len(self._skipped) > most:
-            reason = (
+        window, limit = self._config.window, self._config.max_skipped
+        if len(self._skipped) > limit:
+            message = (
                 f"gave up after step {step}: {len(self._skipped)} of the last {min(step, window)} "
-                f"steps were skipped, more than guard.max_skipped = {most}, the last since {why}"
+                f"steps were skipped, more than guard.max_skipped = {limit}; the last: {reason}"
             )
-            stop_all(GaveUp(reason, self._skipped[0], checkpoints), teller=0)
+            stop_all(GaveUp(message, self._skipped[0], checkpoints), reporting_rank=0)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint carries, so that a resumed run judges as an undisturbed one."""
+        """Return the state to save, so that a resumed run judges like an uninterrupted one."""
         return {"losses": list(self._losses), "skipped": list(self._skipped)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`; from nothing, of an older checkpoint, it begins anew."""
+        """Restore `state()`; checkpoints of older versions have none ({})."""
         self._losses = deque(state.get("losses", ()), maxlen=self._config.window)
         self._skipped = deque(state.get("skipped", ()))
 
 
 def newest_before(checkpoints: Path, step: int) -> Path | None:
-    """The newest whole checkpoint of a step before `step`."""
+    """Return the newest complete checkpoint of a step before `step`, or None."""
     if not checkpoints.is_dir():
         return None
     found = checkpoints_in(checkpoints)
     older = (found[of] for of in sorted(found, reverse=True) if of < step)
-    return next((path for path in older if damage(path) is None), None)
+    return next((path for path in older if verify_sizes(path) is None), None)
 
 
 def name_culprits(
-    why: str, mean_loss: Tensor, engine: Any, slices: Mapping[nn.Parameter, Slice]
+    reason: str, mean_loss: Tensor, engine: Any, slices: Mapping[nn.Parameter, Slice]
 ) -> str:
-    """`why` with what is not finite, and the ranks that hold it.
+    """Describe which losses and gradients are not finite, on which ranks; if none, `reason`.
 
-    Data-parallel ranks hold the sum of their gradients, so that what one of them spoils they all
-    hold; a loss is each rank's own. A collective operation of all ranks.
+    Gradients are reduced over data-parallel ranks, so a NaN of one of them is on all; the loss is
+    each rank's own. A collective.
     """
     names = [
         slices[parameter].name
         for parameter, gradient in gradients_by_parameter(engine, slices)
         if not bool(gradient.isfinite().all())
     ]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (float(mean_loss), names))
-    return describe_culprits(why, everyone)
+    by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, (float(mean_loss), names))
+    return describe_culprits(reason, by_rank)
 
 
-def describe_culprits(why: str, everyone: list[tuple[float, list[str]]]) -> str:
-    """`everyone`: each rank's loss and the names of its tensors that are not finite."""
-    losses = [f"{loss} on rank {r}" for r, (loss, _) in enumerate(everyone) if not isfinite(loss)]
+def describe_culprits(reason: str, by_rank: list[tuple[float, list[str]]]) -> str:
+    """Format `name_culprits`. by_rank: each rank's loss and names of gradients not finite."""
+    losses = [f"{loss} on rank {r}" for r, (loss, _) in enumerate(by_rank) if not isfinite(loss)]
     ranks: dict[str, list[int]] = defaultdict(list)
-    for rank, (_, names) in enumerate(everyone):
+    for rank, (_, names) in enumerate(by_rank):
         for name in names:
             ranks[name].append(rank)
-    said = [f"the loss is {_first(losses)}"] if losses else []
+    messages = [f"the loss is {_first(losses)}"] if losses else []
     if ranks:
         tensors = _first([f"{name} ({_ranks(on)})" for name, on in ranks.items()])
         count = "1 tensor" if len(ranks) == 1 else f"{len(ranks)} tensors"
-        said.append(f"gradients of {count} are not finite: {tensors}")
-    return "; ".join(said) or why
+        messages.append(f"gradients of {count} are not finite: {tensors}")
+    return "; ".join(messages) or reason
 
 
 def _first(items: list[str]) -> str:

@@ -1,8 +1,8 @@
-"""Stopping before the last step, on all ranks together: on a signal, or near the time limit.
+"""Stop a run early, on all ranks after the same step: on a signal, or near the time limit.
 
 Slurm signals a job before its time limit and before a preemption; `slurm/common.sh` also exports
 when the job ends, for sites that send no signal. Imports no torch before the first step, so that
-the handlers are installed before the long start-up and no signal is lost in it.
+the signal handlers are installed before the long start-up.
 """
 
 from __future__ import annotations
@@ -20,64 +20,65 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-_OTHERS_COME = 5.0  # seconds in which ranks that wait for each other may still meet
-_RECENT = 20  # steps whose slowest says how long the next one may take
-_OUT_OF_TIME = 1000  # above the numbers of signals, which it outranks
+_RENDEZVOUS_GRACE = 5.0  # seconds that the other ranks have to arrive after a signal
+_RECENT_STEPS = 20  # the slowest of these estimates the next step's time
+_OUT_OF_TIME = 1000  # above all signal numbers: it wins the maximum over the ranks
 
 
 class StopSignals:
-    """Notes the first of some signals, as a context manager of the main thread.
+    """Records the first stop signal that arrives. A context manager, for the main thread.
 
-    Nothing else happens then: a step under way, its collective operations and its save go on.
+    A signal interrupts nothing: the current step, its collectives and a running save continue.
     """
 
     def __init__(self, names: Sequence[str] = ()) -> None:
         """`names` as in `training.stop_signals`: TERM, USR1, ..."""
-        self.received = 0  # its number
+        self.received = 0  # number of the first signal; 0: none
         self._numbers = [getattr(signal, f"SIG{name}") for name in names]
-        self._before: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         for number in self._numbers:
-            self._before[number] = signal.signal(number, self._note)
+            self._previous_handlers[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     @contextmanager
-    def ending_a_wait(self, end: Callable[[str], object]) -> Iterator[None]:
-        """While the main thread waits in C++ for the other ranks, where Python runs no handler.
+    def end_wait_on_signal(self, end: Callable[[str], object]) -> Iterator[None]:
+        """Call `end` on a stop signal while the main thread waits in C++ for the other ranks.
 
-        Once one of the signals has come, the others get a few seconds to come too, so that all end
-        together; then `end` is called on a thread, with the signal in words. It is not to return.
+        Python runs no signal handler during such a wait. After a signal the other ranks have a few
+        seconds to arrive, so that all ranks stop at the same step. If they do not, a thread calls
+        `end` with the name of the signal; `end` must not return.
         """
-        met = threading.Event()
+        arrived = threading.Event()
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
 
         def watch() -> None:
-            while numbers := os.read(reader, 64):  # empty where the other end is closed
+            while numbers := os.read(reader, 64):  # empty when `writer` is closed
                 for number in numbers:
-                    if number in self._numbers and not met.wait(_OTHERS_COME):
+                    if number in self._numbers and not arrived.wait(_RENDEZVOUS_GRACE):
                         end(signal_name(number))
 
-        watching = threading.Thread(target=watch, name="stop-signals", daemon=True)
-        watching.start()
-        before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        thread = threading.Thread(target=watch, name="stop-signals", daemon=True)
+        thread.start()
+        previous_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         try:
-            if self.received:  # before the next signals went to `writer`
+            if self.received:  # it arrived before `writer` was the wakeup fd
                 os.write(writer, bytes([self.received]))
             yield
         finally:
-            signal.set_wakeup_fd(before)
-            met.set()
+            signal.set_wakeup_fd(previous_fd)
+            arrived.set()
             os.close(writer)
-            watching.join()
+            thread.join()
             os.close(reader)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _record(self, number: int, _: FrameType | None) -> None:
         self.received = self.received or number
 
     def __str__(self) -> str:
@@ -85,38 +86,38 @@ class StopSignals:
 
 
 def signal_name(number: int) -> str:
-    """A signal as one speaks of it: signal USR1."""
+    """Return the name of a signal for messages, as in "signal USR1"."""
     return f"signal {signal.Signals(number).name.removeprefix('SIG')}"
 
 
 class Interruption:
-    """Whether a run has to end after this step, and how far it has come."""
+    """Decides on all ranks whether the run has to stop after the current step."""
 
     def __init__(
         self,
         signals: StopSignals,
         margin: float = 0.0,
-        ends: float | None = None,
+        job_end: float | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`ends`: when the job will be ended, in seconds since 1970; `margin`: seconds to spare."""
+        """`job_end`: the Unix time at which the job is killed; `margin`: seconds to spare."""
         self.signals = signals
-        self.step: int | None = None  # the last that is finished; None before the first question
-        self._margin, self._ends, self._clock = margin, ends, clock
-        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self.step: int | None = None  # the last finished step; None during start-up
+        self._margin, self._job_end, self._clock = margin, job_end, clock
+        self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
 
-    def agreed(
+    def stop_reason(
         self, step: int, device: torch.device, seconds: float = 0.0, ahead: float = 0.0
     ) -> str | None:
-        """Why all ranks are to save and end now, or None. A collective operation of all ranks.
+        """Return why all ranks have to save and stop now, or None to continue. A collective.
 
-        `step` is finished and took `seconds`; `ahead` are those until the end of a save that
-        begins when the next one has ended, without that step's own.
+        step: the last finished step, which took `seconds`.
+        ahead: estimated seconds from the end of the next step until a save after it is complete.
         """
         self.step = step
         if seconds:
-            self._recent.append(seconds)
-        reason = self._own(ahead)
+            self._step_seconds.append(seconds)
+        reason = self._local_reason(ahead)
         import torch
         import torch.distributed as dist
 
@@ -124,25 +125,27 @@ class Interruption:
             flag = torch.tensor(reason, device=device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             reason = int(flag)
-        return _describe(reason)
+        return _describe_reason(reason)
 
-    def _own(self, ahead: float) -> int:
-        """This rank's reason to end as a number; 0: none."""
-        if self._ends is not None:
-            needed = max(self._recent, default=0.0) + ahead + self._margin
-            if self._clock() + needed > self._ends:
+    def _local_reason(self, ahead: float) -> int:
+        """This rank's reason to stop as a number; 0: none."""
+        if self._job_end is not None:
+            needed = max(self._step_seconds, default=0.0) + ahead + self._margin
+            if self._clock() + needed > self._job_end:
                 return _OUT_OF_TIME
         return int(self.signals.received)
 
 
-def _describe(reason: int) -> str | None:
-    """The reason that all ranks have agreed on."""
+def _describe_reason(reason: int) -> str | None:
     if reason == _OUT_OF_TIME:
         return "the time limit is near"
     return signal_name(reason) if reason else None
 
 
 def end_of_job() -> float | None:
-    """When Slurm ends the job, in seconds since 1970, as `slurm/common.sh` has found out."""
-    told = os.environ.get("HG_END_TIME", "")
-    return float(told) if told.isdecimal() else None
+    """Return the Unix time at which Slurm kills the job; None if `slurm/common.sh` did not set it.
+
+    It is exported as HG_END_TIME.
+    """
+    value = os.environ.get("HG_END_TIME", "")
+    return float(value) if value.isdecimal() else None

@@ -2,190 +2,195 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import islice
 from math import log, nan
-from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hg_scale.config.schema import Config
 from hg_scale.model.costs import training_flops_per_token
 from hg_scale.parallel.timeouts import Timeouts
 from hg_scale.training.batch_loader import BatchLoader
-from hg_scale.training.device import Peak
 from hg_scale.training.interruption import Interruption
-from hg_scale.training.metrics import StepTimer, memory_usage
+from hg_scale.training.metrics import MetricsRecord, StepTimer, memory_usage
 from hg_scale.training.monitoring.monitor import Monitor
 from hg_scale.training.profiling import StepProfiler
-from hg_scale.training.state import TrainingProgress
+from hg_scale.training.run_log import RunLog
+from hg_scale.training.schedule import LearningRateSchedule
 from hg_scale.training.validation import Validator
 
 if TYPE_CHECKING:
     from hg_scale.training.checkpointer import Checkpointer
     from hg_scale.training.engine import Engine, StepResult
+    from hg_scale.training.state import TrainingProgress
 
 LN2 = log(2)
-STRETCH = 16  # batches of a validation from one question whether to go on to the next
-MetricsRecord = dict[str, Any]
+BATCHES_PER_CHECK = 16  # validation batches between two checks for an interruption
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What the loop is given: `log` takes a record a line, `advance` moves the live line."""
+class Trainer:
+    """Trains from `progress.step` on: `fit` is the loop, the other methods are its parts."""
 
-    engine: Engine
-    batches: BatchLoader
-    held_out: Validator | None
-    learning_rate: Callable[[int], float]
-    log: Callable[[MetricsRecord], None]
-    advance: Callable[[int], None]
-    saver: Checkpointer
-    checkpoints: Path
-    interruption: Interruption
-    timeouts: Timeouts
-    profiler: StepProfiler
-    watch: Monitor
-    bytes_per_token: float
-    peak: Peak
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        progress: TrainingProgress,
+        *,
+        loader: BatchLoader,
+        validator: Validator,
+        checkpointer: Checkpointer,
+        log: RunLog,
+        monitor: Monitor,
+        interruption: Interruption,
+        profiler: StepProfiler,
+        meter: Meter,
+    ) -> None:
+        self.config, self.engine, self.progress = config, engine, progress
+        self.loader, self.validator, self.checkpointer = loader, validator, checkpointer
+        self.log, self.monitor, self.interruption = log, monitor, interruption
+        self.profiler, self.meter = profiler, meter
+        self.learning_rate = LearningRateSchedule.from_config(config)
+        self.timeouts = Timeouts(config.parallel.timeout, [checkpointer.group])
+        self.validation_seconds = 0.0  # of the last validation
 
+    def fit(self, last_step: int) -> str | None:
+        """Train to `last_step`, logging, saving and validating on the way.
 
-def training_loop(
-    config: Config, parts: Parts, progress: TrainingProgress, last_step: int
-) -> str | None:
-    """Train from `progress.step` to `last_step`, validating, logging and saving on the way.
+        Returns None at `last_step`, or why all ranks stopped before it, saved.
+        """
+        config, timer = self.config, self.meter.timer
+        self.log.advance(self.progress.step)
+        if interrupted := self.interruption.stop_reason(self.progress.step, self.engine.device):
+            return interrupted
+        for step in range(self.progress.step + 1, last_step + 1):
+            last, final = step == last_step, step == config.training.steps
+            validates = due(step, config.training.validate_every, final)
+            result = self.train_step(step)
+            interrupted = None if last else self.check_interruption(step, validates)
+            last = last or interrupted is not None
+            self.timeouts.shorten(self.monitor.step_limit)
 
-    Returns what ended it before, on all ranks alike and saved; None at `last_step`.
-    """
-    timer, device, validation_seconds = StepTimer(), parts.engine.device, 0.0
-    parts.advance(progress.step)
-    if interrupted := parts.interruption.agreed(progress.step, device):
-        return interrupted
-    meter = Meter(config, parts, timer)
-    for step in range(progress.step + 1, last_step + 1):
-        parts.watch.enter("step", step)
-        last, finished = step == last_step, step == config.training.steps
-        validates = due(step, config.training.validate_every, finished)
-        rate, start = parts.learning_rate(step), perf_counter()
-        with parts.profiler.step(step):
+            if result.skip_reason:
+                self.log.write(skipped_record(self.progress, result))
+                self.engine.guard.require_progress(
+                    step, result.skip_reason, self.checkpointer.folder
+                )
+            if step == 1 or due(step, config.logging.every, last):
+                self.log.write(self.meter.record(self, result))
+            with timer.measure("paused"):
+                saves = due(step, config.checkpoint.every, last)
+                if saves:  # before the validation, whose data may be corrupt
+                    self.save(last)
+                if self.validator.parts and validates and not interrupted:
+                    interrupted = self.validate(step, may_stop=not final)
+                    if interrupted and not saves:
+                        self.save(last=True)
+                if interrupted:
+                    return interrupted
+        return None
+
+    def train_step(self, step: int) -> StepResult:
+        """Read a batch and take one optimizer step."""
+        timer, self.step_start = self.meter.timer, perf_counter()
+        self.monitor.enter("step", step)
+        with self.profiler.step(step):
             with timer.measure("data"):
-                batch = parts.batches.next()
+                batch = self.loader.next()
             with timer.measure("compute"):
-                result = parts.engine.train_step(batch, step, rate)
-        progress.step, progress.position = step, parts.batches.position
-        progress.skipped += result.skipped
-        timer.count_step(meter.tokens)
-        parts.advance(step)
-        interrupted, seconds = None, perf_counter() - start
-        if not last:
-            saves = 1 + due(step, config.checkpoint.every, last)
-            ahead = parts.saver.seconds * saves + validation_seconds * validates
-            interrupted = parts.interruption.agreed(step, device, seconds, ahead)
-        last = last or interrupted is not None
-        parts.timeouts.shorten(parts.watch.step_limit)
+                result = self.engine.train_step(batch, step, self.learning_rate(step))
+        self.progress.step, self.progress.position = step, self.loader.position
+        self.progress.skipped += result.skipped
+        timer.count_step(self.meter.tokens_per_step)
+        self.log.advance(step)
+        return result
 
-        if result.why:
-            parts.log(skipped_step(progress, result))
-            parts.engine.guard.require_better(step, result.why, parts.checkpoints)
-        if step == 1 or due(step, config.logging.every, last):
-            parts.log(meter.record(progress, result, rate))
-        with timer.measure("paused"):
-            saved = due(step, config.checkpoint.every, last)
-            if saved:  # first: a validation may meet bad data
-                save(parts, progress, last)
-            if parts.held_out and validates and not interrupted:
-                # The last one is not cut short: no start would make up for it.
-                then = None if finished else parts.saver.seconds
-                record, interrupted = validate(parts, parts.held_out, step, then)
-                if record:
-                    validation_seconds = record["validation_seconds"]
-                    parts.log({"step": step} | record)
-                elif not saved:
-                    save(parts, progress, last=True)
-            if interrupted:
-                return interrupted
-    return None
+    def check_interruption(self, step: int, validates: bool) -> str | None:
+        """Return why all ranks have to save and stop after this step, or None. A collective."""
+        seconds = perf_counter() - self.step_start
+        saves = 1 + due(step, self.config.checkpoint.every, last=False)
+        ahead = self.checkpointer.seconds * saves + self.validation_seconds * validates
+        return self.interruption.stop_reason(step, self.engine.device, seconds, ahead)
+
+    def save(self, last: bool) -> None:
+        """Save a checkpoint; wait for the `last` one."""
+        self.monitor.enter("save", self.progress.step)
+        self.timeouts.lengthen()
+        self.progress.data = self.loader.state()
+        self.checkpointer.save(self.progress, last)
+
+    def validate(self, step: int, may_stop: bool) -> str | None:
+        """Log the loss over the validation splits, every token scored once.
+
+        With `may_stop`, all ranks stop early on an interruption, and the reason is returned. The
+        validation after the final step must not stop: no later one would replace it.
+        """
+        self.monitor.enter("validation", step)
+        self.timeouts.lengthen()
+        engine, validator, start, nats = self.engine, self.validator, perf_counter(), []
+        length = self.config.model.sequence_length
+        for part in validator.parts:
+            batches, total = validator.batches(part), 0.0
+            for _ in range(0, validator.count(part), BATCHES_PER_CHECK):
+                total += engine.evaluate(islice(batches, BATCHES_PER_CHECK), length)
+                if may_stop:
+                    ahead = self.checkpointer.seconds
+                    reason = self.interruption.stop_reason(step, engine.device, ahead=ahead)
+                    if reason:
+                        return reason
+            nats.append(total)
+            validator.settle()
+        self.validation_seconds = perf_counter() - start
+        record = validator.record(nats) | {"validation_seconds": self.validation_seconds}
+        self.log.write({"step": step} | record)
+        return None
 
 
 def due(step: int, every: int, last: bool) -> bool:
-    """Whether something that happens every so many steps (0: at the end only) happens now."""
+    """Whether an action that is due every `every` steps (0: only after the last) is due now."""
     return last or (every > 0 and step % every == 0)
 
 
-def save(parts: Parts, progress: TrainingProgress, last: bool) -> None:
-    """Save a checkpoint; the `last` one is waited for."""
-    parts.watch.enter("save", progress.step)
-    parts.timeouts.lengthen()
-    progress.data = parts.batches.state()
-    parts.saver.save(progress, last)
-
-
-def validate(
-    parts: Parts, held_out: Validator, step: int, then: float | None
-) -> tuple[MetricsRecord | None, str | None]:
-    """Loss over held-out text, each token scored once; or what ended it before, on all ranks alike.
-
-    `then`: seconds that a save takes, should it be interrupted; None: nothing interrupts it.
-    """
-    parts.watch.enter("validation", step)
-    parts.timeouts.lengthen()
-    engine, start, nats = parts.engine, perf_counter(), []
-    length = engine.config.model.sequence_length
-    for part in held_out.parts:
-        batches, total = held_out.batches(part), 0.0
-        for _ in range(0, held_out.count(part), STRETCH):
-            total += engine.evaluate(islice(batches, STRETCH), length)
-            if then is not None:
-                interrupted = parts.interruption.agreed(step, engine.device, ahead=then)
-                if interrupted:
-                    return None, interrupted
-        nats.append(total)
-        held_out.settle()
-    return held_out.record(nats) | {"validation_seconds": perf_counter() - start}, None
-
-
-def skipped_step(progress: TrainingProgress, result: StepResult) -> MetricsRecord:
-    """One object for `metrics.jsonl`; `loss` is a key of logged steps alone."""
+def skipped_record(progress: TrainingProgress, result: StepResult) -> MetricsRecord:
+    """The record of a skipped step; only logged steps have the key `loss`."""
     return {
         "step": progress.step,
-        "skipped": result.why,
+        "skipped": result.skip_reason,
         "skipped_loss": result.loss,
         "skipped_steps": progress.skipped,
     }
 
 
 class Meter:
-    """What a logged line says: the last step's loss, and rates over the steps since the last."""
+    """The record of a logged step: the step's loss, and rates since the last logged step."""
 
-    def __init__(self, config: Config, parts: Parts, timer: StepTimer) -> None:
-        self.parts, self.timer = parts, timer
-        self.tokens = config.training.global_batch_size * config.model.sequence_length
+    def __init__(self, config: Config, bytes_per_token: float, peak_flops: float) -> None:
+        """`peak_flops`: FLOP/s of all devices together; `bytes_per_token`: of the training text."""
+        self.timer = StepTimer()
+        self.tokens_per_step = config.training.global_batch_size * config.model.sequence_length
+        self.bytes_per_token, self.peak_flops = bytes_per_token, peak_flops
         self.flops_per_token = training_flops_per_token(config.model)
-        self.peak = parts.peak.flops * parts.engine.mesh.world_size
 
-    def record(
-        self, progress: TrainingProgress, result: StepResult, learning_rate: float
-    ) -> MetricsRecord:
-        """One object for `metrics.jsonl`."""
-        times, batches = self.timer.collect(), self.parts.batches
-        loss = result.loss / batches.scored if batches.scored else nan
+    def record(self, trainer: Trainer, result: StepResult) -> MetricsRecord:
+        """The record for `metrics.jsonl`. A collective."""
+        times, loader, progress = self.timer.collect(), trainer.loader, trainer.progress
+        loss = result.loss / loader.scored if loader.scored else nan
         flops_per_second = times["tokens_per_second"] * self.flops_per_token
         return {
             "step": progress.step,
             "loss": loss,
-            "bits_per_byte": loss / LN2 / self.parts.bytes_per_token,
+            "bits_per_byte": loss / LN2 / self.bytes_per_token,
             "grad_norm": result.grad_norm,
-            "learning_rate": learning_rate,
+            "learning_rate": trainer.learning_rate(progress.step),
             "tokens": progress.position,
-            "epoch": min(batches.epochs.values()),
-            "epochs": batches.epochs,
+            "epoch": min(loader.epochs.values()),
+            "epochs": loader.epochs,
             **times,
-            **batches.waits(),
-            **self.parts.watch.record(),
+            **loader.waits(),
+            **trainer.monitor.record(),
             "flops_per_second": flops_per_second,
-            "mfu": flops_per_second / self.peak,
+            "mfu": flops_per_second / self.peak_flops,
             "skipped_steps": progress.skipped,
-            "skipped_windows": len(batches.skipped),
+            "skipped_windows": len(loader.skipped),
             **memory_usage(),
         }

@@ -1,6 +1,6 @@
-"""What a run measured: `metrics.jsonl`, where the time of a step went, and memory.
+"""Measurements of a run: `metrics.jsonl`, the time of a step by phase, and memory.
 
-None of it imports torch.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,46 +17,46 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+MetricsRecord = dict[str, Any]
 StepPhase = Literal["data", "compute", "rest", "paused"]
 
 _GIB = 2**30
 
 
 class MetricsLog:
-    """Appends one JSON object a line to `metrics.jsonl` in `run_dir`.
+    """Appends records to `metrics.jsonl` in `run_dir`, one JSON object per line.
 
-    A run that died leaves lines of steps after its last checkpoint, and perhaps half a line. Going
-    on after `resume_step` (0: from the start) drops both, so that every step stands there once.
-    Lines that cannot be written (a full disk) are lost, and `warn` says so once.
+    A killed run leaves lines of steps after its last checkpoint, and perhaps a partial line. Both
+    are dropped when the run resumes after `resume_step` (0: from the start), so that the file has
+    every step once. If lines cannot be written (a full disk) they are lost, and `warn` is called
+    once.
     """
 
     def __init__(
         self, run_dir: Path, resume_step: int = 0, warn: Callable[[str], None] = print
     ) -> None:
-        self._warn, self._torn, self._lost = warn, False, False
+        self._warn, self._warned = warn, False
+        self._partial_line = False  # at the end of the file
         self.path = run_dir / "metrics.jsonl"
         run_dir.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            _cut_back(self.path, resume_step)
-        self._file = self.path.open("ab", buffering=0)  # a line, a write
+            _drop_lines_after(self.path, resume_step)
+        self._file = self.path.open("ab", buffering=0)  # one system call per line
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append `record` and the time of day in seconds since 1970.
-
-        What is not finite becomes null, since JSON has no NaN.
-        """
-        line = {**_legal(record), "time": round(time.time(), 3)}
+        """Append `record` and the Unix time as `time`. Numbers that are not finite become null."""
+        line = {**_jsonable(record), "time": round(time.time(), 3)}
         text = json.dumps(line, allow_nan=False) + "\n"
-        data = ("\n" * self._torn + text).encode()
+        data = ("\n" * self._partial_line + text).encode()
         try:
             written = self._file.write(data)
-            self._torn = written < len(data)
-            fault = "the disk is full" if self._torn else None
+            self._partial_line = written < len(data)
+            problem = "the disk is full" if self._partial_line else None
         except OSError as error:
-            fault = error.strerror
-        if fault and not self._lost:
-            self._lost = True
-            self._warn(f"{self.path}: lines are lost: {fault}; the run goes on")
+            problem = error.strerror
+        if problem and not self._warned:
+            self._warned = True
+            self._warn(f"{self.path}: lines are lost: {problem}; the run continues")
 
     def close(self) -> None:
         """Close the file."""
@@ -69,10 +69,10 @@ class MetricsLog:
         self.close()
 
 
-def _cut_back(path: Path, step: int) -> None:
-    """Drop broken lines and those of steps after `step`; the file is replaced whole or not."""
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Drop broken lines and those of steps after `step`, and replace the file atomically."""
     before = path.read_bytes()
-    kept = b"".join(line + b"\n" for line in before.split(b"\n") if _belongs(line, step))
+    kept = b"".join(line + b"\n" for line in before.split(b"\n") if _is_up_to(line, step))
     if kept == before:
         return
     temporary = path.with_suffix(".jsonl.tmp")
@@ -83,7 +83,7 @@ def _cut_back(path: Path, step: int) -> None:
     temporary.replace(path)
 
 
-def _belongs(line: bytes, step: int) -> bool:
+def _is_up_to(line: bytes, step: int) -> bool:
     try:
         record = json.loads(line)
     except ValueError:
@@ -91,12 +91,12 @@ def _belongs(line: bytes, step: int) -> bool:
     return isinstance(record, dict) and record.get("step", 0) <= step
 
 
-def _legal(value: Any) -> Any:
-    """`value` as JSON allows it; numbers of numpy and torch become Python's."""
+def _jsonable(value: Any) -> Any:
+    """Convert scalars of numpy and torch to Python numbers, and NaN and infinity to None."""
     if isinstance(value, Mapping):
-        return {str(key): _legal(item) for key, item in value.items()}
+        return {str(key): _jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_legal(item) for item in value]
+        return [_jsonable(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -105,11 +105,11 @@ def _legal(value: Any) -> Any:
 
 
 class StepTimer:
-    """Splits wall time into data wait, compute and the rest, averaged over the steps collected.
+    """Splits wall time into data wait, compute and the rest, averaged over the logged steps.
 
-    Every moment counts for one phase only: waiting for data inside compute (a pipeline draws its
-    micro-batches there) is data wait. Reads the host's clock, so compute is true where the step
-    ends by reading a number off the device, as the loss.
+    Phases nest and every moment counts for the innermost: data wait inside compute (a pipeline
+    reads its micro-batches there) is data wait. Measured on the host, so compute is correct only if
+    the step ends by reading a number from the device, such as the loss.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -120,7 +120,7 @@ class StepTimer:
 
     @contextmanager
     def measure(self, phase: StepPhase) -> Iterator[None]:
-        """Time in here counts for `phase`; `paused` (validation, saving) is no part of a step."""
+        """Count the time of this block for `phase`; `paused` (validation, saving) is in no step."""
         outer = self._phase
         self._switch(phase)
         try:
@@ -129,14 +129,14 @@ class StepTimer:
             self._switch(outer)
 
     def count_step(self, tokens: int) -> None:
-        """A step is done, in which all ranks together trained on `tokens`."""
+        """Count a finished step, in which all ranks together trained on `tokens`."""
         self._steps += 1
         self._tokens += tokens
 
     def collect(self) -> dict[str, float]:
-        """Averages since the last call: seconds a step by phase, and tokens a second.
+        """Return averages since the last call: seconds per step by phase, and tokens per second.
 
-        Empty where no step was counted.
+        Empty if no step was counted.
         """
         self._switch(self._phase)
         seconds, steps, tokens = self._seconds, self._steps, self._tokens
@@ -163,7 +163,7 @@ class StepTimer:
 
 
 def memory_usage() -> dict[str, float]:
-    """Memory of this rank now and at its peak, in GiB: the GPU's where one is used, else RSS."""
+    """Return this rank's current and peak memory in GiB: of its GPU if it has one, else RSS."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         now, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
@@ -176,7 +176,7 @@ def memory_usage() -> dict[str, float]:
 
 
 def _resident(default: int) -> int:
-    """Bytes of this process in memory; `default` where the system does not say."""
+    """Return the resident bytes of this process; `default` on systems without /proc."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:

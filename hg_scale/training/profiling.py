@@ -1,4 +1,4 @@
-"""A profiler's trace and a memory snapshot of one step, on demand (`--profile STEP`)."""
+"""Profile one step of a run (`--profile STEP`): trace, table of operators, memory snapshot."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-_ROWS = 40  # of the table of operations
+_TABLE_ROWS = 40
 
 
 class StepProfiler:
-    """Profiles the one step `step` (None: none) of this rank into `RUN/profile/`.
+    """Profiles step `step` (None: no step) of this rank into `RUN/profile/`.
 
-    Files `step-N-rank-R` with the endings `.trace.json.gz` (ui.perfetto.dev shows it), `.txt`
-    (operations by time) and, on a GPU, `.memory.pickle` (pytorch.org/memory_viz shows it), which is
-    also written when the step fails, as for want of memory. A file that cannot be written is one
-    warning.
+    Writes `step-N-rank-R.trace.json.gz` (for ui.perfetto.dev), `.txt` (operators by time) and, on a
+    GPU, `.memory.pickle` (for pytorch.org/memory_viz), the latter also if the step fails, such as
+    out of memory. A file that cannot be written is a warning.
     """
 
     def __init__(
@@ -33,7 +32,7 @@ class StepProfiler:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around step `step` of the loop; costs nothing in all but one."""
+        """Profile the code of this block if `step` is the chosen step."""
         if step != self._step:
             yield
             return
@@ -52,7 +51,7 @@ class StepProfiler:
 
     def _write(self, profiler: profile, stem: Path) -> None:
         order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        table = profiler.key_averages().table(sort_by=order, row_limit=_ROWS)
+        table = profiler.key_averages().table(sort_by=order, row_limit=_TABLE_ROWS)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             stem.with_suffix(".txt").write_text(table)
@@ -62,7 +61,7 @@ class StepProfiler:
 
     @contextmanager
     def _memory_snapshot(self, path: Path) -> Iterator[None]:
-        """Record every allocation on the GPU in here; torch has no public name for it yet."""
+        """Record every GPU allocation in this block; torch has no public function for it yet."""
         recording = torch.cuda.is_available()
         if recording:
             try:

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.find import content_damage, damage, find_latest, newest_of, read_manifest
+from hg_scale.checkpoint.find import (
+    find_latest,
+    resolve_checkpoint,
+    verify_checksums,
+    verify_sizes,
+)
+from hg_scale.checkpoint.manifest import read_manifest
 from hg_scale.config.errors import ConfigError, Problem
 from hg_scale.config.schema import FREE_MODEL_KEYS, Config, ModelConfig
 from hg_scale.errors import UserError
@@ -23,9 +29,9 @@ if TYPE_CHECKING:
 
     from hg_scale.training.console import Console
 
-_LARGE = 4e9  # bytes; verifying more than this per rank takes seconds, so the console says so
+_LARGE = 4e9  # bytes per rank to verify: above this it takes seconds and is announced
 
-# The keys, beside the model's shape and the seed, that change a loss curve in any layout.
+# The keys, besides the model's shape and the seed, that change a loss curve in any layout.
 _CURVE_KEYS = {
     "optimizer": None,
     "schedule": None,
@@ -39,7 +45,7 @@ class ResumePoint:
     """The checkpoint to resume from (None: start from scratch) and the corrupt ones skipped."""
 
     checkpoint: Path | None
-    damaged: frozenset[Path] = frozenset()
+    corrupt: frozenset[Path] = frozenset()
 
     def describe(self, step: int, layout: dict[str, int]) -> str:
         """One line for the console; names the layout that wrote the checkpoint if it differs."""
@@ -74,7 +80,7 @@ def agree_on_resume_point(
         return find_resume_checkpoint(config, checkpoints, known, lines) if rank == 0 else None
 
     def require_visible(source: Path) -> None:
-        if problem := damage(source):
+        if problem := verify_sizes(source):
             raise UserError(
                 f"rank {rank} does not see the checkpoint {source} that rank 0 sees ({problem}); "
                 "put the run folder on a file system that all nodes share"
@@ -84,7 +90,7 @@ def agree_on_resume_point(
         size = sum(file["bytes"] for file in read_manifest(source)["files"])
         if rank == 0 and size / world_size > _LARGE:
             console.print(f"verifying {source} ({size / 1e9:,.0f} GB)")
-        return content_damage(source, rank, world_size)
+        return verify_checksums(source, rank, world_size)
 
     while True:
         lines: list[str] = []
@@ -151,10 +157,10 @@ def find_start_checkpoint(
     if not named:
         raise _unusable("names no folder; null starts from scratch", named)
     try:
-        source = newest_of(Path(named), report, known)
+        source = resolve_checkpoint(Path(named), report, known)
     except (CheckpointError, OSError) as error:
         raise _unusable(str(error), named) from None
-    if problem := (known or {}).get(source) or damage(source):
+    if problem := (known or {}).get(source) or verify_sizes(source):
         message = f"not a complete checkpoint, such as RUN/checkpoints/step-00001000: {problem}"
         raise _unusable(message, str(source))
     refuse_other_model(config, source)
@@ -162,7 +168,7 @@ def find_start_checkpoint(
 
 
 def changed_keys(config: Config, before: dict[str, Any]) -> list[str]:
-    """What differs from a checkpoint's configuration and moves the curve: `key old -> new`."""
+    """List the keys that differ from a checkpoint's and change the loss: `key old -> new`."""
     now = config.model_dump()
     return [
         f"{section}.{key} {before[section][key]} -> {now[section][key]}"
@@ -177,17 +183,16 @@ def changed_keys(config: Config, before: dict[str, Any]) -> list[str]:
 def refuse_other_model(config: Config, checkpoint: Path) -> None:
     """Raise ConfigError listing the keys in which a checkpoint's model differs."""
     manifest = read_manifest(checkpoint)
-    ours = config.model.model_dump()
-    # A key added after the checkpoint was written had the meaning of its default.
-    theirs: dict[str, Any] = ModelConfig().model_dump() | manifest["config"]["model"]  # type: ignore[call-arg]
+    # A key that is newer than the checkpoint had the meaning of its default.
+    saved: dict[str, Any] = ModelConfig().model_dump() | manifest["config"]["model"]  # type: ignore[call-arg]
     problems = [
         Problem(
             f"model.{key}",
-            f"the checkpoint {checkpoint} has {theirs.get(key)!r}; set it so, or use another --run",
+            f"the checkpoint {checkpoint} has {saved.get(key)!r}; set that, or use another --run",
             value,
         )
-        for key, value in ours.items()
-        if key not in FREE_MODEL_KEYS and value != theirs.get(key)
+        for key, value in config.model.model_dump().items()
+        if key not in FREE_MODEL_KEYS and value != saved.get(key)
     ]
     if problems:
         raise ConfigError(problems)

@@ -1,66 +1,33 @@
-"""One run at a time in a run folder: two would remove each other's checkpoints."""
+"""The lock of a run folder: two runs in one folder would remove each other's checkpoints."""
 
 from __future__ import annotations
 
-import threading
 from contextlib import suppress
 from pathlib import Path
 
-from hg_scale.data.errors import DataError
-from hg_scale.data.lock import FolderLock
 from hg_scale.errors import UserError
+from hg_scale.folder_lock import FolderLock
 
-_PERIOD = 3.0  # seconds between two signs of life; another host waits for one for 15
-
-
-class Taken(DataError):
-    """Another run has the folder, and so nothing in it is this one's to write."""
+_PERIOD = 3.0  # seconds between two updates of the count
 
 
-class RunLock:
-    """The right of this run to write to its folder, held by the first rank; a context manager.
+class Taken(UserError):
+    """Another run has the folder, so this run must not write to it."""
 
-    The folder gets a `lock` and, while a run has it, an `owner.json`. Of a killed run the kernel
-    gives the lock back; one on another host is waited for until it shows no more sign of life.
-    """
+
+class RunLock(FolderLock):
+    """The exclusive right to write to a run folder, held by rank 0; a context manager."""
 
     def __init__(self, folder: Path) -> None:
-        """Take it. Raises Taken, naming the run that has it, or UserError: why it cannot be."""
-        self._lock = FolderLock(
-            folder, what=f"{folder}", advice="is training there; end it, or choose another --run"
-        )
+        """Take the lock. Raises Taken, naming the other run, or UserError: cannot be written."""
+        advice = "is training there; end it, or choose another --run"
+        super().__init__(folder, str(folder), advice, error=Taken, period=_PERIOD)
         try:
-            self._lock.acquire()
-        except (OSError, DataError) as error:
-            self._lock.release(remove=False)
-            if isinstance(error, DataError):
-                raise Taken(str(error)) from None
+            self.acquire()
+        except OSError as error:
             raise UserError(f"{folder}: cannot be written: {error}") from None
-        self._one_at_a_time = threading.Lock()
-        self._leave = threading.Event()
-        self._thread = threading.Thread(target=self._keep_beating, name="run lock", daemon=True)
-        self._thread.start()
 
     def require(self) -> None:
-        """Raise UserError where a run on another host has taken over, this one seeming dead."""
-        with self._one_at_a_time, suppress(OSError):  # a full disk is no rival
-            self._lock.beat()
-
-    def _keep_beating(self) -> None:
-        while not self._leave.wait(_PERIOD):
-            with suppress(DataError):  # `require` says so when it matters
-                self.require()
-
-    def __enter__(self) -> RunLock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._leave.set()
-        self._thread.join()
-        try:
-            self.require()
-        except DataError:
-            self._lock.release(remove=False)
-        else:
-            with suppress(OSError):
-                self._lock.release()
+        """Raise Taken where a run on another host has taken over."""
+        with suppress(OSError):  # a full disk is no other run
+            super().require()

@@ -1,4 +1,4 @@
-"""Where the records of a run go."""
+"""Where the records of a run go: `metrics.jsonl`, the terminal and wandb."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 from hg_scale.config.schema import Config
 from hg_scale.errors import UserError
 from hg_scale.training.console import Console
-from hg_scale.training.loop import MetricsRecord
-from hg_scale.training.metrics import MetricsLog
+from hg_scale.training.metrics import MetricsLog, MetricsRecord
 from hg_scale.training.wandb_log import WandbLog
 
 
 class RunLog:
-    """Where records go: `metrics.jsonl` always, the terminal, and wandb where configured."""
+    """Writes records to `metrics.jsonl`, the terminal, and wandb if configured; on rank 0."""
 
     def __init__(
         self, config: Config, folder: Path, console: Console, step: int, rank: int
@@ -37,8 +36,12 @@ class RunLog:
                     warn=console.warn,
                 )
 
+    def advance(self, step: int) -> None:
+        """Move the progress bar to `step`, which is done."""
+        self.console.advance(step)
+
     def write(self, record: MetricsRecord) -> None:
-        """A logged step, a validation, or a step that was skipped."""
+        """Write the record of a logged step, a validation, or a skipped step."""
         show: Callable[[MetricsRecord], None] = self.console.step
         if "validation_loss" in record:
             show = self.console.validation

@@ -1,7 +1,7 @@
-"""Weights & Biases beside `metrics.jsonl`, so that it can never stop or slow a run.
+"""Logging to Weights & Biases that can neither stop nor slow a run.
 
-A thread of its own starts wandb and hands it the records; training only puts them into a queue.
-Whatever goes wrong there is one warning, after which the thread is done.
+Training puts records into a queue; a thread starts wandb and logs them. An error in wandb is one
+warning and ends the thread. `metrics.jsonl` has the same records.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from urllib.parse import urlsplit
 
 Mode = Literal["online", "offline", "disabled"]
 
-INIT_TIMEOUT = 30.0  # seconds until an unreachable server is given up
-FINISH_TIMEOUT = 30.0  # seconds the end of a run waits for uploads; what is missing stays on disk
-_MARGIN = 5.0  # seconds between wandb's own limit and ours
+INIT_TIMEOUT = 30.0  # seconds to reach the server
+FINISH_TIMEOUT = 30.0  # seconds to finish uploads at the end of a run; the rest stays on disk
+_MARGIN = 5.0  # seconds that we wait longer than wandb's own timeout
 
 
 class WandbLog:
-    """Sends records to wandb, from the one rank that makes it.
+    """Logs records to wandb; use it on one rank.
 
-    `auto` is what WANDB_MODE says; without it `online` where an API key is found, else `offline`
-    (`wandb sync RUN/wandb/offline-*` uploads later). All starts of a run folder are one run there:
-    its id stands in `RUN/wandb_id`. `warn` is told at most once, in one line.
+    mode: `auto` is WANDB_MODE, or if that is not set `online` with an API key and `offline` without
+    (`wandb sync RUN/wandb/offline-*` uploads later).
+    warn: called at most once, with one line.
+
+    All starts of a run folder are one wandb run, whose id is in `RUN/wandb_id`.
     """
 
     def __init__(
@@ -54,32 +56,32 @@ class WandbLog:
             self._thread.start()
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Hand over a record with its `step`; returns at once.
+        """Queue a record with its `step` and return at once.
 
-        Steps that wandb saw before a restart are not recorded twice.
+        wandb ignores steps that it has seen before a restart.
         """
         if self._thread.is_alive():
             self._queue.put(dict(record))
 
     def finish(self, exit_code: int = 0) -> None:
-        """End the run there; waits at most a little over `finish_timeout` seconds."""
+        """Finish the wandb run; wait for uploads, little more than `finish_timeout` seconds."""
         if not self._thread.is_alive():
             return
         self._queue.put(exit_code)
         self._thread.join(self.finish_timeout + _MARGIN)
         if self._thread.is_alive():
-            self._warn_once("did not finish in time; what is missing there is in metrics.jsonl")
+            self._warn_once("did not finish in time; metrics.jsonl has all records")
 
     def _run(self) -> None:
-        """The thread: start wandb, pass on records, finish."""
+        """The thread: start wandb, log the queued records, finish."""
         try:
             run = self._start()
             while isinstance(item := self._queue.get(), dict):
                 run.log(item, step=item.get("step"))
             run.finish(exit_code=item)
         except (Exception, SystemExit) as error:
-            said = " ".join(str(error).split()) or type(error).__name__
-            self._warn_once(f"disabled: {said}")
+            message = " ".join(str(error).split()) or type(error).__name__
+            self._warn_once(f"disabled: {message}")
 
     def _start(self) -> Any:
         import wandb
@@ -95,7 +97,7 @@ class WandbLog:
             settings=wandb.Settings(
                 init_timeout=self.init_timeout,
                 finish_timeout=self.finish_timeout,
-                console="off",  # it would wrap stdout and stderr
+                console="off",  # wandb would wrap stdout and stderr
                 silent=True,
             ),
         )
@@ -107,15 +109,15 @@ class WandbLog:
 
 
 def choose_mode() -> Mode:
-    """WANDB_MODE, else online where there is an API key for its server."""
-    said = os.environ.get("WANDB_MODE")
-    if said in ("online", "offline", "disabled"):
-        return said  # type: ignore[return-value]
-    return "online" if _has_key() else "offline"
+    """Return WANDB_MODE if it is set, else online if there is an API key, else offline."""
+    mode = os.environ.get("WANDB_MODE")
+    if mode in ("online", "offline", "disabled"):
+        return mode  # type: ignore[return-value]
+    return "online" if _has_api_key() else "offline"
 
 
-def _has_key() -> bool:
-    """A key in the environment or in the netrc file, where `wandb login` puts it."""
+def _has_api_key() -> bool:
+    """Whether the environment or the netrc file (of `wandb login`) has a key for the server."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
@@ -127,10 +129,10 @@ def _has_key() -> bool:
 
 
 def run_id(run_dir: Path) -> str:
-    """The id of this run folder at wandb, made at its first start."""
+    """Return the wandb id of a run folder; creates `RUN/wandb_id` at the first start."""
     file = run_dir / "wandb_id"
-    if file.exists() and (known := file.read_text().strip()):
-        return known
+    if file.exists() and (stored := file.read_text().strip()):
+        return stored
     new = secrets.token_hex(4)
     run_dir.mkdir(parents=True, exist_ok=True)
     file.write_text(new + "\n")

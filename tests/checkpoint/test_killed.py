@@ -1,4 +1,4 @@
-"""A rank that is killed at any operation of a save leaves a whole checkpoint."""
+"""A rank that is killed at any system operation of a save leaves a complete checkpoint."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hg_scale.checkpoint.deepspeed_state import LocalState
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.find import find_latest, read_manifest
+from hg_scale.checkpoint.find import find_latest
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
-from hg_scale.checkpoint.rank_file import gather
-from hg_scale.checkpoint.retention import Keep
+from hg_scale.checkpoint.manifest import read_manifest
+from hg_scale.checkpoint.rank_file import LocalState, stage
+from hg_scale.checkpoint.retention import RetentionPolicy
 from hg_scale.checkpoint.save import write_checkpoint
 from tests.convert.verified import verify
 from tests.forks import KILLED, Forks, die_at
@@ -28,7 +28,7 @@ def forks() -> Forks:
 
 
 def write(folder: Path, step: int, victim: int = -1, moment: int = 0) -> None:
-    """Save from two ranks, keeping one older checkpoint; the victim dies at some moment."""
+    """Save from two ranks, keeping one older checkpoint; the victim dies at operation `moment`."""
     rank = dist.get_rank()
     piece = Slice("head.weight", (4, 6), 1, rank, 2)
     values = torch.full((12,), float(step))
@@ -38,14 +38,15 @@ def write(folder: Path, step: int, victim: int = -1, moment: int = 0) -> None:
     if rank == victim:
         die_at(moment, str(folder))
     try:
-        write_checkpoint(folder, step, lambda: gather([state]), META, keep=Keep(last=2))
+        policy = RetentionPolicy(last=2)
+        write_checkpoint(folder, step, lambda: stage([state]), META, retention=policy)
     except (CheckpointError, RuntimeError):
         raise SystemExit(3) from None  # the other rank is gone
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_at_every_operation_of_a_save(forks: Forks, tmp_path: Path, victim: int) -> None:
-    """Over a folder in which the third save removes the first; then the next save works."""
+def test_kill_at_every_operation_of_a_save(forks: Forks, tmp_path: Path, victim: int) -> None:
+    """The third save removes the first checkpoint; after the kill the next save works."""
     for step in (1, 2):
         assert forks.run(2, write, tmp_path / "before", step) == [0, 0]
     moment = deaths = 0
@@ -63,11 +64,11 @@ def test_at_every_operation_of_a_save(forks: Forks, tmp_path: Path, victim: int)
         results.append(step)
         assert step in (2, 3)
         latest = folder / (folder / "latest").read_text().strip()
-        verify(latest)  # it may still name the one before
+        verify(latest)  # it may still name the previous one
         assert forks.run(2, write, folder, 4) == [0, 0]
         names = sorted(p.name for p in folder.iterdir())
         assert names[0] == "latest" and names[-1] == "step-00000004", names
         assert len(names) == 3, names
-    assert results == sorted(results)  # once it is there, it stays
+    assert results == sorted(results)  # once renamed into place, it stays
     assert (results[0], results[-1]) == (2, 3)
     assert moment > (15 if victim == 0 else 1)

@@ -1,4 +1,4 @@
-"""What a rank writes: equal shares of what several hold, a plain safetensors file."""
+"""The file of a rank: a plain safetensors file with an equal share of replicated states."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from hg_scale.checkpoint.checksum import Checksum
-from hg_scale.checkpoint.deepspeed_state import LocalState
-from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice, cover_problems
-from hg_scale.checkpoint.rank_file import HostBuffer, gather, share, write_rank_file
+from hg_scale.checkpoint.checksum import ComputeChecksum
+from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice, coverage_problems
+from hg_scale.checkpoint.rank_file import (
+    HostBuffer,
+    LocalState,
+    equal_share,
+    stage,
+    write_rank_file,
+)
 
 
 def states(*lengths: int) -> list[LocalState]:
-    """Parameters of these lengths, whole; their elements are numbered throughout."""
+    """Return states of unsharded parameters of these lengths; elements are numbered throughout."""
     result, first = [], 0
     for number, length in enumerate(lengths):
         values = torch.arange(first, first + length, dtype=torch.float32)
@@ -30,9 +35,9 @@ def states(*lengths: int) -> list[LocalState]:
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=8), st.integers(1, 9))
-def test_copies_are_written_once_and_in_equal_shares(lengths: list[int], count: int) -> None:
-    shares = [list(share(states(*lengths), index, count)) for index in range(count)]
-    assert cover_problems(local.fragment for part in shares for local in part) == []
+def test_replicated_states_are_written_once_in_equal_shares(lengths: list[int], count: int) -> None:
+    shares = [list(equal_share(states(*lengths), index, count)) for index in range(count)]
+    assert coverage_problems(local.fragment for part in shares for local in part) == []
     sizes = [sum(local.fragment.length for local in part) for part in shares]
     assert max(sizes) - min(sizes) <= 1
     assert sum(map(len, shares)) < len(lengths) + count
@@ -40,9 +45,9 @@ def test_copies_are_written_once_and_in_equal_shares(lengths: list[int], count: 
     assert torch.equal(values, torch.arange(sum(lengths)) * 10.0)
 
 
-def test_the_file_is_safetensors_and_goes_by_kind(tmp_path: Path) -> None:
+def test_file_is_safetensors_ordered_by_kind(tmp_path: Path) -> None:
     path = tmp_path / "rank-00000.safetensors"
-    staged = gather(states(3, 5))
+    staged = stage(states(3, 5))
     entry = write_rank_file(path, staged)
     data = path.read_bytes()
     assert entry["bytes"] == len(data)
@@ -56,29 +61,29 @@ def test_the_file_is_safetensors_and_goes_by_kind(tmp_path: Path) -> None:
     assert torch.equal(flat, torch.cat([torch.arange(8.0) * scale for scale in (1, 10, 100)]))
 
 
-def test_the_file_of_a_rank_that_has_nothing_to_write(tmp_path: Path) -> None:
-    entry = write_rank_file(tmp_path / "empty", gather([]))
+def test_file_of_a_rank_without_states(tmp_path: Path) -> None:
+    entry = write_rank_file(tmp_path / "empty", stage([]))
     assert entry["fragments"] == [] and load_file(tmp_path / "empty") == {}
 
 
-def test_the_copy_in_host_memory_stands_while_training_goes_on(tmp_path: Path) -> None:
+def test_host_copy_is_unaffected_by_later_training_steps(tmp_path: Path) -> None:
     held, buffer = states(3, 5), HostBuffer()
-    copy = buffer.copy(gather(held))
-    first = write_rank_file(tmp_path / "before", gather(states(3, 5)))
+    copy = buffer.copy(stage(held))
+    first = write_rank_file(tmp_path / "before", stage(states(3, 5)))
     for local in held:
         for tensor in local.tensors.values():
             tensor.mul_(-1)
     assert write_rank_file(tmp_path / "after", copy)["checksum"] == first["checksum"]
-    again = buffer.copy(gather(held))
-    assert again.data[0].data_ptr() == copy.data[0].data_ptr()  # no new memory
-    (fewer,) = buffer.copy(gather(held[:1])).data
+    again = buffer.copy(stage(held))
+    assert again.data[0].data_ptr() == copy.data[0].data_ptr()  # reuses the memory
+    (fewer,) = buffer.copy(stage(held[:1])).data
     assert fewer.numel() == 9
 
 
-def test_what_is_larger_than_a_chunk(tmp_path: Path) -> None:
+def test_tensor_larger_than_a_chunk(tmp_path: Path) -> None:
     values = torch.arange(5_000_001, dtype=torch.float32)
     piece = Fragment(Slice("big", (5_000_001,)), 0, 5_000_001)
     local = LocalState(nn.Parameter(values), piece, dict.fromkeys(KINDS, values))
-    entry = write_rank_file(tmp_path / "big", gather([local]))
+    entry = write_rank_file(tmp_path / "big", stage([local]))
     assert torch.equal(load_file(tmp_path / "big")["0.exp_avg"], values)
-    assert entry["checksum"] == Checksum(tmp_path)("big")
+    assert entry["checksum"] == ComputeChecksum(tmp_path)("big")

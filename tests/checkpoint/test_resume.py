@@ -1,4 +1,4 @@
-"""Save in one layout, go on in any other: the curve is the undisturbed run's."""
+"""Save in one layout and resume in any other: the curve is that of the uninterrupted run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAME = [
     *("1 1 2 zero3 bf16", "2 1 2 bf16", "2 1 2 zero2 bf16", "2 2 2 bf16"),
     "2 1 2 zero3 by_level",
 ]
-"""Each of DeepSpeed's optimizers, with and without tensor parallelism and stages."""
+"""Each of DeepSpeed's optimizers, with and without tensor and pipeline parallelism."""
 PAIRS = [
     *(("2 2 2", reader) for reader in ("1 1 1 zero0", "1 1 2 zero2", "2 1 2 zero3", "1 2 2")),
     *((writer, "2 1 1") for writer in ("1 2 1 zero0", "1 1 2 zero2")),
@@ -34,11 +34,11 @@ PAIRS = [
     ("1 1 2 zero3 bf16", "1 2 1 bf16"),
     ("2 1 2 zero3 by_level", "2 2 1 by_level"),
 ]
-"""Writer and reader: each optimizer reads and is read, across tensor, pipeline and data sizes."""
+"""(writer, reader): each optimizer on both sides, across tensor, pipeline and data sizes."""
 
 
-def undisturbed(tree: dict[str, Any], folder: Path) -> tuple[Path, list[tuple[float, float]]]:
-    """Train, save, and train on."""
+def uninterrupted(tree: dict[str, Any], folder: Path) -> tuple[Path, list[tuple[float, float]]]:
+    """Train, save, and continue training."""
     run = Run(tree)
     run.train(1, BEFORE)
     path = run.save(folder, BEFORE)
@@ -48,7 +48,7 @@ def undisturbed(tree: dict[str, Any], folder: Path) -> tuple[Path, list[tuple[fl
 def resumed(
     tree: dict[str, Any], path: Path, folder: Path
 ) -> tuple[Path, list[tuple[float, float]]]:
-    """Load in this layout, save at once what was loaded, and train on."""
+    """Load in this layout, save what was loaded at once, and continue training."""
     from hg_scale.training.state import load_state
 
     run = Run(tree)
@@ -60,49 +60,50 @@ def resumed(
 
 @pytest.fixture(scope="module")
 def source(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The checkpoint of a layout and the curve after it, made once."""
+    """Return a checkpoint of a layout and the curve after it, made once per layout."""
     cache: dict[Layout, Any] = {}
 
     def get(layout: Layout) -> tuple[Path, list[tuple[float, float]]]:
         if layout not in cache:
             folder = tmp_path_factory.mktemp("source")
-            cache[layout] = worlds.run(layout.world, undisturbed, layout.tree(), folder)[0]
+            cache[layout] = worlds.run(layout.world, uninterrupted, layout.tree(), folder)[0]
         return cache[layout]
 
     return get
 
 
 def assert_same_contents(a: Path, b: Path) -> None:
-    """Weights, moments and counters are bit-equal, whatever layouts wrote them."""
+    """Compare weights, moments and step counts bit for bit, whichever layouts wrote them."""
     first, second = CheckpointReader(a), CheckpointReader(b)
     assert first.shapes == second.shapes
     assert first.manifest["optimizer_step"] == second.manifest["optimizer_step"] == BEFORE
     for name in first.shapes:
         for kind in KINDS:
-            assert torch.equal(first.whole(name, kind), second.whole(name, kind)), (name, kind)
+            x, y = first.full_tensor(name, kind), second.full_tensor(name, kind)
+            assert torch.equal(x, y), (name, kind)
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_bit_equal_in_the_same_layout(
+def test_resume_in_the_same_layout_is_bit_equal(
     worlds: Worlds, source: Any, tmp_path: Path, name: str
 ) -> None:
-    here = parse(name)
-    path, curve = source(here)
+    layout = parse(name)
+    path, curve = source(layout)
     verify(path)
-    again, continued = worlds.run(here.world, resumed, here.tree(), path, tmp_path)[0]
+    again, continued = worlds.run(layout.world, resumed, layout.tree(), path, tmp_path)[0]
     assert continued == curve
     assert_same_contents(path, again)
 
 
 @pytest.mark.parametrize(("writer", "reader"), PAIRS)
-def test_goes_on_in_another_layout(
+def test_resume_in_another_layout(
     worlds: Worlds, source: Any, tmp_path: Path, writer: str, reader: str
 ) -> None:
     path, curve = source(parse(writer))
-    here = parse(reader)
-    again, continued = worlds.run(here.world, resumed, here.tree(), path, tmp_path)[0]
+    layout = parse(reader)
+    again, continued = worlds.run(layout.world, resumed, layout.tree(), path, tmp_path)[0]
     assert_same_contents(path, again)
-    np.testing.assert_allclose(continued, curve, rtol=BOUND[here.precision])
+    np.testing.assert_allclose(continued, curve, rtol=BOUND[layout.precision])
 
 
 SIZES = {
@@ -116,7 +117,7 @@ SIZES = {
     "stage3_prefetch_bucket_size": 500,
 }
 OVERLAPPING: dict[str, Any] = {"zero_optimization": SIZES | {"overlap_comm": True}}
-PLAINLY: dict[str, Any] = {
+WITHOUT_OVERLAP: dict[str, Any] = {
     "zero_optimization": SIZES
     | {
         "contiguous_gradients": False,
@@ -134,11 +135,11 @@ PLAINLY: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("name", "expert"),
     [
-        ("1 1 2 zero1", PLAINLY),
+        ("1 1 2 zero1", WITHOUT_OVERLAP),
         ("1 1 2 zero1", OVERLAPPING),
-        ("1 1 2 zero2", PLAINLY),
-        ("1 1 2 zero3", PLAINLY),
-        ("1 1 2 bf16", PLAINLY),
+        ("1 1 2 zero2", WITHOUT_OVERLAP),
+        ("1 1 2 zero3", WITHOUT_OVERLAP),
+        ("1 1 2 bf16", WITHOUT_OVERLAP),
         ("1 1 2 zero2 bf16", OVERLAPPING),
         ("1 1 2 zero3", OVERLAPPING),
     ],
@@ -146,12 +147,12 @@ PLAINLY: dict[str, Any] = {
 def test_expert_keys_change_neither_curve_nor_checkpoint(
     worlds: Worlds, source: Any, tmp_path: Path, name: str, expert: dict[str, Any]
 ) -> None:
-    """What the section `deepspeed` lets pass and moves numbers about, in two lots."""
-    here = parse(name)
-    tree = merge(here.tree(), {"deepspeed": expert})
-    _, plain = source(here)
-    path, curve = worlds.run(here.world, undisturbed, tree, tmp_path / "first")[0]
-    np.testing.assert_allclose(curve, plain, rtol=BOUND[here.precision])
-    again, continued = worlds.run(here.world, resumed, tree, path, tmp_path / "second")[0]
+    """DeepSpeed's keys that change how numbers are stored and communicated, in two groups."""
+    layout = parse(name)
+    tree = merge(layout.tree(), {"deepspeed": expert})
+    _, plain = source(layout)
+    path, curve = worlds.run(layout.world, uninterrupted, tree, tmp_path / "first")[0]
+    np.testing.assert_allclose(curve, plain, rtol=BOUND[layout.precision])
+    again, continued = worlds.run(layout.world, resumed, tree, path, tmp_path / "second")[0]
     assert_same_contents(path, again)
     assert continued == curve

@@ -17,7 +17,7 @@ from typing import Any
 
 from hg_scale.checkpoint.find import find_latest
 from tests.forks import KILLED, Forks, die_at, finish
-from tests.runs import TINY, curve, train_here
+from tests.runs import TINY, curve, run_train
 from tests.shared import ROOT
 
 EVERY = 4  # steps between saves
@@ -30,7 +30,7 @@ def train_or_die(arguments: list[str], output: Path, victim: int, moment: int) -
     if moment and int(os.environ["RANK"]) == victim:
         die_at(moment, "checkpoints/.")
     try:
-        code = train_here(arguments, output)
+        code = run_train(arguments, output)
     except RuntimeError:  # of gloo, as the victim is gone; the log has the traceback
         code = 3
     raise SystemExit(code)

@@ -1,4 +1,4 @@
-"""`hg-scale generate`, from a run folder to the terminal."""
+"""`hg-scale generate` on runs, checkpoints and exports, of text and images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from hg_scale.checkpoint.find import find_latest
-from hg_scale.checkpoint.versions import seal
+from hg_scale.checkpoint.manifest import seal
 from hg_scale.commands.main import main
 from tests.runs import TINY, train_in
 from tests.shared import ROOT
@@ -24,34 +24,34 @@ from tests.world import Worlds
 
 @pytest.fixture(scope="module")
 def run(worlds: Worlds, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that wrote a checkpoint."""
+    """A run on text, with a checkpoint."""
     folder = tmp_path_factory.mktemp("text")
-    return trained(worlds, folder, corpus)
+    return train_run(worlds, folder, corpus)
 
 
 @pytest.fixture(scope="module")
 def digits(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same on images of 8 x 8, in gray."""
+    """A run on grayscale images of 8 x 8 pixels."""
     folder = tmp_path_factory.mktemp("images")
     np.save(folder / "digits.npy", (load_digits().images * 15.9).astype(np.uint8))
     script = ROOT / "data_prep" / "prepare_images.py"
     command = [sys.executable, str(script), "--input", str(folder / "digits.npy"), "--output",
                str(folder / "shards")]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, timeout=120)
-    return trained(worlds, folder, folder / "shards", "model.sequence_length=64")
+    return train_run(worlds, folder, folder / "shards", "model.sequence_length=64")
 
 
-def trained(worlds: Worlds, folder: Path, shards: Path, *sets: str) -> Path:
+def train_run(worlds: Worlds, folder: Path, shards: Path, *sets: str) -> Path:
     (folder / "tiny.json").write_text(json.dumps({**TINY, "data": {"path": str(shards)}}))
-    words = [word for key in sets for word in ("--set", key)]
+    overrides = [word for key in sets for word in ("--set", key)]
     done = train_in(worlds, 1, folder, "--config", str(folder / "tiny.json"), "--run",
-                    str(folder / "run"), *words)  # fmt: skip
-    assert done.code == 0, done.told
+                    str(folder / "run"), *overrides)  # fmt: skip
+    assert done.code == 0, done.output
     return folder / "run"
 
 
 def test_text_after_a_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Longer than the context of 32; the checkpoint's folder is the run's newest."""
+    """The text is longer than the context of 32; the run and its checkpoint give the same."""
     options = ["--prompt", "the quick", "--tokens", "60", "--seed", "5"]
     assert main(["generate", str(run), *options]) == 0
     text = capsys.readouterr().out
@@ -65,7 +65,7 @@ def test_text_after_a_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out.startswith("the quick")
 
 
-def test_a_summary_shows_a_sample(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary_shows_a_sample(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["summary", str(run), "--sample", "40"]) == 0
     head, sample = capsys.readouterr().out.split("(temperature 0.8):\n")
     assert "hourglass 1@1 1@2 1@1, step 6" in head and sample.strip()
@@ -84,7 +84,7 @@ def test_prompts_from_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert lines[0]["text"] != lines[1]["text"]
 
 
-def test_text_is_shown_as_it_is_made(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_streamed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         flushed: list[str] = []
 
@@ -97,7 +97,7 @@ def test_text_is_shown_as_it_is_made(run: Path, monkeypatch: pytest.MonkeyPatch)
     assert lengths == sorted(lengths) and len(set(lengths)) > 3
 
 
-def test_what_was_made_is_kept_when_nobody_reads_on(
+def test_output_file_is_written_although_stdout_is_closed(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Closed(io.StringIO):
@@ -107,12 +107,12 @@ def test_what_was_made_is_kept_when_nobody_reads_on(
         def fileno(self) -> int:
             return opened
 
-    with open(tmp_path / "nobody", "w") as nobody:
-        opened = nobody.fileno()
+    with open(tmp_path / "stdout", "w") as stdout:
+        opened = stdout.fileno()
         monkeypatch.setattr(sys, "stdout", Closed())
         output = tmp_path / "texts.jsonl"
-        words = ["--count", "2", "--tokens", "5", "--output", str(output)]
-        main(["generate", str(run), "--prompt", "the", *words])
+        options = ["--count", "2", "--tokens", "5", "--output", str(output)]
+        main(["generate", str(run), "--prompt", "the", *options])
     assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == ["the"] * 2
 
 
@@ -125,30 +125,30 @@ def test_data_of_another_tokenizer_is_refused(
         assert f"{shards}: made with another tokenizer (" in capsys.readouterr().err
 
 
-def test_a_run_of_bytes_is_used_where_its_corpus_is_not_at_hand(
+def test_run_on_bytes_generates_without_its_corpus(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = find_latest(run / "checkpoints")
     assert checkpoint
-    alone = tmp_path / "run" / "checkpoints" / checkpoint.name
-    shutil.copytree(checkpoint, alone)
-    manifest = json.loads((alone / "manifest.json").read_text())
+    copy = tmp_path / "run" / "checkpoints" / checkpoint.name
+    shutil.copytree(checkpoint, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
     manifest["config"]["data"]["path"] = str(tmp_path / "gone")
-    (alone / "manifest.json").write_text(json.dumps(seal(manifest)))
-    told = []
+    (copy / "manifest.json").write_text(json.dumps(seal(manifest)))
+    outputs = []
     for model in (run, tmp_path / "run"):
         assert main(["generate", str(model), "--prompt", "the", "--tokens", "9"]) == 0
-        told.append(capsys.readouterr().out)
-    assert told[0] == told[1] != ""
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != ""
     assert main(["evaluate", str(tmp_path / "run")]) == 2
-    assert "its data is not there; give --data SHARDS or FILE" in capsys.readouterr().err
+    assert "its data is missing; give --data SHARDS or FILE" in capsys.readouterr().err
 
 
-def test_all_checkpoints_are_scored(
+def test_evaluate_all_scores_every_checkpoint(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--windows", "2", "--json", str(tmp_path / "scores.json")]
-    assert main(["evaluate", str(run), "--all", *words]) == 0
+    options = ["--windows", "2", "--json", str(tmp_path / "scores.json")]
+    assert main(["evaluate", str(run), "--all", *options]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     (score,) = json.loads((tmp_path / "scores.json").read_text())
     assert line.startswith("step         6  ") and f"{score['bits_per_byte']:.4f} bits" in line
@@ -156,8 +156,8 @@ def test_all_checkpoints_are_scored(
     assert "is not a run folder" in capsys.readouterr().err
 
 
-def test_it_needs_neither_megatron_nor_deepspeed(run: Path) -> None:
-    """They can be absent: an import of either would raise."""
+def test_generation_imports_neither_megatron_nor_deepspeed(run: Path) -> None:
+    """Both are blocked: an import of either would raise."""
     code = (
         "import sys; sys.modules['megatron'] = sys.modules['deepspeed'] = None\n"
         "from hg_scale.commands.main import main\n"
@@ -173,17 +173,19 @@ def test_it_needs_neither_megatron_nor_deepspeed(run: Path) -> None:
     assert done.stdout.endswith("\n[]\ncompiler False\n")
 
 
-def test_images(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_are_generated_as_a_grid(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = tmp_path / "page.png"
     assert main(["generate", str(digits), "--count", "5", "--output", str(page)]) == 0
     assert "5 images" in capsys.readouterr().out
     assert Image.open(page).size == (3 * 66 + 2, 2 * 66 + 2)
 
 
-def test_an_export_of_images_draws_them(
+def test_export_of_an_image_model_generates_images(
     digits: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It knows their shape without their data, also at second hand; text is refused."""
+    """An export, and an export of it, record the shape; text is refused."""
     first, again = tmp_path / "first", tmp_path / "again"
     assert main(["convert", "export", str(digits), str(first)]) == 0
     assert main(["convert", "export", str(first), str(again)]) == 0
@@ -194,18 +196,18 @@ def test_an_export_of_images_draws_them(
         pages.append(page.read_bytes())
     assert pages[0] == pages[1] == pages[2]
     capsys.readouterr()
-    for words, said in (
+    for arguments, message in (
         (["generate", str(first), "--prompt", "a"], "--prompt is for text"),
         (["evaluate", str(first), "--data", __file__], "a plain file is scored as text"),
-        (["evaluate", str(first), "--data", str(corpus)], "holds text, but"),
+        (["evaluate", str(first), "--data", str(corpus)], "contains text, but"),
     ):
-        assert main(words) == 2
+        assert main(arguments) == 2
         error = capsys.readouterr().err
-        assert said in error and error.count("\n") == 1, error
+        assert message in error and error.count("\n") == 1, error
 
 
-def test_lower_halves(digits: Path, tmp_path: Path) -> None:
-    """What was given, two completions, the original; the upper half of all is the same."""
+def test_images_are_completed(digits: Path, tmp_path: Path) -> None:
+    """Kept part, two completions, original: the upper half of all four is the same."""
     originals = (load_digits().images[:3] * 15.9).astype(np.uint8)
     np.save(tmp_path / "some.npy", originals)
     page = tmp_path / "page.png"
@@ -234,7 +236,7 @@ def test_lower_halves(digits: Path, tmp_path: Path) -> None:
         (["--context", "1"], "--context"),
         (["--batch", "0"], "--batch"),
         (["--count", "0"], "--count"),
-        (["--prompt", "a", "--prompts", "b"], "give one of them"),
+        (["--prompt", "a", "--prompts", "b"], "give only one of them"),
         (["--prompts", "/nowhere/prompts"], "cannot be read"),
         (["--prompts", "/dev/null"], "is empty"),
         (["--complete", "a.png"], "is for images"),
@@ -242,7 +244,7 @@ def test_lower_halves(digits: Path, tmp_path: Path) -> None:
         (["--prompt", "a", "--tokens", "1", "--output", "/nowhere/a"], "cannot be written"),
     ],
 )
-def test_one_line_for_a_fault(
+def test_invalid_options_are_reported_in_one_line(
     run: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", str(run), *options]) == 2
@@ -250,7 +252,7 @@ def test_one_line_for_a_fault(
     assert message in error and error.count("\n") == 1
 
 
-def test_models_that_cannot_be_used(
+def test_unusable_models_are_reported_in_one_line(
     run: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text("{}")

@@ -6,16 +6,18 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.convert.trained import Trained, make
+from tests.convert.trained import TrainedCheckpoint, make
 from tests.world import Worlds
 
 
 @pytest.fixture(scope="session")
-def trained(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
-    """A trained checkpoint of a kind of layout (see `LAYOUTS`), made once."""
-    made: dict[str, Trained] = {}
+def trained(
+    worlds: Worlds, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], TrainedCheckpoint]:
+    """Return the trained checkpoint of a layout (a key of `LAYOUTS`), made once per layout."""
+    made: dict[str, TrainedCheckpoint] = {}
 
-    def get(kind: str) -> Trained:
+    def get(kind: str) -> TrainedCheckpoint:
         if kind not in made:
             made[kind] = make(worlds, kind, tmp_path_factory.mktemp(kind))
         return made[kind]

@@ -1,4 +1,4 @@
-"""`hg-scale convert` as it is typed: what it says, and how it ends."""
+"""`hg-scale convert` as a command: its output and exit codes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hg_scale.checkpoint.checksum import Checksum
+from hg_scale.checkpoint.checksum import ComputeChecksum
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.find import read_manifest
 from hg_scale.checkpoint.jobs import run_jobs
-from hg_scale.checkpoint.versions import seal
+from hg_scale.checkpoint.manifest import read_manifest, seal
 from hg_scale.commands.main import main
 from hg_scale.config.load import parse_config
 from hg_scale.config.schema import Config
@@ -23,9 +22,9 @@ from hg_scale.convert.open import open_source
 from hg_scale.errors import UserError
 from hg_scale.evaluation.loaded_model import load
 from hg_scale.training.resume import find_resume_checkpoint
-from tests.convert.trained import Trained
+from tests.convert.trained import TrainedCheckpoint
 
-Get = Callable[[str], Trained]
+Get = Callable[[str], TrainedCheckpoint]
 
 
 def convert(*arguments: object) -> int:
@@ -34,12 +33,12 @@ def convert(*arguments: object) -> int:
 
 @pytest.fixture
 def copy(trained: Get, tmp_path: Path) -> Path:
-    """A checkpoint of DP2, ZeRO 3, to be damaged."""
+    """A checkpoint of DP2, ZeRO 3, to be corrupted."""
     return Path(shutil.copytree(trained("zero3").path, tmp_path / "copy"))
 
 
 def change_tensor(path: Path, key: str, change: Callable[[torch.Tensor], object]) -> None:
-    """Write a rank's file anew, and its checksum."""
+    """Change a tensor in a rank's file, and its checksum in the manifest."""
     file, manifest = path / "rank-00000.safetensors", path / "manifest.json"
     tensors = load_file(file)
     change(tensors[key])
@@ -47,25 +46,25 @@ def change_tensor(path: Path, key: str, change: Callable[[torch.Tensor], object]
     tree = json.loads(manifest.read_text())
     tree["files"][0] |= {
         "bytes": file.stat().st_size,
-        "checksum": Checksum(path)(file.name),
+        "checksum": ComputeChecksum(path)(file.name),
     }
     manifest.write_text(json.dumps(seal(tree)))
 
 
 def test_inspect(trained: Get, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert("inspect", trained("tp2pp2").path) == 0
-    told = capsys.readouterr().out
-    for words in (
+    output = capsys.readouterr().out
+    for text in (
         "tensor 2 x pipeline 2 x data 1, ZeRO 1", "17 tokens", "all finite", "head.linear.weight",
         "4, ", "fp32, exp_avg, exp_avg_sq",
     ):  # fmt: skip
-        assert words in told
+        assert text in output
     assert convert("inspect", trained("tp2pp2").path.parent.parent, "--brief") == 2
     assert convert("inspect", trained("tp2pp2").path, "--brief", "--workers", 2) == 0
     assert "all finite" not in capsys.readouterr().out
 
 
-def test_inspect_shows_what_is_not_finite(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_infinite_numbers(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change_tensor(copy, "0.exp_avg", lambda t: t.view(-1)[0].fill_(float("inf")))
     assert convert("inspect", copy) == 1
     assert "1 elements are not finite" in capsys.readouterr().out
@@ -73,14 +72,14 @@ def test_inspect_shows_what_is_not_finite(copy: Path, capsys: pytest.CaptureFixt
 
 def test_verify(trained: Get, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert("verify", trained("zero3").path) == 0
-    assert "a whole checkpoint of step 2" in capsys.readouterr().out
+    assert ": complete checkpoint of step 2" in capsys.readouterr().out
     flip(copy / "rank-00001.safetensors")
     assert convert("verify", copy, "--workers", 2) == 1
     assert "rank-00001.safetensors: changed since it was written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["export", "import", "to-hf", "to-deepspeed", "average"])
-def test_damage_goes_nowhere(
+def test_corrupt_checkpoint_is_not_converted(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:
     """No conversion gives flipped bits a new, valid checksum."""
@@ -88,26 +87,26 @@ def test_damage_goes_nowhere(
     out = tmp_path / "out"
     options = ["--out", out] if verb == "average" else [out]
     assert convert(verb, copy, *options) == 2
-    told = capsys.readouterr().err
-    assert "rank-00001.safetensors: changed since it was written" in told.splitlines()[-1]
+    errors = capsys.readouterr().err
+    assert "rank-00001.safetensors: changed since it was written" in errors.splitlines()[-1]
     assert not out.exists()
 
 
-def test_damage_is_not_evaluated(copy: Path) -> None:
+def test_corrupt_checkpoint_is_not_evaluated(copy: Path) -> None:
     flip(copy / "rank-00001.safetensors")
     with pytest.raises(UserError, match="rank-00001.safetensors: changed since it was written"):
         load(copy)
 
 
 def flip(file: Path) -> None:
-    """Turn a bit of the last tensor."""
+    """Flip a bit of the last tensor."""
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
 
 
-def test_the_seed_goes_along(copy: Path, tmp_path: Path) -> None:
-    """The whole configuration does, through DeepSpeed's format, too: data goes on in its order."""
+def test_seed_and_configuration_are_kept(copy: Path, tmp_path: Path) -> None:
+    """Through DeepSpeed's format too, so that the data continues in the same order."""
     tree = read_manifest(copy)
     tree["config"]["training"]["seed"] = 7
     (copy / "manifest.json").write_text(json.dumps(seal(tree)))
@@ -121,11 +120,11 @@ def test_the_seed_goes_along(copy: Path, tmp_path: Path) -> None:
         start_from(config, tmp_path / name, lines)
         assert lines == []
         start_from(with_seed(config, 1), tmp_path / name, lines)
-        assert lines[0].startswith(f"training.seed is 1, that of {name} was 7")
+        assert lines[0].startswith(f"training.seed is 1 but {name} used 7")
 
 
-def test_a_seed_that_is_not_known_is_not_told(copy: Path, tmp_path: Path) -> None:
-    """An export says none, and from the first window on there is none to keep to."""
+def test_no_warning_about_an_unknown_seed(copy: Path, tmp_path: Path) -> None:
+    """An export has no seed, and a run that starts its data from scratch needs none."""
     config = with_seed(parse_config(read_manifest(copy)["config"]), 3)
     assert convert("export", copy, tmp_path / "out") == 0
     assert convert("import", tmp_path / "out", tmp_path / "back") == 0
@@ -142,25 +141,25 @@ def with_seed(config: Config, seed: int) -> Config:
 
 
 def start_from(config: Config, path: Path, lines: list[str]) -> None:
-    """What a new run that begins there finds to tell."""
-    begun = config.checkpoint.model_copy(update={"start_from": str(path)})
+    """Append what a new run that starts from `path` reports to `lines`."""
+    section = config.checkpoint.model_copy(update={"start_from": str(path)})
     found = find_resume_checkpoint(
-        config.model_copy(update={"checkpoint": begun}), path.parent / "no run", {}, lines
+        config.model_copy(update={"checkpoint": section}), path.parent / "no run", {}, lines
     )
     assert found == path
 
 
-def test_verify_tells_every_fault(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_reports_every_problem(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change_tensor(copy, "0.exp_avg_sq", lambda t: t.view(-1)[0].fill_(-1.0))
     change_tensor(copy, "1.fp32", lambda t: t.view(-1)[:2].fill_(float("nan")))
     assert convert("verify", copy) == 1
-    told = capsys.readouterr()
-    assert "2 elements are not finite" in told.err
-    assert "1 elements are negative" in told.err
-    assert "2 faults" in told.out
+    output = capsys.readouterr()
+    assert "2 elements are not finite" in output.err
+    assert "1 elements are negative" in output.err
+    assert "2 problems" in output.out
 
 
-def test_verify_finds_a_hole(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_finds_missing_elements(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = copy / "manifest.json"
     tree = json.loads(manifest.read_text())
     tree["files"][0]["fragments"][0]["length"] -= 1
@@ -174,8 +173,8 @@ def test_diff(trained: Get, copy: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "bit-equal" in capsys.readouterr().out
     change_tensor(copy, "0.fp32", lambda t: t.view(-1)[3].add_(0.5))
     assert convert("diff", trained("zero3").path, copy, "--workers", 2) == 1
-    told = capsys.readouterr().out
-    assert "1 of" in told and "0.5" in told
+    output = capsys.readouterr().out
+    assert "1 of" in output and "0.5" in output
     assert convert("export", copy, tmp_path / "out") == 0
     assert convert("diff", copy, tmp_path / "out") == 0
     assert convert("diff", trained("zero3").path, tmp_path / "out") == 1
@@ -184,7 +183,7 @@ def test_diff(trained: Get, copy: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "of different models: model.hierarchy" in capsys.readouterr().err
 
 
-def test_weights_alone_claim_no_moments(
+def test_checkpoint_of_weights_alone_has_no_moments(
     trained: Get, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, mean = trained("zero3").path, tmp_path / "mean"
@@ -201,37 +200,37 @@ def test_weights_alone_claim_no_moments(
 
 
 @pytest.mark.parametrize("size", ["inf", "nan", "0", "-1"])
-def test_a_largest_file_of_no_size(
+def test_invalid_file_size_is_refused(
     trained: Get, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str
 ) -> None:
     out = tmp_path / "out"
     assert convert("export", trained("plain").path, out, "--shard-gb", size) == 2
-    assert "expected more than 0, and an end" in capsys.readouterr().err
+    assert "expected a number above 0" in capsys.readouterr().err
 
 
-def test_an_overlap_that_makes_up_for_a_hole(copy: Path) -> None:
-    """The count of elements is right; what would be read is not."""
+def test_duplicate_that_makes_up_for_a_missing_element_is_found(copy: Path) -> None:
+    """The number of elements is right, but not their values."""
     tree = read_manifest(copy)
     second = next(f for f in tree["files"][1]["fragments"] if f["start"])
     second["start"] -= 1
     (copy / "manifest.json").write_text(json.dumps(seal(tree)))
     with pytest.raises(CheckpointError, match="is covered by"):
-        open_source(copy).whole(second["name"])
+        open_source(copy).full_tensor(second["name"])
 
 
-def test_average_and_its_use(trained: Get, tmp_path: Path) -> None:
+def test_average_of_equal_weights_is_bit_equal(trained: Get, tmp_path: Path) -> None:
     path = trained("zero3").path
     assert convert("average", path, path, path, "--out", tmp_path / "mean") == 0
     assert convert("export", tmp_path / "mean", tmp_path / "out") == 0
-    assert convert("diff", path, tmp_path / "out") == 0  # the mean of equals is the same
+    assert convert("diff", path, tmp_path / "out") == 0
 
 
-def test_what_is_nothing_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_paths_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert("inspect", tmp_path / "nowhere") == 2
     assert convert("inspect", tmp_path) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert "no such file or folder" in told[0]
-    assert "expected a run, a checkpoint" in told[1]
+    lines = capsys.readouterr().err.splitlines()
+    assert "no such file or folder" in lines[0]
+    assert "expected a run, a checkpoint" in lines[1]
     (tmp_path / "rank-00000.safetensors").touch()
     assert convert("verify", tmp_path) == 2
     assert "the save was never finished" in capsys.readouterr().err
@@ -243,17 +242,15 @@ def die(item: int) -> int:
     os._exit(1)
 
 
-def test_a_worker_that_dies_is_told_of() -> None:
-    from hg_scale.checkpoint.errors import CheckpointError
-
+def test_death_of_a_worker_is_reported() -> None:
     with pytest.raises(CheckpointError, match="a worker process died"):
         list(run_jobs(die, [1, 2, 3], workers=2))
 
 
-def test_sources_are_sent_to_workers(trained: Get) -> None:
+def test_sources_are_picklable(trained: Get) -> None:
     import pickle
 
     source = open_source(trained("zero3").path)
     again = pickle.loads(pickle.dumps(source))
     name = next(iter(source.shapes))
-    assert torch.equal(source.whole(name), again.whole(name))
+    assert torch.equal(source.full_tensor(name), again.full_tensor(name))

@@ -1,4 +1,4 @@
-"""Exports: the same numbers, in files that need nothing of ours, there whole or not at all."""
+"""Exports: the same numbers, readable without hg_scale, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ import torch
 
 from hg_scale.checkpoint import safetensors_file
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.find import read_manifest
 from hg_scale.checkpoint.fragments import KINDS
 from hg_scale.checkpoint.load import CheckpointReader
-from hg_scale.checkpoint.versions import seal
+from hg_scale.checkpoint.manifest import read_manifest, seal
 from hg_scale.commands.main import main
 from hg_scale.config.load import parse_config
 from hg_scale.convert.export import export, load_export
@@ -28,24 +27,24 @@ from hg_scale.convert.open import open_source
 from hg_scale.convert.to_checkpoint import to_checkpoint
 from hg_scale.data.progress import ProgressBar
 from hg_scale.model.hourglass import Hourglass
-from tests.convert.trained import LAYOUTS, Trained
+from tests.convert.trained import LAYOUTS, TrainedCheckpoint
 from tests.convert.verified import verify
 from tests.runs import train_in
 from tests.training.models import random_batch
 from tests.world import Worlds
 
-Get = Callable[[str], Trained]
+Get = Callable[[str], TrainedCheckpoint]
 
 
-def exported(trained: Trained, out: Path, **options: object) -> Path:
+def exported(trained: TrainedCheckpoint, out: Path, **options: object) -> Path:
     difference = export(open_source(trained.path), out, report=ProgressBar(), **options)  # type: ignore[arg-type]
     assert difference == 0
     return out
 
 
-def whole(path: Path, kind: str = "fp32") -> dict[str, torch.Tensor]:
+def full_tensors(path: Path, kind: str = "fp32") -> dict[str, torch.Tensor]:
     source = open_source(path)
-    return {name: source.whole(name, kind) for name in source.shapes}
+    return {name: source.full_tensor(name, kind) for name in source.shapes}
 
 
 def assert_bit_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -58,27 +57,29 @@ def assert_bit_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
 def test_checkpoint_export_import_is_bit_equal(trained: Get, tmp_path: Path, kind: str) -> None:
     folder = exported(trained(kind), tmp_path / "out")
     reader = CheckpointReader(trained(kind).path)
-    weights = {name: reader.whole(name) for name in whole(folder)}
-    assert_bit_equal(whole(folder), weights)
+    weights = {name: reader.full_tensor(name) for name in full_tensors(folder)}
+    assert_bit_equal(full_tensors(folder), weights)
     to_checkpoint(open_source(folder), tmp_path / "back", report=ProgressBar())
     verify(tmp_path / "back")
-    assert_bit_equal(whole(tmp_path / "back"), weights)
+    assert_bit_equal(full_tensors(tmp_path / "back"), weights)
 
 
-def test_an_import_begins_anew(trained: Get, tmp_path: Path) -> None:
+def test_import_starts_from_step_0_without_moments(trained: Get, tmp_path: Path) -> None:
     folder = exported(trained("plain"), tmp_path / "out")
     to_checkpoint(open_source(folder), tmp_path / "back", report=ProgressBar())
     manifest = CheckpointReader(tmp_path / "back").manifest
     assert (manifest["step"], manifest["optimizer_step"]) == (0, 0)
     assert manifest["progress"] == {"step": 0, "position": 0, "skipped": 0, "data": {}}
     for kind in KINDS[1:]:
-        assert not any(moment.any() for moment in whole(tmp_path / "back", kind).values())
+        assert not any(moment.any() for moment in full_tensors(tmp_path / "back", kind).values())
     assert not (tmp_path / "back").with_name(".back.converting").exists()
 
 
 @pytest.mark.parametrize("kind", ["tp2pp2", "zero3"])
-def test_the_loaded_model_goes_on_with_the_loss(trained: Get, tmp_path: Path, kind: str) -> None:
-    """The next step's loss, as the engine had it, from the plain model of the export."""
+def test_loaded_model_computes_the_loss_of_the_next_step(
+    trained: Get, tmp_path: Path, kind: str
+) -> None:
+    """The plain model of the export computes the loss that the engine computed."""
     model = load_export(exported(trained(kind), tmp_path / "out"))
     config = parse_config(trained(kind).tree)
     batch = random_batch(config, 3)
@@ -87,7 +88,7 @@ def test_the_loaded_model_goes_on_with_the_loss(trained: Get, tmp_path: Path, ki
     assert loss == pytest.approx(trained(kind).losses[0], rel=1e-5)
 
 
-def test_several_files_by_several_processes(trained: Get, tmp_path: Path) -> None:
+def test_several_files_written_by_several_processes(trained: Get, tmp_path: Path) -> None:
     one = exported(trained("zero3"), tmp_path / "one")
     many = exported(trained("zero3"), tmp_path / "many", shard_bytes=100_000, workers=2)
     index = json.loads((many / "model.safetensors.index.json").read_text())
@@ -96,7 +97,7 @@ def test_several_files_by_several_processes(trained: Get, tmp_path: Path) -> Non
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
     assert sorted(set(index["weight_map"].values())) == files
     assert index["metadata"]["total_size"] == 4 * open_source(many).parameters
-    assert_bit_equal(whole(one), whole(many))
+    assert_bit_equal(full_tensors(one), full_tensors(many))
     load_export(many)
 
 
@@ -104,13 +105,13 @@ def test_bf16(trained: Get, tmp_path: Path) -> None:
     source = open_source(trained("plain").path)
     difference = export(source, tmp_path / "out", dtype="bf16", report=ProgressBar())
     assert 0 < difference < 0.05
-    for name, value in whole(tmp_path / "out").items():
-        assert torch.equal(value, source.whole(name).bfloat16().float())
+    for name, value in full_tensors(tmp_path / "out").items():
+        assert torch.equal(value, source.full_tensor(name).bfloat16().float())
     assert load_export(tmp_path / "out").get_parameter("head.linear.weight").dtype == torch.bfloat16
 
 
-def test_it_loads_with_torch_and_safetensors_alone(trained: Get, tmp_path: Path) -> None:
-    """The lines of its own README, where this package cannot be imported."""
+def test_loads_with_torch_and_safetensors_alone(trained: Get, tmp_path: Path) -> None:
+    """Run the code of the export's README where hg_scale cannot be imported."""
     folder = exported(trained("plain"), tmp_path / "out", shard_bytes=30_000)
     readme = (folder / "README.md").read_text()
     lines = readme.split("## With torch and safetensors alone")[1].split("```")[1]
@@ -134,7 +135,7 @@ def test_reading_needs_no_cluster_library(trained: Get, tmp_path: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_the_card_and_the_config(trained: Get, tmp_path: Path) -> None:
+def test_model_card_and_config(trained: Get, tmp_path: Path) -> None:
     folder = exported(trained("zero3"), tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
     assert (config["step"], config["precision"], config["tokenizer"]) == (2, "fp32", None)
@@ -142,17 +143,19 @@ def test_the_card_and_the_config(trained: Get, tmp_path: Path) -> None:
     assert Hourglass(parse_config({"model": config["model"]}).model)
     assert str(tmp_path) not in (folder / "config.json").read_text()
     readme = (folder / "README.md").read_text()
-    assert "have 64 rows, those past 61 are padding" in readme
+    assert "have 64 rows, of which those after the first 61 are padding" in readme
 
 
-def test_what_is_there_is_not_overwritten(trained: Get, tmp_path: Path) -> None:
+def test_existing_folder_is_not_overwritten(trained: Get, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match="out: exists already"):
         exported(trained("plain"), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_full_disk(trained: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_nothing(
+    trained: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -163,7 +166,7 @@ def test_a_full_disk(trained: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 class Killed(ProgressBar):
-    """Kills this process halfway."""
+    """Kills this process at the first progress report."""
 
     def advance(self, count: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -173,7 +176,7 @@ def export_and_die(checkpoint: Path, out: Path) -> None:
     export(open_source(checkpoint), out, report=Killed())
 
 
-def test_a_kill_leaves_nothing_that_looks_whole(trained: Get, tmp_path: Path) -> None:
+def test_kill_leaves_nothing_that_looks_complete(trained: Get, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code = "import sys; from pathlib import Path\n" + (
         "from tests.convert.test_export import export_and_die\n"
@@ -186,7 +189,7 @@ def test_a_kill_leaves_nothing_that_looks_whole(trained: Get, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_weights_that_are_not_finite_are_not_exported(trained: Get, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_refused(trained: Get, tmp_path: Path) -> None:
     class Broken(type(open_source(trained("plain").path))):  # type: ignore[misc]
         def _read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
             value = super()._read(name, kind, start, stop)
@@ -197,9 +200,9 @@ def test_weights_that_are_not_finite_are_not_exported(trained: Get, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda out: (out / "config.json").unlink(), "does not say which model it is of"),
-    "half a config": (
+CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda out: (out / "config.json").unlink(), "does not contain its model"),
+    "truncated config": (
         lambda out: (out / "config.json").write_text('{"model": '), "cannot be read"),
     "another model": (
         lambda out: edit(out, lambda model: model.update(d_ff=96)),
@@ -209,10 +212,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "pre.1.attention_norm.weight is missing"),
     "a shallower model": (
         lambda out: edit(out, lambda model: model.update(hierarchy="1@1 1@3 1@1")),
-        "the model has no use for level0.stack.1"),
-    "a faulty model": (
+        "the model has no parameter level0.stack.1"),
+    "an invalid model": (
         lambda out: edit(out, lambda model: model.update(d_model=33)), "model.*heads"),
-    "cut short": (
+    "truncated": (
         lambda out: os.truncate(out / "model.safetensors", 5000), "cannot be read"),
     "a pickle": (
         lambda out: torch.save({}, out / "model.safetensors"), "cannot be read"),
@@ -225,13 +228,13 @@ def edit(out: Path, change: Callable[[dict[str, object]], None]) -> None:
     (out / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("fault", DAMAGE)
-def test_a_damaged_export_is_refused_in_a_line(
-    trained: Get, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_corrupt_export_is_refused_in_one_line(
+    trained: Get, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    damage, message = DAMAGE[fault]
+    corrupt, message = CORRUPTIONS[kind]
     out = exported(trained("plain"), tmp_path / "out")
-    damage(out)
+    corrupt(out)
     with pytest.raises(CheckpointError, match=message) as caught:
         open_source(out)
     assert "\n" not in str(caught.value)
@@ -239,10 +242,10 @@ def test_a_damaged_export_is_refused_in_a_line(
     assert not (tmp_path / "back").exists()
 
 
-def test_a_run_its_export_and_its_import_score_alike(
+def test_run_export_and_import_have_equal_bits_per_byte(
     worlds: Worlds, config: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    """Bits per byte are equal to the last digit; the import trains on."""
+    """Bits per byte are equal to the last digit, and a run can start from the import."""
     run, out, back = tmp_path / "run", tmp_path / "out", tmp_path / "back"
     assert train_in(worlds, 2, tmp_path, "--config", str(config), "--run", str(run)).code == 0
     assert main(["convert", "export", str(run), str(out)]) == 0
@@ -263,13 +266,13 @@ def test_a_run_its_export_and_its_import_score_alike(
     arguments = ["--config", str(config), "--set", f"checkpoint.start_from={back}"]
     done = train_in(worlds, 1, tmp_path, *arguments, "--run", str(again))
     assert done.code == 0
-    assert f"resumed at step 0 from {back}" in done.told
+    assert f"resumed at step 0 from {back}" in done.output
     first = json.loads((again / "metrics.jsonl").read_text().splitlines()[0])
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert first["loss"] < last[0]["loss"] - 0.1  # it does not begin where a new model does
+    assert first["loss"] < last[0]["loss"] - 0.1  # unlike a new model
 
 
-def test_an_export_is_not_scored_on_text_of_another_tokenizer(
+def test_export_is_not_evaluated_on_data_of_another_tokenizer(
     trained: Get, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = exported(trained("plain"), tmp_path / "out")
@@ -283,7 +286,7 @@ def test_an_export_is_not_scored_on_text_of_another_tokenizer(
 
 
 @pytest.mark.parametrize("verb", ["export", "to-hf"])
-def test_another_tokenizer_is_not_exported(
+def test_data_of_another_tokenizer_is_refused(
     worlds: Worlds,
     config: Path,
     corpus: Path,
@@ -291,7 +294,7 @@ def test_another_tokenizer_is_not_exported(
     capsys: pytest.CaptureFixture[str],
     verb: str,
 ) -> None:
-    """The data's folder was prepared anew since; whichever place of the manifest says so."""
+    """The corpus was prepared again since; older manifests name the tokenizer elsewhere."""
     shards, run, out = tmp_path / "shards", tmp_path / "run", tmp_path / "out"
     shutil.copytree(corpus, shards)
     sets = ["--set", f"data.path={shards}", "--set", "training.validate_every=0"]
@@ -306,8 +309,8 @@ def test_another_tokenizer_is_not_exported(
     for remove in ((), ("tokenizer",)):
         tree = {key: value for key, value in read_manifest(path).items() if key not in remove}
         (path / "manifest.json").write_text(json.dumps(seal(tree)))
-        told = open_source(path).tokenizer
-        assert told and told["vocab_size"] == 257
+        tokenizer = open_source(path).tokenizer
+        assert tokenizer and tokenizer["vocab_size"] == 257
         capsys.readouterr()
         assert main(["convert", verb, str(run), str(out)]) == 2
         line = capsys.readouterr().err
@@ -316,7 +319,7 @@ def test_another_tokenizer_is_not_exported(
         assert not out.exists()
 
 
-def test_a_tokenizer_goes_along(trained: Get, tmp_path: Path) -> None:
+def test_tokenizer_is_exported(trained: Get, tmp_path: Path) -> None:
     class Pieces:
         model = b"the model"
         eod = 2

@@ -1,4 +1,4 @@
-"""The folder for transformers: its code is our model's, its logits are our model's."""
+"""Hugging Face folders: transformers loads them without hg_scale and computes equal logits."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from hg_scale.convert.open import open_source
 from hg_scale.convert.to_checkpoint import to_checkpoint
 from hg_scale.data.progress import ProgressBar
 from hg_scale.model.hourglass import Hourglass
-from tests.convert.test_export import assert_bit_equal, whole
-from tests.convert.trained import Trained
+from tests.convert.test_export import assert_bit_equal, full_tensors
+from tests.convert.trained import TrainedCheckpoint
 from tests.training.models import random_batch
 
-Get = Callable[[str], Trained]
+Get = Callable[[str], TrainedCheckpoint]
 
 CODE = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
-model, told = AutoModelForCausalLM.from_pretrained(
+model, info = AutoModelForCausalLM.from_pretrained(
     sys.argv[1], trust_remote_code=True, output_loading_info=True)
 batch = torch.load(sys.argv[2])
 with torch.no_grad():
@@ -40,14 +40,14 @@ with torch.no_grad():
     except ValueError as error:
         refused = str(error)
 model.save_pretrained(sys.argv[3])
-missing = sorted(told["missing_keys"]) + sorted(told["unexpected_keys"])
+missing = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
 torch.save((out.logits, float(out.loss), written, missing, refused,
             sorted(m for m in sys.modules if m.split(".")[0] in ("hg_scale", "pydantic_core"))),
            sys.argv[4])
 """
 
 
-def test_the_bundle_needs_nothing_of_ours() -> None:
+def test_bundle_imports_neither_hg_scale_nor_pydantic() -> None:
     text = bundle("1.2.3")
     assert "hg_scale 1.2.3" in text
     assert "import hg_scale" not in text and "from hg_scale" not in text
@@ -56,7 +56,7 @@ def test_the_bundle_needs_nothing_of_ours() -> None:
 
 
 @pytest.mark.parametrize("kind", ["tp2pp2", "zero3"])
-def test_transformers_computes_the_same(trained: Get, tmp_path: Path, kind: str) -> None:
+def test_transformers_computes_equal_logits(trained: Get, tmp_path: Path, kind: str) -> None:
     pytest.importorskip("transformers")
     folder, saved, batch = tmp_path / "hf", tmp_path / "saved", tmp_path / "batch.pt"
     source = open_source(trained(kind).path)
@@ -64,17 +64,17 @@ def test_transformers_computes_the_same(trained: Get, tmp_path: Path, kind: str)
     config = parse_config(trained(kind).tree)
     ids = random_batch(config, 7)[:, :-1]
     torch.save(ids, batch)
-    # Isolated, and away from the repository: the folder has to do alone.
+    # Isolated and outside the repository: the folder must suffice.
     done = subprocess.run(
         [sys.executable, "-I", "-c", CODE, *map(str, (folder, batch, saved, tmp_path / "out.pt"))],
         cwd=tmp_path, capture_output=True, text=True, timeout=200,
         env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    logits, loss, written, missing, refused, ours = torch.load(tmp_path / "out.pt")
-    assert (missing, ours) == ([], [])
+    logits, loss, generated, missing, refused, imported = torch.load(tmp_path / "out.pt")
+    assert (missing, imported) == ([], [])
     model = Hourglass(config.model).eval()
-    model.load_state_dict(whole(trained(kind).path))
+    model.load_state_dict(full_tensors(trained(kind).path))
     with torch.no_grad():
         expected = model(ids)[..., : config.model.vocab_size]
         text = ids[:, :5]
@@ -84,15 +84,15 @@ def test_transformers_computes_the_same(trained: Get, tmp_path: Path, kind: str)
     assert (logits - expected).abs().max() <= 1e-5
     losses = torch.nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert loss == pytest.approx(float(losses), rel=1e-5)
-    assert torch.equal(written, text)
+    assert torch.equal(generated, text)
     assert "padding on the left is not supported" in refused
-    for path in (folder, saved):  # what transformers saved after a fine-tune comes back too
+    for path in (folder, saved):  # what `save_pretrained` wrote can be imported as well
         back = tmp_path / f"back-{path.name}"
         to_checkpoint(open_source(path), back, report=ProgressBar())
-        assert_bit_equal(whole(back), whole(trained(kind).path))
+        assert_bit_equal(full_tensors(back), full_tensors(trained(kind).path))
 
 
-def test_its_config_says_what_transformers_asks(trained: Get, tmp_path: Path) -> None:
+def test_config_has_the_keys_of_transformers(trained: Get, tmp_path: Path) -> None:
     source = open_source(trained("zero3").path)
     to_huggingface(source, tmp_path / "hf", dtype="bf16", report=ProgressBar())
     config = json.loads((tmp_path / "hf" / "config.json").read_text())

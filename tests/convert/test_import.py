@@ -1,4 +1,4 @@
-"""What comes from elsewhere: golden files, averages, and every file that could hold a pickle."""
+"""Imports of golden files and averages, and of every file that could contain a pickle."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from hg_scale.convert.export import export, load_export
 from hg_scale.convert.open import open_source
 from hg_scale.convert.to_checkpoint import to_checkpoint
 from hg_scale.data.progress import ProgressBar
-from tests.convert.test_export import whole
-from tests.convert.trained import Trained
+from tests.convert.test_export import full_tensors
+from tests.convert.trained import TrainedCheckpoint
 from tests.convert.verified import verify
 from tests.golden import BOUND, read_golden
 from tests.reference_model import make_file
 from tests.shared import SHARED
 from tests.test_golden import CASES
 
-Get = Callable[[str], Trained]
+Get = Callable[[str], TrainedCheckpoint]
 
 
 @pytest.fixture(scope="module")
 def golden_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """New ones, and those of the reference implementation where they are at hand."""
+    """Generated ones, and those of the reference implementation if available."""
     folder = tmp_path_factory.mktemp("golden")
     names = ("flat", "three levels, linear", "attention+linear up", "two heads, odd vocabulary")
     made = [make_file(folder / f"{n}.npz", CASES[name], seed=n) for n, name in enumerate(names)]
@@ -49,38 +49,38 @@ def test_golden_import_export_is_bit_equal(golden_files: list[Path], tmp_path: P
         verify(tmp_path / name / "in")
         out = tmp_path / name / "out"
         export(open_source(tmp_path / name / "in"), out, report=ProgressBar())
-        for key, value in whole(out).items():
+        for key, value in full_tensors(out).items():
             assert torch.equal(value, torch.from_numpy(golden.weights[key].copy())), (name, key)
 
 
-def test_a_golden_export_computes_the_golden_logits(
+def test_exported_golden_file_computes_the_golden_logits(
     golden_files: list[Path], tmp_path: Path
 ) -> None:
     for path in golden_files:
         golden = read_golden(path)
         export(open_source(path), tmp_path / path.stem, report=ProgressBar())
         with torch.no_grad():
-            whole = load_export(tmp_path / path.stem)(golden.ids)
-        ours = whole[..., : golden.model.vocab_size].numpy()
-        assert np.abs(ours - golden.logits).max() <= BOUND, path
+            padded = load_export(tmp_path / path.stem)(golden.ids)
+        logits = padded[..., : golden.model.vocab_size].numpy()
+        assert np.abs(logits - golden.logits).max() <= BOUND, path
 
 
-def test_an_average(trained: Get, tmp_path: Path) -> None:
+def test_average_is_the_mean_of_the_weights(trained: Get, tmp_path: Path) -> None:
     first, second = open_source(trained("plain").path), open_source(trained("tp2pp2").path)
     to_checkpoint(AverageSource([first, second, second]), tmp_path / "out", report=ProgressBar())
-    for name, value in whole(tmp_path / "out").items():
-        mean = (first.whole(name).double() + 2 * second.whole(name).double()) / 3
+    for name, value in full_tensors(tmp_path / "out").items():
+        mean = (first.full_tensor(name).double() + 2 * second.full_tensor(name).double()) / 3
         assert torch.equal(value, mean.float())
 
 
-def test_an_average_of_different_models_is_refused(trained: Get) -> None:
+def test_average_of_different_models_is_refused(trained: Get) -> None:
     sources = [open_source(trained(kind).path) for kind in ("plain", "zero3")]
     with pytest.raises(CheckpointError, match="of different models: model.hierarchy"):
         AverageSource(sources)
 
 
 class Hostile:
-    """Unpickled by anything less than careful, it leaves a file."""
+    """Creates a file when it is unpickled without restrictions."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -89,8 +89,8 @@ class Hostile:
         return os.system, (f"touch {self.mark}",)
 
 
-def plant_universal(file: str) -> Callable[[Path, Trained, Hostile], Path]:
-    def plant(folder: Path, trained: Trained, hostile: Hostile) -> Path:
+def plant_universal(file: str) -> Callable[[Path, TrainedCheckpoint, Hostile], Path]:
+    def plant(folder: Path, trained: TrainedCheckpoint, hostile: Hostile) -> Path:
         out = folder / "universal"
         assert main(["convert", "to-deepspeed", str(trained.path), str(out)]) == 0
         (path,) = sorted(out.glob(f"*/{file}"))[:1]
@@ -100,24 +100,24 @@ def plant_universal(file: str) -> Callable[[Path, Trained, Hostile], Path]:
     return plant
 
 
-def plant_bin(folder: Path, trained: Trained, hostile: Hostile) -> Path:
+def plant_bin(folder: Path, trained: TrainedCheckpoint, hostile: Hostile) -> Path:
     torch.save({"head.linear.bias": hostile}, folder / "pytorch_model.bin")
     return folder / "pytorch_model.bin"
 
 
-def plant_raw_pickle(folder: Path, trained: Trained, hostile: Hostile) -> Path:
-    """Not torch's archive, but a bare pickle, as its oldest files were."""
+def plant_raw_pickle(folder: Path, trained: TrainedCheckpoint, hostile: Hostile) -> Path:
+    """Write a bare pickle instead of torch's zip archive."""
     (folder / "model.pt").write_bytes(pickle.dumps(hostile))
     return folder / "model.pt"
 
 
-def plant_old_torch_file(folder: Path, trained: Trained, hostile: Hostile) -> Path:
+def plant_old_torch_file(folder: Path, trained: TrainedCheckpoint, hostile: Hostile) -> Path:
     path = folder / "old.bin"
     torch.save({"a": hostile}, path, _use_new_zipfile_serialization=False)
     return path
 
 
-def plant_sharded_bin(folder: Path, trained: Trained, hostile: Hostile) -> Path:
+def plant_sharded_bin(folder: Path, trained: TrainedCheckpoint, hostile: Hostile) -> Path:
     torch.save({"head.linear.bias": hostile}, folder / "pytorch_model-00001-of-00001.bin")
     (folder / "pytorch_model.bin.index.json").write_text(
         '{"weight_map": {"head.linear.bias": "pytorch_model-00001-of-00001.bin"}}'
@@ -125,31 +125,31 @@ def plant_sharded_bin(folder: Path, trained: Trained, hostile: Hostile) -> Path:
     return folder
 
 
-def plant_safetensors(folder: Path, trained: Trained, hostile: Hostile) -> Path:
+def plant_safetensors(folder: Path, trained: TrainedCheckpoint, hostile: Hostile) -> Path:
     torch.save({"a": hostile}, folder / "model.safetensors")
     return folder / "model.safetensors"
 
 
-def plant_golden(folder: Path, trained: Trained, hostile: Hostile) -> Path:
+def plant_golden(folder: Path, trained: TrainedCheckpoint, hostile: Hostile) -> Path:
     np.savez(folder / "golden.npz", config=np.array([hostile], dtype=object))
     return folder / "golden.npz"
 
 
-def plant_checkpoint(folder: Path, trained: Trained, hostile: Hostile) -> Path:
+def plant_checkpoint(folder: Path, trained: TrainedCheckpoint, hostile: Hostile) -> Path:
     out = Path(shutil.copytree(trained.path, folder / "checkpoint"))
     torch.save({"a": hostile}, out / "manifest.json")
     return out
 
 
 PLANTS = {
-    "fp32.pt": (plant_universal("zero/head.linear.bias/fp32.pt"), "refused, nothing of it was run"),
+    "fp32.pt": (plant_universal("zero/head.linear.bias/fp32.pt"), "refused, nothing was executed"),
     "exp_avg.pt": (
         plant_universal("zero/head.linear.bias/exp_avg.pt"),
-        r"refused, nothing of it was run: it asks for \w+.system"),
+        r"refused, nothing was executed: it refers to \w+.system"),
     "exp_avg_sq.pt": (plant_universal("zero/head.linear.bias/exp_avg_sq.pt"), "refused"),
     "step.pt": (plant_universal("zero/position_bias.u/step.pt"), "refused"),
     "model states": (plant_universal("mp_rank_00_model_states.pt"), "refused"),
-    "state dict": (plant_bin, "refused, nothing of it was run"),
+    "state dict": (plant_bin, "refused, nothing was executed"),
     "state dict in parts": (plant_sharded_bin, "refused"),
     "bare pickle": (plant_raw_pickle, "model.pt: (refused|cannot be read)"),
     "old torch file": (plant_old_torch_file, "old.bin: (refused|cannot be read)"),
@@ -160,7 +160,7 @@ PLANTS = {
 
 
 @pytest.mark.parametrize("kind", PLANTS)
-def test_a_hostile_pickle_is_refused_and_not_run(
+def test_planted_pickle_is_not_executed(
     trained: Get, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     plant, message = PLANTS[kind]
@@ -171,15 +171,15 @@ def test_a_hostile_pickle_is_refused_and_not_run(
     config.write_text(json.dumps(trained("plain").tree))
     capsys.readouterr()
     assert main(["convert", "from-deepspeed", str(path), str(out), "--config", str(config)]) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert re.search(message, told), told
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert re.search(message, line), line
     assert not mark.exists()
     assert not out.exists()
 
 
-def test_the_plant_does_bite(tmp_path: Path) -> None:
-    """The pickle is one that runs where it is read without care."""
+def test_planted_pickle_is_executed_by_an_unrestricted_load(tmp_path: Path) -> None:
+    """The plants of the test above are real: torch.load without `weights_only` executes them."""
     torch.save({"a": Hostile(tmp_path / "mark")}, tmp_path / "file.bin")
     torch.load(tmp_path / "file.bin", weights_only=False)
     assert (tmp_path / "mark").exists()

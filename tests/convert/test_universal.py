@@ -1,4 +1,4 @@
-"""DeepSpeed's formats, both ways, against DeepSpeed itself."""
+"""DeepSpeed's formats in both directions, tested with DeepSpeed itself."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from hg_scale.config.read import merge
 from hg_scale.convert.deepspeed_files import ConsolidatedSource, UniversalSource
 from hg_scale.convert.open import open_checkpoint, open_source
 from hg_scale.convert.to_checkpoint import to_checkpoint
-from hg_scale.convert.universal import cut_dimensions, to_deepspeed
+from hg_scale.convert.universal import tensor_parallel_dims, to_deepspeed
 from hg_scale.data.progress import ProgressBar
-from tests.convert.test_export import assert_bit_equal, whole
-from tests.convert.trained import AFTER, LAYOUTS, RATE, STEPS, Trained, engine_of, train
+from tests.convert.test_export import assert_bit_equal, full_tensors
+from tests.convert.trained import AFTER, LAYOUTS, RATE, STEPS, TrainedCheckpoint, engine_of, train
 from tests.convert.verified import verify
 from tests.training.models import BY_LEVEL, PAPER, layout, random_batch
 from tests.world import Worlds
 
-Get = Callable[[str], Trained]
+Get = Callable[[str], TrainedCheckpoint]
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +44,10 @@ def universal(trained: Get, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_there_and_back_is_bit_equal(
+def test_round_trip_is_bit_equal(
     trained: Get, universal: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:
-    """Weights, moments, counters and data position."""
+    """Weights, moments, counters and data position are equal."""
     to_checkpoint(open_source(universal(kind)), tmp_path / "back", report=ProgressBar())
     verify(tmp_path / "back")
     first, second = CheckpointReader(trained(kind).path), CheckpointReader(tmp_path / "back")
@@ -56,10 +56,11 @@ def test_there_and_back_is_bit_equal(
     assert first.manifest["config"]["model"] == second.manifest["config"]["model"]
     for name in first.shapes:
         for part in KINDS:
-            assert torch.equal(first.whole(name, part), second.whole(name, part)), (name, part)
+            a, b = first.full_tensor(name, part), second.full_tensor(name, part)
+            assert torch.equal(a, b), (name, part)
 
 
-def megatron_cuts(trees: list[dict[str, Any]]) -> list[dict[str, int | None]]:
+def megatron_dims(trees: list[dict[str, Any]]) -> list[dict[str, int | None]]:
     from hg_scale.model.hourglass import Hourglass
     from hg_scale.model.sharding import shard_of
     from hg_scale.parallel.mesh import make_mesh
@@ -73,15 +74,15 @@ def megatron_cuts(trees: list[dict[str, Any]]) -> list[dict[str, int | None]]:
     return found
 
 
-def test_cuts_are_where_megatron_cuts(worlds: Worlds) -> None:
+def test_sharded_dimensions_are_those_of_megatron(worlds: Worlds) -> None:
     trees = [layout(PAPER, 2), layout(PAPER, 2, pooling="attention+linear", upsampling="linear"),
              layout(BY_LEVEL, 2)]  # fmt: skip
-    for tree, expected in zip(trees, worlds.run(2, megatron_cuts, trees)[0], strict=True):
-        assert cut_dimensions(parse_config(tree).model) == expected
+    for tree, expected in zip(trees, worlds.run(2, megatron_dims, trees)[0], strict=True):
+        assert tensor_parallel_dims(parse_config(tree).model) == expected
 
 
 def plain_deepspeed(tree: dict[str, Any], universal: Path, stage: int, bf16: bool) -> list[float]:
-    """DeepSpeed's own interface around the plain model: load, then train on."""
+    """Load with DeepSpeed's own interface around the plain model, and continue training."""
     import deepspeed
 
     from hg_scale.model.hourglass import Hourglass
@@ -109,7 +110,7 @@ def plain_deepspeed(tree: dict[str, Any], universal: Path, stage: int, bf16: boo
     engine.load_checkpoint(str(universal))
     assert engine.global_steps == STEPS
     if stage == 3:
-        # DeepSpeed gives all partitions one step counter, which each then counts up.
+        # DeepSpeed gives all parameter groups one step counter, which each of them increments.
         for state in optimizer.state.values():
             state["step"] = state["step"].clone()
     losses = []
@@ -127,18 +128,18 @@ def plain_deepspeed(tree: dict[str, Any], universal: Path, stage: int, bf16: boo
 @pytest.mark.parametrize(
     ("world", "stage", "bf16"), [(1, 1, False), (2, 1, True), (2, 2, False), (2, 3, False)]
 )
-def test_plain_deepspeed_goes_on(
+def test_plain_deepspeed_resumes(
     worlds: Worlds, trained: Get, universal: Callable[[str], Path], world: int, stage: int,
     bf16: bool,
 ) -> None:  # fmt: skip
-    """From TP2 x PP2 to data-parallel layouts, with the losses of the undisturbed run."""
+    """From TP2 x PP2 to data-parallel layouts, with the losses of the uninterrupted run."""
     source = trained("tp2pp2")
     losses = worlds.run(world, plain_deepspeed, source.tree, universal("tp2pp2"), stage, bf16)[0]
     assert losses == pytest.approx(source.losses, rel=1e-2 if bf16 else 1e-4)
 
 
-def our_engine(tree: dict[str, Any], universal: Path) -> list[float]:
-    """Our model, cut as `tree` says, loaded by DeepSpeed."""
+def train_own_engine(tree: dict[str, Any], universal: Path) -> list[float]:
+    """Load with DeepSpeed into hg_scale's engine, in the layout of `tree`, and train."""
     engine, config = engine_of(tree)
     engine.deepspeed.load_checkpoint(str(universal))
     return train(engine, config, STEPS + 1, AFTER)
@@ -147,19 +148,19 @@ def our_engine(tree: dict[str, Any], universal: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("kind", "tensor", "pipeline", "world"), [("plain", 2, 2, 4), ("zero3", 2, 1, 4)]
 )
-def test_deepspeed_loads_it_in_slices_and_stages(
+def test_deepspeed_loads_into_tensor_and_pipeline_parallel_engines(
     worlds: Worlds, trained: Get, universal: Callable[[str], Path], kind: str, tensor: int,
     pipeline: int, world: int,
 ) -> None:  # fmt: skip
     source = trained(kind)
     tree = layout(LAYOUTS[kind][-1], tensor, pipeline, 1)
     tree = merge(tree, {"deepspeed": {"checkpoint": {"load_universal": True}}})
-    losses = worlds.run(world, our_engine, tree, universal(kind))[0]
+    losses = worlds.run(world, train_own_engine, tree, universal(kind))[0]
     assert losses == pytest.approx(source.losses, rel=1e-4)
 
 
 def deepspeed_writes(tree: dict[str, Any], folder: Path) -> None:
-    """A DeepSpeed checkpoint of its own, made universal and consolidated by its own tools."""
+    """Write a native DeepSpeed checkpoint, and convert it with DeepSpeed's own tools."""
     from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
@@ -167,7 +168,7 @@ def deepspeed_writes(tree: dict[str, Any], folder: Path) -> None:
 
     engine, config = engine_of(tree)
     train(engine, config, 1, STEPS)
-    save_state(engine, folder / "ours", TrainingProgress(STEPS, 17, 0), config)
+    save_state(engine, folder / "checkpoints", TrainingProgress(STEPS, 17, 0), config)
     engine.deepspeed.save_checkpoint(str(folder / "native"), tag="tag")
     if dist.get_rank() == 0:
         arguments = argparse.Namespace(
@@ -189,33 +190,34 @@ def deepspeed_writes(tree: dict[str, Any], folder: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_what_deepspeed_wrote_is_read(worlds: Worlds, tmp_path: Path, stage: int) -> None:
-    """The universal folder with its moments, and the fp32 weights in each of their forms."""
+def test_files_written_by_deepspeed_are_read(worlds: Worlds, tmp_path: Path, stage: int) -> None:
+    """The universal folder with its moments, and consolidated fp32 weights in each format."""
     tree = layout(BY_LEVEL, 1, 1, stage)
     worlds.run(2, deepspeed_writes, tree, tmp_path)
     model = parse_config(tree).model
-    ours = CheckpointReader(tmp_path / "ours" / f"step-{STEPS:08}")
-    with pytest.raises(CheckpointError, match="which model it is of; from-deepspeed --config"):
+    checkpoint = CheckpointReader(tmp_path / "checkpoints" / f"step-{STEPS:08}")
+    with pytest.raises(CheckpointError, match="its model; use from-deepspeed --config"):
         open_source(tmp_path / "universal")
     universal = open_source(tmp_path / "universal", model)
     assert isinstance(universal, UniversalSource)
     assert universal.kinds == KINDS
     assert (universal.step, universal.optimizer_step) == (STEPS, STEPS)
     for kind in KINDS:
-        expected = {name: ours.whole(name, kind) for name in universal.shapes}
-        assert_bit_equal({name: universal.whole(name, kind) for name in universal.shapes}, expected)
+        expected = {name: checkpoint.full_tensor(name, kind) for name in universal.shapes}
+        found = {name: universal.full_tensor(name, kind) for name in universal.shapes}
+        assert_bit_equal(found, expected)
     to_checkpoint(universal, tmp_path / "back", report=ProgressBar())
     assert CheckpointReader(tmp_path / "back").manifest["optimizer_step"] == STEPS
-    weights = {name: ours.whole(name) for name in universal.shapes}
+    weights = {name: checkpoint.full_tensor(name) for name in universal.shapes}
     for form in ("fp32-False", "fp32-True", "fp32-one", "fp32-one/pytorch_model.bin"):
         source = open_source(tmp_path / form, model)
         assert isinstance(source, ConsolidatedSource)
-        assert_bit_equal({name: source.whole(name) for name in source.shapes}, weights)
+        assert_bit_equal({name: source.full_tensor(name) for name in source.shapes}, weights)
 
 
-def test_a_vocabulary_without_padding_gets_its_rows(trained: Get, tmp_path: Path) -> None:
-    """Others strip the padding; its rows, which no id and no label ever meets, become zeros."""
-    weights = whole(trained("zero3").path)
+def test_missing_vocabulary_padding_becomes_zeros(trained: Get, tmp_path: Path) -> None:
+    """Other tools strip the padding; no id refers to its rows, so they become zeros."""
+    weights = full_tensors(trained("zero3").path)
     cut = {
         name: value[:61] if name in ("embedding.table.weight", "head.linear.weight") else value
         for name, value in weights.items()
@@ -224,17 +226,17 @@ def test_a_vocabulary_without_padding_gets_its_rows(trained: Get, tmp_path: Path
     source = open_source(tmp_path, parse_config(trained("zero3").tree).model)
     for name, value in weights.items():
         rows = 61 if cut[name] is not value else len(value)
-        assert torch.equal(source.whole(name)[:rows], value[:rows])
-        assert not source.whole(name)[rows:].any()
-        part = source.read(name, "fp32", 3, source.whole(name).numel())
-        assert torch.equal(part, source.whole(name).view(-1)[3:])
+        assert torch.equal(source.full_tensor(name)[:rows], value[:rows])
+        assert not source.full_tensor(name)[rows:].any()
+        part = source.read(name, "fp32", 3, source.full_tensor(name).numel())
+        assert torch.equal(part, source.full_tensor(name).view(-1)[3:])
 
 
-def test_a_wrapper_in_front_of_the_names(trained: Get, tmp_path: Path) -> None:
-    weights = whole(trained("plain").path)
+def test_prefix_of_a_wrapper_is_dropped(trained: Get, tmp_path: Path) -> None:
+    weights = full_tensors(trained("plain").path)
     torch.save({f"module.{k}": v for k, v in weights.items()}, tmp_path / "pytorch_model.bin")
     assert_bit_equal(
         weights,
-        {n: ConsolidatedSource(tmp_path, parse_config(trained("plain").tree).model).whole(n)
+        {n: ConsolidatedSource(tmp_path, parse_config(trained("plain").tree).model).full_tensor(n)
          for n in weights},
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Small trained checkpoints, one a kind of layout, shared by the tests of conversions."""
+"""Small trained checkpoints, one per layout, shared by the tests of conversions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYOUTS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedCheckpoint:
     """A checkpoint after `STEPS`, its configuration, and the losses of the steps after it."""
 
     path: Path
@@ -33,15 +33,15 @@ class Trained:
     losses: list[float]
 
 
-def make(worlds: Worlds, kind: str, folder: Path) -> Trained:
+def make(worlds: Worlds, kind: str, folder: Path) -> TrainedCheckpoint:
     tensor, pipeline, data, zero, model = LAYOUTS[kind]
     tree = layout(model, tensor, pipeline, zero)
     path, losses = worlds.run(tensor * pipeline * data, train_and_save, tree, folder)[0]
-    return Trained(path, tree, losses)
+    return TrainedCheckpoint(path, tree, losses)
 
 
 def train_and_save(tree: dict[str, Any], folder: Path) -> tuple[Path, list[float]]:
-    """Train, save, and train on."""
+    """Train, save, and continue training."""
     from hg_scale.training.state import TrainingProgress, save_state
 
     engine, config = engine_of(tree)
@@ -51,7 +51,7 @@ def train_and_save(tree: dict[str, Any], folder: Path) -> tuple[Path, list[float
 
 
 def engine_of(tree: dict[str, Any]) -> tuple[Any, Any]:
-    """Our engine in this world."""
+    """Make an engine of this world's processes."""
     from hg_scale.parallel.mesh import make_mesh
     from hg_scale.training.engine import make_engine
 
@@ -61,12 +61,12 @@ def engine_of(tree: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def train(engine: Any, config: Any, first: int, count: int) -> list[float]:
-    """Losses of the steps from `first` on."""
+    """Train `count` steps from step `first` on; return their losses."""
     mesh = engine.mesh
-    rows = slice(mesh.data_rank * engine.rows, (mesh.data_rank + 1) * engine.rows)
+    sequences = engine.local_samples
     reads = mesh.is_first_stage or mesh.is_last_stage
     losses = []
     for step in range(first, first + count):
-        batch = random_batch(config, step)[rows] if reads else None
+        batch = random_batch(config, step)[sequences] if reads else None
         losses.append(engine.train_step(batch, step, RATE).loss)
     return losses

@@ -1,4 +1,4 @@
-"""A checkpoint of any parameters, judged: `convert verify` wants those of a whole model."""
+"""Verify a checkpoint of any parameters; `convert verify` requires those of a complete model."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 import torch
 
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.find import content_damage
-from hg_scale.checkpoint.fragments import KINDS, cover_problems
+from hg_scale.checkpoint.find import verify_checksums
+from hg_scale.checkpoint.fragments import KINDS, coverage_problems
 from hg_scale.checkpoint.load import CheckpointReader
 
 
 def verify(checkpoint: Path) -> None:
-    """Raise CheckpointError naming the first file or tensor that is not as written and finite."""
-    if fault := content_damage(checkpoint):
-        raise CheckpointError(f"{checkpoint}: {fault}")
+    """Raise CheckpointError naming the first file or tensor that is corrupt or not finite."""
+    if problem := verify_checksums(checkpoint):
+        raise CheckpointError(f"{checkpoint}: {problem}")
     reader = CheckpointReader(checkpoint)
-    problems = cover_problems(f for fragments in reader.written.values() for f in fragments)
+    problems = coverage_problems(f for fragments in reader.fragments.values() for f in fragments)
     if problems:
         raise CheckpointError(f"{checkpoint}: {problems[0]}")
-    for name in reader.written:
+    for name in reader.fragments:
         for kind in KINDS:
-            if not torch.isfinite(reader.whole(name, kind)).all():
+            if not torch.isfinite(reader.full_tensor(name, kind)).all():
                 raise CheckpointError(f"{checkpoint}: {kind} of {name} is not finite")

@@ -1,4 +1,4 @@
-"""Text and images from models in memory."""
+"""Generation of text and images with models built in memory."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from hg_scale.errors import UserError
 from hg_scale.evaluation.generation import (
     Detokenizer,
     GenerationConfig,
-    Piece,
-    draw_images,
-    in_order,
-    upper_part,
-    write_texts,
+    TextChunk,
+    generate_images,
+    generate_texts,
+    in_prompt_order,
+    mask_below,
 )
 from hg_scale.evaluation.loaded_model import LoadedModel
 from hg_scale.evaluation.pictures import GAP, read_images, write_grid
@@ -39,8 +39,8 @@ from hg_scale.model.sampling import Sampling
 IMAGES = np.random.default_rng(0).integers(0, 256, (30, 4, 6, 3), np.uint8)
 
 
-def trained(index: Index, **changes: Any) -> LoadedModel:
-    """A model nobody trained, for a corpus."""
+def loaded_model(index: Index, **changes: Any) -> LoadedModel:
+    """A model with initial weights, for a corpus."""
     sizes = {"hierarchy": "1@1 1@3 1@1", "d_model": 32, "heads": 2, "d_ff": 64}
     config = ModelConfig(**{**sizes, "vocab_size": index.vocab_size, "sequence_length": 72,
                             **changes})  # fmt: skip
@@ -67,115 +67,122 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Index:
 
 
 @given(st.text())
-def test_characters_come_whole(text: str) -> None:
+def test_detokenizer_emits_complete_characters(text: str) -> None:
     """Byte by byte: no replacement character, and each character with its last byte."""
-    characters = Detokenizer(ByteTokenizer(documents=True))
-    made = ""
+    detokenizer = Detokenizer(ByteTokenizer(documents=True))
+    decoded = ""
     for number, byte in enumerate(data := text.encode()):
-        made += characters.add(byte)
-        assert data[: number + 1].startswith(made.encode())
-        assert len(data[: number + 1]) - len(made.encode()) < 4
-    assert made + characters.end() == text
+        decoded += detokenizer.add(byte)
+        assert data[: number + 1].startswith(decoded.encode())
+        assert len(data[: number + 1]) - len(decoded.encode()) < 4
+    assert decoded + detokenizer.finish() == text
 
 
-def test_a_text_cut_inside_a_character_says_so() -> None:
-    characters = Detokenizer(ByteTokenizer(documents=True))
-    assert characters.add(0xE2) + characters.add(0x82) == ""
-    assert characters.add(256) == ""  # the end of the document
-    assert characters.end() == "\N{REPLACEMENT CHARACTER}"
+def test_text_that_ends_inside_a_character_ends_with_a_replacement_character() -> None:
+    detokenizer = Detokenizer(ByteTokenizer(documents=True))
+    assert detokenizer.add(0xE2) + detokenizer.add(0x82) == ""
+    assert detokenizer.add(256) == ""  # the end of the document
+    assert detokenizer.finish() == "\N{REPLACEMENT CHARACTER}"
 
 
-def test_characters_of_pieces(tmp_path: Path) -> None:
+def test_detokenizer_decodes_sentencepiece_tokens(tmp_path: Path) -> None:
     text = "größer ▁ als 5 €, „so“ 😀.\n"
     (tmp_path / "text").write_text(text * 100)
     job = TokenizerTraining((tmp_path / "text",), tmp_path / "tok.model", 290, "bpe")
     train_tokenizer(job, ProgressBar())
     tokenizer = SentencePieceTokenizer.read(job.output, documents=True)
-    characters = Detokenizer(tokenizer)
-    pieces = [characters.add(token) for token in tokenizer.encode(text + "↯").tolist()]
-    assert "".join(pieces) + characters.end() == text + "↯"
-    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+    detokenizer = Detokenizer(tokenizer)
+    decoded = [detokenizer.add(token) for token in tokenizer.encode(text + "↯").tolist()]
+    assert "".join(decoded) + detokenizer.finish() == text + "↯"
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(decoded)
 
 
-def test_control_characters_do_not_reach_a_terminal() -> None:
+def test_control_characters_are_made_visible() -> None:
     assert printable("a\x1b[2J\tb\n\x7fä") == "a␛[2J\tb\n␡ä"
 
 
-def test_texts_come_one_after_the_other() -> None:
-    made = [Piece(1, "x"), Piece(0, "a"), Piece(1, "y", True), Piece(0, "b"), Piece(2, "u"),
-            Piece(0, "c", True), Piece(2, "v", True)]  # fmt: skip
-    ordered = in_order(iter(made))
-    assert next(ordered) == Piece(0, "a")  # as it is made
-    assert "".join(piece.text for piece in ordered) == "bcxyuv"
+def test_in_prompt_order_yields_one_text_after_the_other() -> None:
+    chunks = [
+        TextChunk(1, "x"), TextChunk(0, "a"), TextChunk(1, "y", True), TextChunk(0, "b"),
+        TextChunk(2, "u"), TextChunk(0, "c", True), TextChunk(2, "v", True),
+    ]  # fmt: skip
+    ordered = in_prompt_order(iter(chunks))
+    assert next(ordered) == TextChunk(0, "a")  # without waiting for the rest
+    assert "".join(chunk.text for chunk in ordered) == "bcxyuv"
 
 
-def texts(model: LoadedModel, prompts: list[bytes], how: GenerationConfig) -> list[str]:
-    made = [""] * len(prompts)
-    for piece in write_texts(model, prompts, how):
-        made[piece.row] += piece.text
-    return made
+def texts(model: LoadedModel, prompts: list[bytes], config: GenerationConfig) -> list[str]:
+    generated = [""] * len(prompts)
+    for chunk in generate_texts(model, prompts, config):
+        generated[chunk.row] += chunk.text
+    return generated
 
 
-def test_texts_do_not_depend_on_the_batch(documents: Index) -> None:
-    model, prompts = trained(documents), [b"", b"the", b"a quick brown", "größe".encode(), b"the"]
+def test_texts_do_not_depend_on_the_batch_size(documents: Index) -> None:
+    model, prompts = (
+        loaded_model(documents),
+        [b"", b"the", b"a quick brown", "größe".encode(), b"the"],
+    )
     one, three, all_ = (
         texts(model, prompts, GenerationConfig(Sampling(0.9, top_p=0.95), 90, seed=3, batch=batch))
         for batch in (1, 3, 5)
     )
     assert one == three == all_
-    assert one[1] != one[4]  # the same prompt again is another text
+    assert one[1] != one[4]  # a repeated prompt gives another text
     other = texts(model, prompts, GenerationConfig(Sampling(0.9, top_p=0.95), 90, seed=4))
     assert other[0] != one[0]
 
 
-def test_a_text_ends_with_its_document(documents: Index) -> None:
-    """A model that says nothing but the end of the document."""
-    model = trained(documents)
+def test_text_ends_at_the_end_of_document_token(documents: Index) -> None:
+    """A model that predicts nothing but the end of the document."""
+    model = loaded_model(documents)
     model.model.get_parameter("head.linear.bias").data[256] = 1e4
-    pieces = list(write_texts(model, [b"the", b""], GenerationConfig(Sampling(), 50)))
-    assert pieces == [Piece(0, "", True), Piece(1, "", True)]
+    chunks = list(generate_texts(model, [b"the", b""], GenerationConfig(Sampling(), 50)))
+    assert chunks == [TextChunk(0, "", True), TextChunk(1, "", True)]
 
 
-def test_ids_that_are_no_tokens_are_not_drawn(documents: Index) -> None:
-    model = trained(documents, vocab_size=320)
+def test_padded_vocabulary_ids_are_not_sampled(documents: Index) -> None:
+    model = loaded_model(documents, vocab_size=320)
     model.model.get_parameter("head.linear.bias").data[257:] = 1e4
     assert len(texts(model, [b"a"], GenerationConfig(Sampling(), 20))[0]) > 0
 
 
 @pytest.mark.parametrize("kept", [0, 2])
-def test_images_keep_what_is_given(pictures: Index, kept: int) -> None:
-    model = trained(pictures)
-    given = [image[:kept].reshape(-1) for image in IMAGES[:3]]
-    steps = list(draw_images(model, given, GenerationConfig(Sampling(), 0, batch=2)))
+def test_images_keep_their_prefix(pictures: Index, kept: int) -> None:
+    model = loaded_model(pictures)
+    prefixes = [image[:kept].reshape(-1) for image in IMAGES[:3]]
+    steps = list(generate_images(model, prefixes, GenerationConfig(Sampling(), 0, batch=2)))
     assert len(steps) == 3 * (72 - kept * 18)
-    made = {row: image for row, image in steps if image is not None}
-    assert sorted(made) == [0, 1, 2]
-    for row, image in made.items():
+    images = {row: image for row, image in steps if image is not None}
+    assert sorted(images) == [0, 1, 2]
+    for row, image in images.items():
         assert image.shape == (4, 6, 3) and (image[:kept] == IMAGES[row][:kept]).all()
         assert (image[kept:] != IMAGES[row][kept:]).any()
 
 
-def test_each_kind_of_corpus_has_its_way(documents: Index, pictures: Index) -> None:
-    with pytest.raises(UserError, match="holds images"):
-        next(write_texts(trained(pictures), [b""], GenerationConfig(Sampling(), 1)))
-    with pytest.raises(UserError, match="holds text"):
-        next(draw_images(trained(documents), [IMAGES[0]], GenerationConfig(Sampling(), 1)))
+def test_generation_of_the_wrong_kind_is_refused(documents: Index, pictures: Index) -> None:
+    with pytest.raises(
+        UserError, match="contains images, so no text can be generated; generate images with"
+    ):
+        next(generate_texts(loaded_model(pictures), [b""], GenerationConfig(Sampling(), 1)))
+    with pytest.raises(UserError, match="contains text"):
+        next(generate_images(loaded_model(documents), [IMAGES[0]], GenerationConfig(Sampling(), 1)))
 
 
-def test_images_from_files_and_a_page_of_them(tmp_path: Path) -> None:
+def test_images_are_read_from_files_and_written_as_a_grid(tmp_path: Path) -> None:
     for number in range(2):
         Image.fromarray(IMAGES[number]).save(tmp_path / f"{number}.png")
     np.save(tmp_path / "more.npy", IMAGES[2:5])
     paths = [tmp_path / "0.png", tmp_path / "1.png", tmp_path / "more.npy"]
     images = read_images(paths, (4, 6, 3), 9)
     assert (np.stack(images) == IMAGES[:5]).all()
-    write_grid(tmp_path / "page.png", [images[:2], [images[2], upper_part(images[3], 1)]])
+    write_grid(tmp_path / "page.png", [images[:2], [images[2], mask_below(images[3], 1)]])
     page = np.asarray(Image.open(tmp_path / "page.png"))
-    scale = 10  # 64 pixels // 6
-    assert page.shape == (2 * (4 * scale + GAP) + GAP, 2 * (6 * scale + GAP) + GAP, 3)
-    top, left = GAP + 4 * scale + GAP, GAP + 6 * scale + GAP
-    assert (page[GAP : GAP + 40 : scale, left : left + 60 : scale] == IMAGES[1]).all()
-    part = page[top : top + 40 : scale, left : left + 60 : scale]
+    zoom = 10  # 64 pixels // 6
+    assert page.shape == (2 * (4 * zoom + GAP) + GAP, 2 * (6 * zoom + GAP) + GAP, 3)
+    top, left = GAP + 4 * zoom + GAP, GAP + 6 * zoom + GAP
+    assert (page[GAP : GAP + 40 : zoom, left : left + 60 : zoom] == IMAGES[1]).all()
+    part = page[top : top + 40 : zoom, left : left + 60 : zoom]
     assert (part[:1] == IMAGES[3][:1]).all() and (part[1:] == 128).all()
 
 
@@ -183,18 +190,18 @@ def test_images_from_files_and_a_page_of_them(tmp_path: Path) -> None:
     ("name", "message"),
     [("none.png", "cannot be read"), ("text.txt", "not an image"), ("large.npy", "has shape")],
 )
-def test_what_is_no_image_of_the_model(tmp_path: Path, name: str, message: str) -> None:
+def test_unusable_images_are_refused(tmp_path: Path, name: str, message: str) -> None:
     np.save(tmp_path / "large.npy", np.zeros((1, 8, 8), np.uint8))
     with pytest.raises(UserError, match=message):
         read_images([tmp_path / name], (4, 6, 3), 9)
 
 
-def test_no_more_images_than_a_page_shows(tmp_path: Path) -> None:
+def test_too_many_images_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "many.npy", np.zeros((10, 4, 6, 3), np.uint8))
-    with pytest.raises(UserError, match="more than 9 images; give a file of those"):
+    with pytest.raises(UserError, match="more than 9 images; give a file with fewer"):
         read_images([tmp_path / "many.npy"], (4, 6, 3), 9)
 
 
-def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
+def test_unwritable_grid_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
         write_grid(tmp_path / "no" / "page.png", [[IMAGES[0]]])

@@ -1,4 +1,4 @@
-"""The field's harness on our models: its numbers are ours."""
+"""The lm-eval adapter: its numbers equal those of `hg-scale evaluate`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytest.importorskip("lm_eval")
 
 
 @pytest.fixture(scope="module")
-def trained() -> LoadedModel:
+def loaded() -> LoadedModel:
     config = ModelConfig(
         hierarchy="1@1 1@2 1@1", d_model=32, heads=2, d_ff=64, sequence_length=32, vocab_size=257,
         pooling="average", upsampling="linear", positions="rotary",
@@ -41,86 +41,89 @@ def trained() -> LoadedModel:
     return LoadedModel(model.eval(), Path("model"), 0, None, lambda: ByteTokenizer(documents=True))
 
 
-def ask(*arguments: object) -> SimpleNamespace:
+def request(*arguments: object) -> SimpleNamespace:
     return SimpleNamespace(args=arguments)
 
 
-def test_a_text_has_the_likelihood_that_evaluate_gives(trained: LoadedModel) -> None:
+def test_rolling_likelihood_equals_that_of_evaluate(loaded: LoadedModel) -> None:
     from hg_scale.evaluation.harness import HarnessModel
 
     texts = [b"short", b"the quick brown fox jumps over", b""]
-    found = HarnessModel(trained).loglikelihood_rolling([ask(t.decode()) for t in texts])
+    found = HarnessModel(loaded).loglikelihood_rolling([request(t.decode()) for t in texts])
     for text, nats in zip(texts, found, strict=True):
         tokens = Tokens(np.frombuffer(text, np.uint8))
-        losses = score_windows(trained.model, tokens, len(text), WindowProtocol(32, 32), begin=256)
+        losses = score_windows(
+            loaded.model, tokens, len(text), WindowProtocol(32, 32), start_token=256
+        )
         assert nats == pytest.approx(-losses.nats.sum(), rel=1e-5)
 
 
-def test_longer_texts_count_each_byte_once(trained: LoadedModel) -> None:
+def test_texts_longer_than_a_window_count_each_byte_once(loaded: LoadedModel) -> None:
     from hg_scale.evaluation.harness import HarnessModel
 
-    uniform = Hourglass(trained.model.config)
+    uniform = Hourglass(loaded.model.config)
     torch.nn.init.zeros_(uniform.get_parameter("head.linear.weight"))
     torch.nn.init.zeros_(uniform.get_parameter("head.linear.bias"))
-    model = HarnessModel(LoadedModel(uniform.eval(), Path("u"), 0, None, trained.open_tokenizer), 3)
+    model = HarnessModel(LoadedModel(uniform.eval(), Path("u"), 0, None, loaded.open_tokenizer), 3)
     texts = ["a" * n for n in (1, 31, 32, 33, 100)]
-    found = model.loglikelihood_rolling([ask(text) for text in texts])
+    found = model.loglikelihood_rolling([request(text) for text in texts])
     assert found == pytest.approx([-len(t) * log(257) for t in texts], rel=1e-6)
-    found = [nats for nats, _ in model.loglikelihood([ask("b" * 50, text) for text in texts])]
+    found = [nats for nats, _ in model.loglikelihood([request("b" * 50, text) for text in texts])]
     assert found == pytest.approx([-len(t) * log(257) for t in texts], rel=1e-6)
 
 
-def test_context_and_continuation_make_the_whole(trained: LoadedModel) -> None:
+def test_likelihoods_of_context_and_continuation_add_up(loaded: LoadedModel) -> None:
     from hg_scale.evaluation.harness import HarnessModel
 
-    model = HarnessModel(trained)
+    model = HarnessModel(loaded)
     context, end = "the quick", " brown fox"
-    ((nats, greedy),) = model.loglikelihood([ask(context, end)])
-    whole, head = model.loglikelihood_rolling([ask(context + end), ask(context)])
-    assert nats == pytest.approx(whole - head, rel=1e-5)
+    ((nats, greedy),) = model.loglikelihood([request(context, end)])
+    total, head = model.loglikelihood_rolling([request(context + end), request(context)])
+    assert nats == pytest.approx(total - head, rel=1e-5)
     assert not greedy
-    (text,) = model.generate_until([ask(context, {"until": ["\n\n"], "max_gen_toks": 5})])
-    bytes_made = model.encode(text)
-    if len(bytes_made) == 5 and "�" not in text:
-        ((_, greedy),) = model.loglikelihood([ask(context, text)])
+    (text,) = model.generate_until([request(context, {"until": ["\n\n"], "max_gen_toks": 5})])
+    if len(model.encode(text)) == 5 and "�" not in text:
+        ((_, greedy),) = model.loglikelihood([request(context, text)])
         assert greedy
     stop = text[2:4]
-    (cut,) = model.generate_until([ask(context, {"until": [stop], "max_gen_toks": 5})])
+    (cut,) = model.generate_until([request(context, {"until": [stop], "max_gen_toks": 5})])
     assert cut == text[: text.index(stop)]
 
 
 @pytest.mark.parametrize("space", [" ", "\n", "\t", " \n\n"])
-def test_white_space_counts_with_the_continuation(trained: LoadedModel, space: str) -> None:
+def test_white_space_between_counts_with_the_continuation(loaded: LoadedModel, space: str) -> None:
     from hg_scale.evaluation.harness import HarnessModel
 
-    model = HarnessModel(trained)
-    found, expected = model.loglikelihood([ask("the" + space, "fox"), ask("the", space + "fox")])
+    model = HarnessModel(loaded)
+    found, expected = model.loglikelihood(
+        [request("the" + space, "fox"), request("the", space + "fox")]
+    )
     assert found == expected
 
 
-@pytest.mark.parametrize(("most", "kept"), [(5, 27), (31, 1), (40, 16)])
+@pytest.mark.parametrize(("limit", "kept"), [(5, 27), (31, 1), (40, 16)])
 def test_a_long_context_leaves_room_for_the_answer(
-    trained: LoadedModel, most: int, kept: int
+    loaded: LoadedModel, limit: int, kept: int
 ) -> None:
-    """The answer is that after the end of the context alone, up to where the window is full."""
+    """The answer continues the end of the context, up to where the window is full."""
     from hg_scale.evaluation.harness import HarnessModel
 
     context = "the quick brown fox jumps over the lazy dog. " * 3
-    options = {"until": ["\n\n\n"], "max_gen_toks": most}
-    (text,) = HarnessModel(trained).generate_until([ask(context, options)])
-    ids, made = list(context.encode())[-kept:], []
+    options = {"until": ["\n\n\n"], "max_gen_toks": limit}
+    (text,) = HarnessModel(loaded).generate_until([request(context, options)])
+    ids, generated = list(context.encode())[-kept:], []
     with torch.inference_mode():
-        while len(ids) + len(made) <= 32 and len(made) < most:
-            made.append(int(trained.model(torch.tensor([ids + made]))[0, -1].argmax()))
-            if made[-1] == 256:
+        while len(ids) + len(generated) <= 32 and len(generated) < limit:
+            generated.append(int(loaded.model(torch.tensor([ids + generated]))[0, -1].argmax()))
+            if generated[-1] == 256:
                 break
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    expected = decoder.decode(bytes(token for token in made if token < 256))
+    expected = decoder.decode(bytes(token for token in generated if token < 256))
     assert expected and text.startswith(expected)
 
 
-def test_a_task_of_ones_own_offline(worlds: Worlds, corpus: Path, tmp_path: Path) -> None:
-    """By the command, on an export, with the network forbidden to the harness."""
+def test_custom_task_offline(worlds: Worlds, corpus: Path, tmp_path: Path) -> None:
+    """By the command, on an export, with lm-eval in offline mode."""
     (tmp_path / "tiny.json").write_text(json.dumps({**TINY, "data": {"path": str(corpus)}}))
     arguments = ("--config", str(tmp_path / "tiny.json"), "--run", str(tmp_path / "run"))
     steps = ("--set", "training.steps=60", "--set", "optimizer.learning_rate=0.01")
@@ -170,23 +173,23 @@ def test_a_task_of_ones_own_offline(worlds: Worlds, corpus: Path, tmp_path: Path
         env={**os.environ, **offline},
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "the data of gone cannot be had" in done.stderr.splitlines()[-1]
+    assert "the data of gone cannot be loaded" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("options", "message"),
     [
-        (("--tasks", ","), "--tasks: expected names"),
+        (("--tasks", ","), "--tasks: expected comma-separated names"),
         (("--tasks", "piqa", "--batch", "0"), "--batch: expected 1 or more"),
         (("--tasks", "piqa", "--limit", "0"), "--limit: expected 1 or more"),
         (("--tasks", "piqa", "--fewshot", "-1"), "--fewshot: expected 0 or more"),
-        (("--tasks", "piqa", "--include-path", "/nowhere"), "is no folder"),
+        (("--tasks", "piqa", "--include-path", "/nowhere"), "is not a folder"),
         (("--tasks", "piqa", "--json", "/nowhere/r.json"), "cannot be written"),
     ],
 )
-def test_it_is_refused_before_the_work(
-    words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+def test_invalid_options_are_reported_before_the_model_is_loaded(
+    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["harness", "nowhere", *words]) == 2
+    assert main(["harness", "nowhere", *options]) == 2
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Bits per byte that can be trusted."""
+"""Scoring of a text: losses, bits per byte and their confidence interval."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from hg_scale.commands.evaluate import edges
+from hg_scale.commands.evaluate import position_edges
 from hg_scale.config.schema import ModelConfig
 from hg_scale.data.protocol import Tokens, WindowProtocol
-from hg_scale.evaluation.scoring import FEWEST, Losses, Score, score_windows, student_95
+from hg_scale.evaluation.scoring import MIN_BATCHES, Losses, Score, score_windows, student_95
 from hg_scale.model.hourglass import Hourglass
 from hg_scale.model.initialization import initialize_weights
 
@@ -30,69 +30,71 @@ def model() -> Hourglass:
     return model
 
 
-def score(model: Hourglass, how: WindowProtocol, **options: int) -> Score:
-    return Score(score_windows(model, TOKENS, len(TEXT), how, **options), len(TEXT))
+def score(model: Hourglass, protocol: WindowProtocol, **options: int) -> Score:
+    return Score(score_windows(model, TOKENS, len(TEXT), protocol, **options), len(TEXT))
 
 
-def test_a_uniform_model_scores_8_bits_a_byte(model: Hourglass) -> None:
+def test_uniform_model_scores_8_bits_per_byte(model: Hourglass) -> None:
     uniform = Hourglass(model.config)
     torch.nn.init.zeros_(uniform.get_parameter("head.linear.weight"))
     torch.nn.init.zeros_(uniform.get_parameter("head.linear.bias"))
-    for how in (WindowProtocol(64, 64), WindowProtocol(64, 16)):
-        found = score(uniform, how)
+    for protocol in (WindowProtocol(64, 64), WindowProtocol(64, 16)):
+        found = score(uniform, protocol)
         assert found.bits_per_byte == pytest.approx(8, rel=1e-7)
         assert (found.tokens, found.bytes) == (700, 700)
         assert found.byte_interval == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("how", [WindowProtocol(64, 64), WindowProtocol(64, 24)])
-def test_the_score_does_not_depend_on_the_rows(model: Hourglass, how: WindowProtocol) -> None:
-    scores = [score(model, how, rows=rows).nats for rows in (1, 3, 16)]
+@pytest.mark.parametrize("protocol", [WindowProtocol(64, 64), WindowProtocol(64, 24)])
+def test_score_does_not_depend_on_the_batch_size(
+    model: Hourglass, protocol: WindowProtocol
+) -> None:
+    scores = [score(model, protocol, batch_size=size).nats for size in (1, 3, 16)]
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-6)
 
 
-@pytest.mark.parametrize("how", [WindowProtocol(64, 64), WindowProtocol(64, 24)])
-def test_shares_of_the_windows_add_up(model: Hourglass, how: WindowProtocol) -> None:
-    whole = score(model, how)
-    count = how.count(len(TEXT))
+@pytest.mark.parametrize("protocol", [WindowProtocol(64, 64), WindowProtocol(64, 24)])
+def test_ranges_of_windows_add_up(model: Hourglass, protocol: WindowProtocol) -> None:
+    expected = score(model, protocol).losses
+    count = protocol.count(len(TEXT))
     ends = [0, 1, count // 2, count]
     parts = [
-        score_windows(model, TOKENS, len(TEXT), how, first=a, last=b)
+        score_windows(model, TOKENS, len(TEXT), protocol, first=a, last=b)
         for a, b in zip(ends, ends[1:], strict=False)
     ]
     joined = Losses.joined(parts)
-    np.testing.assert_allclose(joined.nats, whole.losses.nats, rtol=1e-6)
-    np.testing.assert_allclose(joined.position_nats, whole.losses.position_nats, rtol=1e-5)
+    np.testing.assert_allclose(joined.nats, expected.nats, rtol=1e-6)
+    np.testing.assert_allclose(joined.position_nats, expected.position_nats, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stride", [64, 24, 1])
-def test_against_a_loop_over_the_text(model: Hourglass, stride: int) -> None:
-    """Every token once, from the tokens of its window; the last window is a short one."""
+def test_losses_equal_those_of_a_plain_loop(model: Hourglass, stride: int) -> None:
+    """Every token once, predicted within its window; the last window is shorter."""
     ids, nats = torch.tensor([0, *TEXT]), []
     with torch.no_grad():
-        place = 0
-        while place < 700:
-            start = 0 if place == 0 else place + stride - 64
-            stop = min(700, 64 if place == 0 else place + stride)
+        scored = 0
+        while scored < 700:
+            start = 0 if scored == 0 else scored + stride - 64
+            stop = min(700, 64 if scored == 0 else scored + stride)
             logits = model(ids[None, start:stop])[0].double()
             losses = torch.nn.functional.cross_entropy(
                 logits, ids[start + 1 : stop + 1], reduction="none"
             )
-            nats += losses[place - start :].tolist()
-            place = stop
+            nats += losses[scored - start :].tolist()
+            scored = stop
     counted: list[int] = []
     found = score_windows(
-        model, TOKENS, 700, WindowProtocol(64, stride), rows=4, advance=counted.append
+        model, TOKENS, 700, WindowProtocol(64, stride), batch_size=4, advance=counted.append
     )
     assert len(nats) == sum(counted) == int(found.tokens.sum()) == 700
     assert found.nats.sum() == pytest.approx(sum(nats), rel=1e-6)
-    # By position: the first window is scored whole, later ones at their end only.
+    # By position: all of the first window is scored, and the end of later ones.
     assert found.position_tokens[0] == (1 if stride < 64 else 11)
     assert found.position_nats.sum() == pytest.approx(sum(nats), rel=1e-6)
 
 
-def test_a_text_shorter_than_the_window(model: Hourglass) -> None:
-    """A window far longer than the text costs nothing and changes nothing."""
+def test_window_longer_than_the_text_changes_nothing(model: Hourglass) -> None:
+    """Nor does it cost memory or time."""
     found, expected = (
         score(model, WindowProtocol(10**6, 10**6)),
         score(model, WindowProtocol(700, 700)),
@@ -101,7 +103,7 @@ def test_a_text_shorter_than_the_window(model: Hourglass) -> None:
     assert found.losses.position_tokens.sum() == 700
 
 
-def test_positions_and_phases_of_made_up_losses() -> None:
+def test_losses_by_position_and_phase() -> None:
     """Positions 0..5 of two windows, losses equal to the position; the last token not scored."""
     positions, counts = np.arange(6.0) * 2, np.array([2, 2, 2, 2, 2, 1])
     positions[5] = 5
@@ -115,48 +117,54 @@ def test_positions_and_phases_of_made_up_losses() -> None:
     assert found.bits_per_token == pytest.approx(25 / 11 / log(2))
 
 
-def of_windows(nats: np.ndarray, tokens: np.ndarray, size: np.ndarray) -> Score:
+def score_of_windows(nats: np.ndarray, tokens: np.ndarray, size: np.ndarray) -> Score:
     one = np.zeros(1)
     return Score(Losses(nats, tokens, size, one, one.astype(int)), int(size.sum()))
 
 
-@pytest.mark.parametrize(("windows", "like"), [(10, 1), (40, 1), (300, 4), (1000, 4)])
-def test_the_interval_covers_the_mean_of_the_source(windows: int, like: int) -> None:
-    """1,000 texts whose losses have a known mean: about 95% of the intervals hold it, also of few
-    windows, and where each resembles the `like` - 1 before."""
-    draw, held = np.random.default_rng(0), 0
+@pytest.mark.parametrize(("windows", "correlated"), [(10, 1), (40, 1), (300, 4), (1000, 4)])
+def test_the_interval_covers_the_mean_of_the_source(windows: int, correlated: int) -> None:
+    """About 95% of the intervals of 1,000 texts with a known mean loss contain it.
+
+    Also of few windows, and where each is correlated with the `correlated` - 1 before it.
+    """
+    draw, covered = np.random.default_rng(0), 0
     size = np.full(windows, 10)
     for _ in range(1000):
-        noise = draw.normal(size=windows + like - 1)
-        nats = 50 + sum(noise[i : i + windows] for i in range(like))
-        found = of_windows(nats, size, size)
-        held += abs(found.nats_per_token - 5) <= found.byte_interval * found.nats_per_token
-    assert 930 <= held <= 970
+        noise = draw.normal(size=windows + correlated - 1)
+        nats = 50 + sum(noise[i : i + windows] for i in range(correlated))
+        found = score_of_windows(nats, size, size)
+        covered += abs(found.nats_per_token - 5) <= found.byte_interval * found.nats_per_token
+    assert 930 <= covered <= 970
 
 
-def test_no_interval_of_few_windows() -> None:
-    nats = np.arange(50.0, 50 + FEWEST - 1)
-    size = np.full(FEWEST - 1, 10)
-    assert np.isnan(of_windows(nats, size, size).byte_interval)
+def test_few_windows_give_no_interval() -> None:
+    nats = np.arange(50.0, 50 + MIN_BATCHES - 1)
+    size = np.full(MIN_BATCHES - 1, 10)
+    assert np.isnan(score_of_windows(nats, size, size).byte_interval)
 
 
-def test_an_interval_is_of_what_it_stands_beside() -> None:
-    """Pieces of many bytes cost many nats: bits a byte are certain where nats a token are not."""
+def test_interval_is_that_of_bits_per_byte_not_of_nats_per_token() -> None:
+    """Nats proportional to bytes leave no uncertainty in bits per byte, only per token."""
     size = np.random.default_rng(0).integers(20, 60, 400)
-    found = of_windows(2.0 * size, np.full(400, 10), size)
+    found = score_of_windows(2.0 * size, np.full(400, 10), size)
     assert found.byte_interval == pytest.approx(0, abs=1e-12)
-    found = of_windows(2.0 * size, size, np.full(400, 10))
+    found = score_of_windows(2.0 * size, size, np.full(400, 10))
     assert found.byte_interval > 0.01
 
 
-def test_the_last_positions_of_sliding_windows_stand_apart() -> None:
-    assert edges(WindowProtocol(20, 20)) == [0, 1, 2, 4, 8, 16, 20]
-    assert edges(WindowProtocol(20, 6)) == [0, 1, 2, 4, 8, 14, 20]
-    assert edges(WindowProtocol(4096, 128))[-3:] == [2048, 3968, 4096]
-    assert edges(WindowProtocol(2, 1)) == [0, 1, 2] and edges(WindowProtocol(1, 1)) == [0, 1]
+def test_scored_end_of_sliding_windows_is_a_range_of_its_own() -> None:
+    assert position_edges(WindowProtocol(20, 20)) == [0, 1, 2, 4, 8, 16, 20]
+    assert position_edges(WindowProtocol(20, 6)) == [0, 1, 2, 4, 8, 14, 20]
+    assert position_edges(WindowProtocol(4096, 128))[-3:] == [2048, 3968, 4096]
+    assert position_edges(WindowProtocol(2, 1)) == [0, 1, 2] and position_edges(
+        WindowProtocol(1, 1)
+    ) == [0, 1]
 
 
-def test_students_t() -> None:
+def test_student_95_equals_scipy() -> None:
     stats = pytest.importorskip("scipy.stats")
-    found = [student_95(freedom) for freedom in range(FEWEST - 1, 200)]
-    np.testing.assert_allclose(found, stats.t.ppf(0.975, np.arange(FEWEST - 1, 200)), atol=5e-4)
+    found = [student_95(freedom) for freedom in range(MIN_BATCHES - 1, 200)]
+    np.testing.assert_allclose(
+        found, stats.t.ppf(0.975, np.arange(MIN_BATCHES - 1, 200)), atol=5e-4
+    )

@@ -1,4 +1,4 @@
-"""The table that ends the quickstart: figures of one and the same text."""
+"""`hg-scale summary`: the model and the compressors are compared on the same text."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from hg_scale.evaluation.summary import comparison
 from tests.runs import TINY
 
 
-def finished(folder: Path, record: dict[str, Any], **data: Any) -> Path:
-    """What a run leaves, of its files those that the table is made from."""
+def write_finished_run(folder: Path, record: dict[str, Any], **data: Any) -> Path:
+    """A run folder with the files that the table is made from."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**TINY, "data": data}))
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 6} | record) + "\n")
@@ -34,64 +34,64 @@ def rows(run: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("tokens", [None, 320])
-def test_compressors_get_the_text_that_was_scored(
+def test_compressors_get_the_validated_text(
     tmp_path: Path, corpus: Path, tokens: int | None
 ) -> None:
     index = read_index(corpus)
     tokens = tokens or index.split("validation").tokens
     record = {"validation_bits_per_byte": 2.5, "validation_loss": 1.7, "validation_tokens": tokens}
-    found = dict(rows(finished(tmp_path / "run", record, path=str(corpus))))
+    found = dict(rows(write_finished_run(tmp_path / "run", record, path=str(corpus))))
     text = split_text(index, "validation", tokens)
     assert found["hourglass 1@1 1@2 1@1, step 6"] == "2.500"
     assert found["gzip -9"] == f"{8 * len(gzip.compress(text, 9)) / len(text):.3f}"
 
 
-def test_a_mean_over_sources_is_not_compared(tmp_path: Path, corpus: Path) -> None:
+def test_mean_over_sources_is_not_compared(tmp_path: Path, corpus: Path) -> None:
     record = {"validation_bits_per_byte": 2.5, "validation_loss": 1.7, "validation_tokens": 320}
     sources = [{"path": str(corpus)}, {"path": str(corpus), "name": "again"}]
-    assert len(rows(finished(tmp_path / "run", record, sources=sources))) == 1
+    assert len(rows(write_finished_run(tmp_path / "run", record, sources=sources))) == 1
 
 
-def test_a_run_without_a_validation_says_so(tmp_path: Path, corpus: Path) -> None:
+def test_run_without_a_finite_validation_is_an_error(tmp_path: Path, corpus: Path) -> None:
     with pytest.raises(UserError, match="holds no validation"):
-        comparison(finished(tmp_path / "run", {}, path=str(corpus)), False)
+        comparison(write_finished_run(tmp_path / "run", {}, path=str(corpus)), False)
     record = {"validation_loss": None, "validation_bits_per_byte": None}
     with pytest.raises(UserError, match="no validation whose loss was finite"):
-        comparison(finished(tmp_path / "lost", record, path=str(corpus)), False)
+        comparison(write_finished_run(tmp_path / "lost", record, path=str(corpus)), False)
 
 
-def test_a_run_that_was_killed_in_the_middle_of_a_line(tmp_path: Path, corpus: Path) -> None:
+def test_truncated_last_record_is_ignored(tmp_path: Path, corpus: Path) -> None:
     record = {"validation_bits_per_byte": 2.5, "validation_loss": 1.7, "validation_tokens": 320}
-    run = finished(tmp_path / "run", record, path=str(corpus))
+    run = write_finished_run(tmp_path / "run", record, path=str(corpus))
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "los')
     assert dict(rows(run))["hourglass 1@1 1@2 1@1, step 6"] == "2.500"
 
 
-def test_a_run_whose_corpus_is_gone_has_no_compressors(tmp_path: Path) -> None:
+def test_missing_corpus_leaves_out_the_compressors(tmp_path: Path) -> None:
     record = {"validation_bits_per_byte": 2.5, "validation_loss": 1.7, "validation_tokens": 320}
-    run = finished(tmp_path / "run", record, path=str(tmp_path / "gone"))
+    run = write_finished_run(tmp_path / "run", record, path=str(tmp_path / "gone"))
     assert len(rows(run)) == 1
     assert "no compressors: gone: " in str(comparison(run, True).caption)
 
 
 @pytest.mark.parametrize(
-    ("files", "words", "said"),
+    ("files", "options", "message"),
     [
         (("config.json", "model.safetensors"), (), "is an export, not a run folder"),
         ((), (), "it has no config.json"),
         (("config.json",), ("--sample", "-4"), "--sample: expected 0 or more"),
     ],
 )
-def test_what_is_no_run_is_told_in_a_line(
+def test_unusable_folder_or_option_is_reported_in_one_line(
     tmp_path: Path,
     files: tuple[str, ...],
-    words: tuple[str, ...],
-    said: str,
+    options: tuple[str, ...],
+    message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name in files:
         (tmp_path / name).write_text("{}")
-    assert main(["summary", str(tmp_path), *words]) == 2
+    assert main(["summary", str(tmp_path), *options]) == 2
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1

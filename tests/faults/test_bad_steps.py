@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hg_scale.checkpoint.find import checkpoints_in, find_latest, read_manifest
+from hg_scale.checkpoint.find import checkpoints_in, find_latest
+from hg_scale.checkpoint.manifest import read_manifest
 from hg_scale.exit_codes import DONE, GAVE_UP
 from tests.convert.verified import verify
 from tests.disks import Mount, mount
@@ -58,7 +59,7 @@ def test_too_many_skipped_steps_end_the_run(forks: Forks, config: Path, tmp_path
     checkpoints = tmp_path / "run" / "checkpoints"
     assert line.startswith(
         "gave up after step 5: 3 of the last 5 steps were skipped, more than guard.max_skipped "
-        "= 2, the last since the loss is nan on rank 1; "
+        "= 2, the last: the loss is nan on rank 1; "
     )
     assert f"the last good checkpoint is {checkpoints / 'step-00000002'}; start a new run" in line
     newest = find_latest(checkpoints)

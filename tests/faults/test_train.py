@@ -49,7 +49,7 @@ def test_a_bug_ends_in_a_traceback(forks: Forks, config: Path, tmp_path: Path) -
 def test_out_of_memory_is_reported_in_one_line(forks: Forks, config: Path, tmp_path: Path) -> None:
     found = run_with_fault(forks, "memory rank=1 step=2", config, tmp_path)
     assert found.codes == [1, 1] and "Traceback" not in found.output
-    line = "rank 1 has not enough memory at step 2: CUDA out of memory. Tried to allocate 2.00 GiB"
+    line = "rank 1 ran out of memory at step 2: CUDA out of memory. Tried to allocate 2.00 GiB"
     assert found.outputs[1].splitlines()[-1].startswith(f"{line}; choose a smaller ")
-    assert f"rank 1 ended by itself, and all with it: {line}" in found.outputs[0]
+    assert f"rank 1 failed and ended all ranks: {line}" in found.outputs[0]
     assert "OutOfMemoryError" in (tmp_path / "run" / "logs" / "rank-1.log").read_text()

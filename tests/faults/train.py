@@ -168,12 +168,12 @@ FAULTS: dict[str, Callable[[int], None]] = {
 
 def train_with(fault: str, arguments: list[str], output: Path) -> None:
     """Run `train.py` with the fault on a rank of `tests.forks`, its output in `output-RANK`."""
-    from tests.runs import train_here
+    from tests.runs import run_train
 
     rank = int(os.environ["RANK"])
     Fault.parse(fault).inject(rank)
     try:
-        code = train_here(arguments, output)
+        code = run_train(arguments, output)
     except Exception:  # as for an uncaught exception
         with open(f"{output}-{rank}", "a") as terminal:
             traceback.print_exc(file=terminal)

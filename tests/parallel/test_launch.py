@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import runpy
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hg_scale.data.preparation import shuffled
 from hg_scale.errors import UserError
 from hg_scale.parallel import launch as launch_module
 from hg_scale.parallel.launch import (
@@ -18,6 +21,7 @@ from hg_scale.parallel.launch import (
     first_host,
     in_slurm_step,
 )
+from tests.shared import ROOT
 
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "64", "SLURM_LOCALID": "0"}
 STEP = {
@@ -35,33 +39,71 @@ MPI = {
     "OMPI_COMM_WORLD_SIZE": "4",
     "OMPI_COMM_WORLD_LOCAL_RANK": "0",
 }
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}
+MVAPICH = {
+    "MV2_COMM_WORLD_RANK": "1",
+    "MV2_COMM_WORLD_SIZE": "2",
+    "MV2_COMM_WORLD_LOCAL_RANK": "0",
+}
 
 
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, Launch()),
-        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Launch(3, 8, 1)),
-        (MPI, Launch(2, 4, 0)),
-        (BATCH, Launch()),
-        (STEP, Launch(13, 64, 5)),
-        # A step of one task in a job of 64, and a torchrun inside it.
-        ({**STEP, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, Launch(0, 1, 5)),
-        ({**STEP, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, Launch(1, 2, 1)),
-        # Steps with numbers of their own: interactive, batch, extern.
-        *(({**STEP, "SLURM_STEP_ID": str(0xFFFFFFFA + i)}, Launch()) for i in range(3)),
-        ({**STEP, "SLURM_STEP_ID": "batch"}, Launch()),
-        # mpirun inside a step is the nearer launcher.
-        (
-            {**STEP, "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"},
-            Launch(1, 4, 1),
-        ),
-    ],
-)
+ENVIRONMENTS = [
+    ({}, Launch()),
+    (TORCHRUN, Launch(3, 8, 1)),  # also of deepspeed
+    (MPI, Launch(2, 4, 0)),
+    (MPICH, Launch(1, 2, 0)),
+    (MVAPICH, Launch(1, 2, 0)),
+    (BATCH, Launch()),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, Launch()),  # without a step
+    (STEP, Launch(13, 64, 5)),
+    # A step of one task in a job of 64, and a torchrun inside it.
+    ({**STEP, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, Launch(0, 1, 5)),
+    ({**STEP, **TORCHRUN}, Launch(3, 8, 1)),
+    # Steps with special numbers: interactive, batch, extern.
+    *(({**STEP, "SLURM_STEP_ID": str(0xFFFFFFFA + i)}, Launch()) for i in range(3)),
+    ({**STEP, "SLURM_STEP_ID": "batch"}, Launch()),
+    # An mpirun inside a step is the nearer launcher.
+    ({**STEP, **MPI}, Launch(2, 4, 0)),
+    ({**STEP, **MPICH}, Launch(1, 2, 0)),
+    ({**BATCH, **MPICH}, Launch(1, 2, 0)),
+    # `srun --mpi=pmi2` and `--mpi=pmix` set such variables without a local rank.
+    ({**STEP, "PMI_RANK": "13", "PMI_SIZE": "64", "PMIX_RANK": "13"}, Launch(13, 64, 5)),
+]
+
+
+VARIABLES = ("SLURM_", "OMPI_", "PMI", "MV2_", "MPI_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+@pytest.mark.parametrize(("environment", "expected"), ENVIRONMENTS)
 def test_rank_and_world_size_are_those_of_the_innermost_launcher(
     environment: dict[str, str], expected: Launch
 ) -> None:
     assert Launch.from_environment(environment) == expected
+
+
+@pytest.mark.parametrize(("environment", "expected"), ENVIRONMENTS)
+def test_preparations_have_the_ranks_of_training(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: Launch
+) -> None:
+    """prepare_text.py passes the rank that train.py reads to its job."""
+    launches: list[Launch] = []
+
+    def record(job: shuffled.Job, progress: object) -> tuple[None, bool]:
+        launches.append(job.launch)
+        return None, False
+
+    for name in [name for name in os.environ if name.startswith(VARIABLES)]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)  # MPI is not needed
+    monkeypatch.setattr(shuffled, "prepare", record)
+    monkeypatch.setattr(sys, "argv", ["prepare_text.py", "--input", "in", "--output", "out"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    script = runpy.run_path(str(ROOT / "data_prep" / "prepare_text.py"))
+    assert script["main"]() == 0
+    assert launches == [Launch.from_environment()] == [expected]
 
 
 @pytest.mark.parametrize(

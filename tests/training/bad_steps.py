@@ -1,4 +1,4 @@
-"""Training with a fault planted on one rank, and what is left of it."""
+"""Training with bad steps injected on one rank, and the state that each rank has afterwards."""
 
 from __future__ import annotations
 
@@ -11,75 +11,72 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hg_scale.config.load import parse_config
-from tests.training.models import random_batch
+from tests.training.models import build_engine, local_batch
 
 Outcome = dict[str, Any]
 
 
-def train_with(tree: dict[str, Any], steps: list[int], faults: dict[int, str]) -> Outcome:
-    """Take `steps`, with a fault in some of them.
+def train_with_bad_steps(tree: dict[str, Any], steps: list[int], bad: dict[int, str]) -> Outcome:
+    """Take `steps`, some of which are made bad.
 
-    Faults are NaN in the last rank's gradient of a parameter that is `cut` over tensor ranks or
-    `alike` on them or `tied` over stages; or `spike`, which only the guard sees.
+    bad: by step, the kind of parameter whose gradient is NaN on the last rank ("sharded" over
+    tensor ranks, "replicated" on them, or "tied" over stages), or "spike", which only the guard
+    sees.
     """
-    from hg_scale.parallel.mesh import make_mesh
-    from hg_scale.training.engine import make_engine
-
-    config = parse_config(tree, world_size=dist.get_world_size())
-    mesh, parts = make_mesh(config.parallel)
-    engine = make_engine(config, mesh, parts, torch.device("cpu"))
-    rows = slice(mesh.data_rank * engine.rows, (mesh.data_rank + 1) * engine.rows)
-    reads = mesh.is_first_stage or mesh.is_last_stage
+    engine = build_engine(tree)
     judge = engine.guard.judge
     results = []
     for step in steps:
-        batch = random_batch(config, step)[rows] if reads else None
-        fault, hook = faults.get(step), None
-        if fault == "spike":
+        kind, hook = bad.get(step), None
+        if kind == "spike":
             engine.guard.judge = lambda *_: "a spike"
-        elif fault and dist.get_rank() == dist.get_world_size() - 1:
-            hook = find(engine.slices, fault).register_hook(lambda g: torch.full_like(g, math.nan))
-        results.append(engine.train_step(batch, step, 1e-3 / step))
+        elif kind and dist.get_rank() == dist.get_world_size() - 1:
+            parameter = find_parameter(engine.slices, kind)
+            hook = parameter.register_hook(lambda g: torch.full_like(g, math.nan))
+        results.append(engine.train_step(local_batch(engine, step), step, 1e-3 / step))
         if hook:
             hook.remove()
         engine.guard.judge = judge
-    held = dict(held_here(engine))
+    state = dict(local_tensors(engine))
     return {
         "skipped": [result.skipped for result in results],
-        "counted": engine.deepspeed.skipped_steps,
-        "why": [result.why for result in results],
+        "skipped_steps": engine.deepspeed.skipped_steps,
+        "reasons": [result.skip_reason for result in results],
         "loss": [result.loss for result in results],
         "norm": [result.grad_norm for result in results],
-        "finite": all(bool(tensor.isfinite().all()) for tensor in held.values()),
-        "held": {name: digest(tensor) for name, tensor in held.items()},
+        "finite": all(bool(tensor.isfinite().all()) for tensor in state.values()),
+        "digests": {name: digest(tensor) for name, tensor in state.items()},
     }
 
 
-def held_here(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """Weights, moments, the copies computed with, and Adam's count of steps, of this rank."""
-    from hg_scale.checkpoint.deepspeed_state import local_states, optimizer_step
+def local_tensors(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """This rank's master weights, moments, compute weights and Adam's step count."""
+    from hg_scale.checkpoint.local_state import local_states, optimizer_step
 
     yield "step", torch.tensor(optimizer_step(engine.deepspeed))
     for local in local_states(engine.deepspeed, engine.slices):
         for kind, tensor in local.tensors.items():
             yield f"{local.fragment.slice.name}/{kind}", tensor
     for parameter, piece in engine.slices.items():
-        yield f"{piece.name}/used", getattr(parameter, "ds_tensor", parameter).detach()
+        yield f"{piece.name}/compute", getattr(parameter, "ds_tensor", parameter).detach()
 
 
 def digest(tensor: Tensor) -> str:
-    """Equal where the bits are."""
-    bits = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(bits).hexdigest()
+    """A hash of the bits of a tensor."""
+    data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(data).hexdigest()
 
 
-def find(slices: dict[nn.Parameter, Any], fault: str) -> nn.Parameter:
-    """The last parameter of this rank of a kind."""
+def find_parameter(slices: dict[nn.Parameter, Any], kind: str) -> nn.Parameter:
+    """The last parameter of this rank that is "sharded", "replicated" or "tied"."""
     for parameter, piece in reversed(slices.items()):
-        tied = getattr(parameter, "ds_pipe_replicated", False)
-        matrix = len(piece.shape) > 1
-        kind = "tied" if tied else "cut" if matrix else "alike" if piece.dim is None else None
-        if kind == fault:
+        found = None
+        if getattr(parameter, "ds_pipe_replicated", False):
+            found = "tied"
+        elif len(piece.shape) > 1:
+            found = "sharded"
+        elif piece.dim is None:
+            found = "replicated"
+        if found == kind:
             return parameter
-    raise LookupError(fault)
+    raise LookupError(kind)

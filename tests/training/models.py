@@ -1,4 +1,4 @@
-"""Small configurations that exercise everything, and runs of them in any layout."""
+"""Two small configurations that cover most of the model, and training of them in any layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAPER: dict[str, Any] = {
     "optimizer": {"name": "adam", "weight_decay": 0.0, "learning_rate": 1e-3},
     "schedule": {"kind": "cosine", "warmup_steps": 4},
 }
-"""The paper's kind: attention resampling, relative scores with one pair of biases, Adam."""
+"""As in the paper: attention resampling, relative scores with one pair of biases, Adam."""
 
 BY_LEVEL: dict[str, Any] = {
     "model": {
@@ -49,7 +49,7 @@ BY_LEVEL: dict[str, Any] = {
     "optimizer": {"learning_rate": 1e-3, "learning_rate_by_level": [1.0, 0.8, 0.5]},
     "schedule": {"kind": "wsd", "warmup_steps": 4, "decay_steps": 4},
 }
-"""The presets' kind: widths, windows and learning rates by level, rotary, gated, AdamW."""
+"""As in the presets: widths, windows and learning rates by level, rotary, SwiGLU, AdamW."""
 
 
 def layout(
@@ -61,19 +61,19 @@ def layout(
     micro: int = 2,
     **model: Any,
 ) -> dict[str, Any]:
-    """The configuration in one layout, with changes to the model."""
+    """The configuration in a layout, with changes to the model."""
     change = {
         "parallel": {"tensor": tensor, "pipeline": pipeline, "zero_stage": zero},
         "training": {"precision": precision, "micro_batch_size": micro},
         "model": model,
     }
-    if zero == 3:  # or parameters this small would be kept whole on every rank
+    if zero == 3:  # by default ZeRO 3 does not shard parameters this small
         change["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     return merge(tree, change)
 
 
 def random_batch(config: Any, step: int) -> torch.Tensor:
-    """The global batch of a step: (global_batch_size, L + 1) ids, learnable in part."""
+    """The global batch of a step: (global_batch_size, L + 1) ids, half of them predictable."""
     generator = torch.Generator().manual_seed(1000 + step)
     shape = (config.training.global_batch_size, config.model.sequence_length + 1)
     ids = torch.randint(0, config.model.vocab_size, shape, generator=generator)
@@ -81,27 +81,36 @@ def random_batch(config: Any, step: int) -> torch.Tensor:
     return ids
 
 
-def run_layout(tree: dict[str, Any], steps: int) -> dict[str, list[float]]:
-    """Train in this world for `steps`: losses, gradient norms, and a validation loss."""
+def build_engine(tree: dict[str, Any]) -> Any:
+    """The engine of this rank, in a world whose size fits the layout."""
     from hg_scale.parallel.mesh import make_mesh
     from hg_scale.training.engine import make_engine
 
     config = parse_config(tree, world_size=dist.get_world_size())
-    mesh, parts = make_mesh(config.parallel)
-    engine = make_engine(config, mesh, parts, torch.device("cpu"))
-    reads = mesh.is_first_stage or mesh.is_last_stage
+    mesh, layers = make_mesh(config.parallel)
+    return make_engine(config, mesh, layers, torch.device("cpu"))
 
-    def mine(step: int) -> torch.Tensor | None:
-        rows = slice(mesh.data_rank * engine.rows, (mesh.data_rank + 1) * engine.rows)
-        return random_batch(config, step)[rows] if reads else None
 
-    results = [engine.train_step(mine(step), step, 1e-3) for step in range(1, steps + 1)]
-    held_out = mine(0)
+def local_batch(engine: Any, step: int) -> torch.Tensor | None:
+    """This rank's sequences of `random_batch`; None on a stage that needs no tokens."""
+    if not (engine.mesh.is_first_stage or engine.mesh.is_last_stage):
+        return None
+    return random_batch(engine.config, step)[engine.local_samples]
+
+
+def run_layout(tree: dict[str, Any], steps: int) -> dict[str, list[float]]:
+    """Train in this world for `steps`: losses, gradient norms, and a validation loss."""
+    engine = build_engine(tree)
+    config = engine.config
+    results = [
+        engine.train_step(local_batch(engine, step), step, 1e-3) for step in range(1, steps + 1)
+    ]
+    validation = local_batch(engine, 0)
     micro = config.training.micro_batch_size
-    if held_out is None:
-        batches: list[Any] = [None] * (engine.rows // micro)
+    if validation is None:
+        batches: list[Any] = [None] * (engine.local_batch_size // micro)
     else:
-        batches = [(m[:, :-1], m[:, 1:]) for m in held_out.split(micro)]
+        batches = [(m[:, :-1], m[:, 1:]) for m in validation.split(micro)]
     nats = engine.evaluate(batches, config.model.sequence_length)
     tokens = config.training.global_batch_size * config.model.sequence_length
     return {

@@ -1,4 +1,4 @@
-"""Training in any layout that is saved on the way, or begins from a checkpoint."""
+"""Training in any layout that saves checkpoints or resumes from one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from hg_scale.config.load import parse_config
-from tests.training.models import BY_LEVEL, PAPER, layout, random_batch
+from tests.training.models import BY_LEVEL, PAPER, build_engine, layout, local_batch
 
 MODELS = {"paper": PAPER, "by_level": BY_LEVEL}
 Curve = list[tuple[float, float]]
@@ -40,33 +36,26 @@ class Layout:
 
 
 def parse(text: str) -> Layout:
-    """As in "2 1 2 zero1 bf16": tensor, pipeline, data, ..."""
-    sizes, words = text.split()[:3], text.split()[3:]
-    zero = next((int(w[4]) for w in words if w.startswith("zero")), 1)
-    precision = "bf16" if "bf16" in words else "fp32"
-    return Layout(*map(int, sizes), zero, precision, "by_level" if "by_level" in words else "paper")
+    """Parse "2 1 2 zero1 bf16": tensor, pipeline and data parallel sizes, then options."""
+    sizes, options = text.split()[:3], text.split()[3:]
+    zero = next((int(w[4]) for w in options if w.startswith("zero")), 1)
+    precision = "bf16" if "bf16" in options else "fp32"
+    model = "by_level" if "by_level" in options else "paper"
+    return Layout(*map(int, sizes), zero, precision, model)
 
 
 class Run:
     """A training run in this world, step by step."""
 
     def __init__(self, tree: dict[str, Any]) -> None:
-
-        from hg_scale.parallel.mesh import make_mesh
-        from hg_scale.training.engine import make_engine
-
-        self.config = parse_config(tree, world_size=dist.get_world_size())
-        self.mesh, parts = make_mesh(self.config.parallel)
-        self.engine = make_engine(self.config, self.mesh, parts, torch.device("cpu"))
+        self.engine = build_engine(tree)
+        self.config, self.mesh = self.engine.config, self.engine.mesh
 
     def train(self, first: int, count: int) -> Curve:
-        """(loss, gradient norm) of each step."""
-        reads = self.mesh.is_first_stage or self.mesh.is_last_stage
-        begin = self.mesh.data_rank * self.engine.rows
-        rows = slice(begin, begin + self.engine.rows)
+        """Take `count` steps from step `first`; (loss, gradient norm) of each."""
         results = []
         for step in range(first, first + count):
-            batch = random_batch(self.config, step)[rows] if reads else None
+            batch = local_batch(self.engine, step)
             result = self.engine.train_step(batch, step, 1e-3 / step)
             results.append((result.loss, result.grad_norm))
         return results

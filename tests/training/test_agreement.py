@@ -1,4 +1,4 @@
-"""Whatever one rank meets, the others end with it and wait for nothing."""
+"""An error on one rank ends all ranks; none waits for a rank that has ended."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hg_scale.training.agreement import StoppedByPeer, run_on_all_ranks
 from hg_scale.training.resume import agree_on_resume_point
 from tests.world import Worlds
 
-FAULTS = {
+ERRORS = {
     "user": UserError("this is wrong"),
     "disk": OSError(5, "Input/output error", "a file"),
     "memory": MemoryError(),
@@ -21,12 +21,12 @@ FAULTS = {
 }
 
 
-def meet(kind: str) -> tuple[str, str]:
-    """Rank 1 meets a fault: what is raised here."""
+def raise_on_rank_1(kind: str) -> tuple[str, str]:
+    """Rank 1 has an error; the type and message of what is raised on this rank."""
 
     def action() -> int:
         if dist.get_rank() == 1:
-            raise FAULTS[kind]
+            raise ERRORS[kind]
         return 3
 
     try:
@@ -41,17 +41,17 @@ def meet(kind: str) -> tuple[str, str]:
     [
         ("user", ("UserError", "this is wrong")),
         ("disk", ("UserError", "rank 1: [Errno 5] Input/output error: 'a file'")),
-        ("memory", ("UserError", "rank 1: no memory left on its host")),
+        ("memory", ("UserError", "rank 1: out of host memory")),
         ("bug", ("KeyError", "'files'")),
     ],
 )
-def test_a_fault_of_one_rank_ends_all(worlds: Worlds, kind: str, raised: tuple[str, str]) -> None:
-    others = (StoppedByPeer.__name__, "rank 1 met a fault, and tells it")
-    assert worlds.run(3, meet, kind) == [others, raised, others]
+def test_an_error_of_one_rank_ends_all(worlds: Worlds, kind: str, raised: tuple[str, str]) -> None:
+    others = (StoppedByPeer.__name__, "rank 1 reports an error")
+    assert worlds.run(3, raise_on_rank_1, kind) == [others, raised, others]
 
 
-def begin_badly(folder: Path) -> str:
-    """Reading its part fails on rank 1, in a way that nobody has thought of."""
+def resume_with_unknown_error(folder: Path) -> str:
+    """Verifying its share of a checkpoint raises an unexpected error on rank 1."""
     from unittest import mock
 
     from hg_scale.config.load import parse_config
@@ -64,7 +64,9 @@ def begin_badly(folder: Path) -> str:
     config = parse_config({"checkpoint": {"start_from": str(folder)}})
     console = Console(1, rank=dist.get_rank(), stream=None)
     with (
-        mock.patch.object(resume, "content_damage", broken if dist.get_rank() else lambda *_: None),
+        mock.patch.object(
+            resume, "verify_checksums", broken if dist.get_rank() else lambda *_: None
+        ),
         mock.patch.object(resume, "find_resume_checkpoint", lambda *_: folder),
     ):
         try:
@@ -74,7 +76,8 @@ def begin_badly(folder: Path) -> str:
     return ""
 
 
-def test_checking_that_fails_on_one_rank(worlds: Worlds, tmp_path: Path) -> None:
+def test_an_unexpected_error_in_verification_ends_all(worlds: Worlds, tmp_path: Path) -> None:
     from tests.checkpoint.test_retention import checkpoint
 
-    assert worlds.run(2, begin_badly, checkpoint(tmp_path, 1)) == ["StoppedByPeer", "ValueError"]
+    ends = worlds.run(2, resume_with_unknown_error, checkpoint(tmp_path, 1))
+    assert ends == ["StoppedByPeer", "ValueError"]

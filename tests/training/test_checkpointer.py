@@ -1,4 +1,4 @@
-"""Saving while training goes on, on disks that are full or read-only, and what is kept."""
+"""Asynchronous saves, saves to full and read-only disks, and which checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hg_scale.checkpoint.find import damage, find_latest, read_manifest
+from hg_scale.checkpoint.find import find_latest, verify_sizes
 from hg_scale.checkpoint.load import CheckpointReader
+from hg_scale.checkpoint.manifest import read_manifest
 from tests.convert.verified import verify
 from tests.disks import Mount, make_read_only, mount
-from tests.runs import Finished, curve, train, train_here, train_in
+from tests.runs import Finished, arguments, curve, run_train, train, train_in
 from tests.training.resumable import Run, parse
 from tests.world import Worlds
 
@@ -30,19 +31,13 @@ __all__ = ["mount"]
 
 @pytest.fixture
 def start(worlds: Worlds, config: Path, tmp_path: Path) -> Start:
-    """`start(size, key=value, ...)` trains in a world of `size` into `tmp_path / run`."""
+    """`start(size, key=value, ...)` trains on `size` ranks into `tmp_path / run`."""
 
     def start(size: int, *sets: str, options: tuple[str, ...] = ()) -> Finished:
-        return train_in(
-            worlds, size, tmp_path, *arguments(config, tmp_path / "run", sets), *options
-        )
+        command_line = arguments(config, tmp_path / "run", *sets)
+        return train_in(worlds, size, tmp_path, *command_line, *options)
 
     return start
-
-
-def arguments(config: Path, run: Path, sets: tuple[str, ...]) -> list[str]:
-    overrides = [word for key in sets for word in ("--set", key)]
-    return ["--config", str(config), "--run", str(run), *overrides]
 
 
 def steps(folder: Path) -> list[int]:
@@ -50,57 +45,62 @@ def steps(folder: Path) -> list[int]:
 
 
 def save_and_train(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Saves at steps 1 and 2, each held back until two more steps are done; one at once."""
+    """Save at steps 2 and 4 while a thread writes; the write of step 2 waits for step 4."""
     from hg_scale.training import checkpointer as module
     from hg_scale.training.state import TrainingProgress
 
     run = Run(tree)
-    go_on, order = threading.Event(), []
+    trained, order = threading.Event(), []
     write = module.write_checkpoint
 
-    def held_back(folder: Path, step: int, *rest: Any, **more: Any) -> Path:
+    def wait_and_write(folder: Path, step: int, *rest: Any, **more: Any) -> Path:
         assert threading.current_thread() is not threading.main_thread()
         if step == 2:
-            assert go_on.wait(60)
+            assert trained.wait(60)
         path = write(folder, step, *rest, **more)
         order.append(f"written {step}")
         return path
 
-    with mock.patch.object(module, "write_checkpoint", held_back):
-        saver = module.Saver(run.engine, folder, run.config, last_step=4, warn=order.append)
-        with saver:
-            curve = run.train(1, 2)
-            saver.save(TrainingProgress(2))
-            run.save(folder / "at_once", 2)  # while the other is being written
-            curve += run.train(3, 2)
-            order.append("trained")
-            go_on.set()
-            saver.save(TrainingProgress(4))
-            order.append("copied 4")
-    run.save(folder / "at_once", 4)
+    with (
+        mock.patch.object(module, "write_checkpoint", wait_and_write),
+        module.Checkpointer(
+            run.engine, folder, run.config, last_step=4, warn=order.append
+        ) as checkpointer,
+    ):
+        curve = run.train(1, 2)
+        checkpointer.save(TrainingProgress(2))
+        run.save(folder / "synchronous", 2)  # while the thread writes the same step
+        curve += run.train(3, 2)
+        order.append("trained")
+        trained.set()
+        checkpointer.save(TrainingProgress(4))
+        order.append("copied 4")
+    run.save(folder / "synchronous", 4)
     return {"curve": curve, "order": order}
 
 
 @pytest.mark.parametrize("layout", ["1 1 2 zero0", "1 1 2 zero3 bf16", "2 1 1"])
-def test_training_goes_on_while_a_copy_is_written(
+def test_training_continues_while_a_checkpoint_is_written(
     worlds: Worlds, tmp_path: Path, layout: str
 ) -> None:
-    """What is written is the state at the save, not that of the steps since; saves take turns."""
-    here = parse(layout)
-    results = worlds.run(here.world, save_and_train, here.tree(), tmp_path)
-    assert results[0]["curve"] == worlds.run(here.world, train_only, here.tree())[0]
+    """The checkpoint has the state of the step at which it was saved; saves do not overlap."""
+    parsed = parse(layout)
+    results = worlds.run(parsed.world, save_and_train, parsed.tree(), tmp_path)
+    assert results[0]["curve"] == worlds.run(parsed.world, train_only, parsed.tree())[0]
     for result in results:
-        assert [w for w in result["order"] if w != "copied 4"] == [
+        assert [entry for entry in result["order"] if entry != "copied 4"] == [
             "trained",
             "written 2",
             "written 4",
         ]
         assert result["order"].index("copied 4") > 1
     for step in (2, 4):
-        path, at_once = (folder / f"step-{step:08}" for folder in (tmp_path, tmp_path / "at_once"))
+        path, expected = (
+            folder / f"step-{step:08}" for folder in (tmp_path, tmp_path / "synchronous")
+        )
         verify(path)
-        files = [json.loads((p / "manifest.json").read_text())["files"] for p in (path, at_once)]
-        assert files[0] == files[1]  # checksums too
+        files = [json.loads((p / "manifest.json").read_text())["files"] for p in (path, expected)]
+        assert files[0] == files[1]  # with checksums
 
 
 def train_only(tree: dict[str, Any]) -> Any:
@@ -108,14 +108,16 @@ def train_only(tree: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("layout", ["1 1 2 zero0", "2 1 1", "2 1 2 zero0", "2 1 2 zero1"])
-def test_copies_are_written_once_and_evenly(worlds: Worlds, tmp_path: Path, layout: str) -> None:
-    """One file a rank, of nearly equal sizes, and nothing in two of them."""
-    here = parse(layout)
-    path = worlds.run(here.world, save_only, here.tree(), tmp_path)[0]
+def test_replicated_state_is_written_once_in_equal_shares(
+    worlds: Worlds, tmp_path: Path, layout: str
+) -> None:
+    """One file per rank, of nearly equal sizes, without duplicates."""
+    parsed = parse(layout)
+    path = worlds.run(parsed.world, save_only, parsed.tree(), tmp_path)[0]
     verify(path)
     files = read_manifest(path)["files"]
     assert sorted(p.name for p in path.iterdir()) == ["manifest.json", *(f["name"] for f in files)]
-    assert len(files) == here.world
+    assert len(files) == parsed.world
     written = [sum(f["length"] for f in file["fragments"]) for file in files]
     assert sum(written) == sum(
         torch.Size(s).numel() for s in CheckpointReader(path).shapes.values()
@@ -130,7 +132,7 @@ def save_only(tree: dict[str, Any], folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["true", "false"])
-def test_what_is_kept(start: Start, tmp_path: Path, kind: str) -> None:
+def test_old_checkpoints_are_deleted(start: Start, tmp_path: Path, kind: str) -> None:
     sets = ("checkpoint.every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=3")
     assert start(1, *sets, f"checkpoint.async={kind}", "training.steps=8").code == 0
     folder = tmp_path / "run" / "checkpoints"
@@ -140,18 +142,18 @@ def test_what_is_kept(start: Start, tmp_path: Path, kind: str) -> None:
         kind == "true",
     )
     for path in folder.glob("step-*"):
-        assert damage(path) is None
+        assert verify_sizes(path) is None
 
 
-def test_one_found_damaged_is_not_among_those_kept(start: Start, tmp_path: Path) -> None:
-    """A flipped bit in the newest: named, passed over, and it costs no good one its place."""
+def test_a_corrupt_checkpoint_does_not_count_as_kept(start: Start, tmp_path: Path) -> None:
+    """A flipped bit in the newest: it is reported and skipped, and no intact one is deleted."""
     folder = tmp_path / "run" / "checkpoints"
     assert start(1, "checkpoint.every=2", options=("--stop-at", "4")).code == 0
     flip(folder / "step-00000004" / "rank-00000.safetensors")
     done = start(1, "checkpoint.every=5", "checkpoint.keep_last=2")
-    assert done.code == 0, done.told
-    assert "step-00000004: rank-00000.safetensors: changed since it was written" in done.told
-    assert "resumed at step 2" in done.told
+    assert done.code == 0, done.output
+    assert "step-00000004: rank-00000.safetensors: changed since it was written" in done.output
+    assert "resumed at step 2" in done.output
     assert steps(folder) == [5, 6]
     assert [step for step, _, _ in curve(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
@@ -163,21 +165,21 @@ def flip(file: Path) -> None:
 
 
 def test_a_flipped_bit_and_an_empty_latest(start: Start, tmp_path: Path) -> None:
-    """Each has its line; each rank checks files of its own; all damaged: nothing begins anew."""
+    """Both are reported, also from rank 1; if all checkpoints are corrupt, nothing starts."""
     folder = tmp_path / "run" / "checkpoints"
     assert start(2, "checkpoint.every=2", options=("--stop-at", "4")).code == 0
     flip(folder / "step-00000004" / "rank-00001.safetensors")
     (folder / "latest").write_text("")
     shutil.copytree(tmp_path / "run", tmp_path / "before")
     done = start(2, options=("--stop-at", "5"))
-    assert done.code == 0, done.told
-    lines = done.told.splitlines()
+    assert done.code == 0, done.output
+    lines = done.output.splitlines()
     newest = folder / "step-00000004"
     assert (
-        f"passing over {newest}: rank-00001.safetensors: changed since it was written "
+        f"skipping {newest}: rank-00001.safetensors: changed since it was written "
         "(checksum differs)" in lines
     )
-    assert f"{folder / 'latest'} names nothing; taking step-00000002" in lines
+    assert f"{folder / 'latest'} names nothing; using step-00000002" in lines
     assert any(line.startswith(f"resumed at step 2 from {folder}/step-00000002") for line in lines)
 
     shutil.rmtree(tmp_path / "run")
@@ -185,52 +187,52 @@ def test_a_flipped_bit_and_an_empty_latest(start: Start, tmp_path: Path) -> None
     flip(folder / "step-00000002" / "rank-00000.safetensors")
     done = start(2)
     assert done.code == 1
-    (line,) = done.told.splitlines()
-    assert line.startswith(f"{folder}: none of the checkpoints here is whole (the newest, step-0")
+    (line,) = done.output.splitlines()
+    assert line.startswith(f"{folder}: none of the checkpoints is complete (the newest, step-0")
 
 
-def test_another_layout_is_told(start: Start) -> None:
+def test_a_changed_layout_and_seed_are_reported(start: Start) -> None:
     assert start(2, "parallel.tensor=2", options=("--stop-at", "2")).code == 0
     done = start(1, options=("--stop-at", "3"))
-    (line,) = (line for line in done.told.splitlines() if line.startswith("resumed"))
+    (line,) = (line for line in done.output.splitlines() if line.startswith("resumed"))
     assert line.endswith("written by TP2 x PP1 x DP1, ZeRO 1; now TP1 x PP1 x DP1, ZeRO 1")
     done = start(1, options=("--stop-at", "4"))
-    (line,) = (line for line in done.told.splitlines() if line.startswith("resumed"))
+    (line,) = (line for line in done.output.splitlines() if line.startswith("resumed"))
     assert line.endswith("step-00000003")
     done = start(1, "training.seed=2", options=("--stop-at", "5"))
-    assert "training.seed is 2, that of step-00000004 was 1: the data goes on in an" in done.told
+    warning = "training.seed is 2 but step-00000004 used 1: the data continues in another order"
+    assert warning in done.output
 
 
 def test_processes_that_do_not_divide_the_batch(config: Path, tmp_path: Path) -> None:
-    place = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
-    done = train("--config", str(config), "--run", str(tmp_path / "run"), environment=place)
+    launch = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
+    done = train("--config", str(config), "--run", str(tmp_path / "run"), environment=launch)
     assert done.returncode == 2
     assert "data-parallel sizes that fit: 1, 2, 4" in done.stderr
 
 
 NOT_SAVED = "warning (rank 0): step {} not saved: rank {} could not "
-GOES_ON = "older checkpoints are kept, the run goes on"
+CONTINUES = "older checkpoints are kept, the run continues"
 
 
 @pytest.mark.parametrize("kind", ["true", "false"])
 def test_a_full_disk(start: Start, mount: Mount, tmp_path: Path, kind: str) -> None:
-    """Room for one checkpoint only: a line for each save that fails, and training goes on."""
+    """Space for one checkpoint only: one line for each save that fails, and training continues."""
     folder = tmp_path / "run" / "checkpoints"
     mount(folder, 8 << 20)
     sets = ("checkpoint.every=2", f"checkpoint.async={kind}")
     assert start(2, *sets, options=("--stop-at", "2")).code == 0
     used = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     filler = folder / "filler"
-    with filler.open("wb") as file:  # leave room for half of the next one
+    with filler.open("wb") as file:  # leave space for half of the next checkpoint
         file.truncate(0)
         file.write(bytes((8 << 20) - used - used // 2))
     done = start(2, *sets)
     assert done.code == 1
-    *before, last = [line for line in done.told.splitlines() if "not saved" in line]
-    (warning,) = before
+    warning, last = (line for line in done.output.splitlines() if "not saved" in line)
     assert warning.startswith("warning (rank 0): step 4 not saved: rank ")
     assert "could not write its file: No space left on device" in warning
-    assert warning.endswith(GOES_ON)
+    assert warning.endswith(CONTINUES)
     assert last.startswith("step 6 not saved: rank ") and "start again" in last
     assert [step for step, _, _ in curve(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     assert {p.name for p in folder.iterdir()} == {"filler", "latest", "step-00000002"}
@@ -240,7 +242,7 @@ def test_a_full_disk(start: Start, mount: Mount, tmp_path: Path, kind: str) -> N
 
     filler.unlink()
     done = start(2, *sets)
-    assert done.code == 0 and "resumed at step 2" in done.told
+    assert done.code == 0 and "resumed at step 2" in done.output
     assert steps(folder) == [2, 4, 6]
 
 
@@ -251,7 +253,7 @@ def test_a_disk_that_becomes_read_only(start: Start, mount: Mount, tmp_path: Pat
     make_read_only(folder)
     done = start(1, "checkpoint.every=2")
     assert done.code == 1
-    warning, last = (line for line in done.told.splitlines() if "not saved" in line)
+    warning, last = (line for line in done.output.splitlines() if "not saved" in line)
     assert warning.startswith(NOT_SAVED.format(4, 0) + "prepare the folder: Read-only file system")
     assert last.startswith("step 6 not saved: rank 0 could not prepare the folder: Read-only file")
     assert [step for step, _, _ in curve(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
@@ -259,49 +261,51 @@ def test_a_disk_that_becomes_read_only(start: Start, mount: Mount, tmp_path: Pat
 
 
 def test_a_run_folder_that_cannot_be_written(start: Start, mount: Mount, tmp_path: Path) -> None:
-    """From the start: one line, and no traceback."""
+    """It is reported in one line, without a traceback."""
     folder = tmp_path / "run"
     mount(folder, 8 << 20)
     make_read_only(folder)
     done = start(1)
     assert done.code == 1
-    (line,) = done.told.splitlines()
-    assert line.startswith(f"{folder}: rank 0 cannot write there: ")
+    (line,) = done.output.splitlines()
+    assert line.startswith(f"{folder}: rank 0 cannot write to it: ")
     assert "Read-only file system" in line
 
 
-def train_with_small_files(words: list[str], output: Path, rank: int) -> int:
-    """`train_here`, where the `rank`-th may write no file of more than 300 kB: a quota of sorts."""
+def train_with_file_size_limit(command_line: list[str], output: Path, rank: int) -> int:
+    """Train; rank `rank` cannot write files of more than 300 kB, as with a disk quota."""
     if dist.get_rank() != rank:
-        return train_here(words, output)
+        return run_train(command_line, output)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
     try:
-        return train_here(words, output)
+        return run_train(command_line, output)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_quota_of_one_rank(worlds: Worlds, config: Path, tmp_path: Path) -> None:
-    """All ranks give the save up, none hangs, and the run trains on to its end."""
+def test_a_failed_write_of_one_rank_abandons_the_save(
+    worlds: Worlds, config: Path, tmp_path: Path
+) -> None:
+    """On all ranks; none hangs, and the run trains to its last step."""
     run, output = tmp_path / "run", tmp_path / "terminal"
-    words = arguments(config, run, ("checkpoint.every=3", "parallel.tensor=2"))
-    assert worlds.run(2, train_with_small_files, words, output, 1) == [1, 1]
-    told = "".join(Path(f"{output}-{rank}").read_text() for rank in (0, 1))
-    warning, last = (line for line in told.splitlines() if "not saved" in line)
+    command_line = arguments(config, run, "checkpoint.every=3", "parallel.tensor=2")
+    assert worlds.run(2, train_with_file_size_limit, command_line, output, 1) == [1, 1]
+    text = "".join(Path(f"{output}-{rank}").read_text() for rank in (0, 1))
+    warning, last = (line for line in text.splitlines() if "not saved" in line)
     assert warning.startswith(NOT_SAVED.format(3, 1) + "write its file: File too large")
     assert last.startswith("step 6 not saved: rank 1 could not write its file: File too large")
-    assert "Traceback" not in told
+    assert "Traceback" not in text
     assert [step for step, _, _ in curve(run)] == [1, 2, 3, 4, 5, 6]
     assert list((run / "checkpoints").iterdir()) == []
 
 
-def without_memory(tree: dict[str, Any], folder: Path) -> list[str]:
-    """A save for whose copy one rank lacks the memory, and one that finds it."""
+def save_out_of_memory(tree: dict[str, Any], folder: Path) -> list[str]:
+    """Save step 1 while rank 1 is out of host memory, and step 2 normally; return the warnings."""
     from hg_scale.training.checkpointer import Checkpointer
     from hg_scale.training.state import TrainingProgress
 
-    told: list[str] = []
+    warnings: list[str] = []
     run = Run(tree)
     empty = torch.empty
 
@@ -310,19 +314,21 @@ def without_memory(tree: dict[str, Any], folder: Path) -> list[str]:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore of it")
         return empty(*size, **more)
 
-    with Checkpointer(run.engine, folder, run.config, last_step=2, warn=told.append) as saver:
+    with Checkpointer(
+        run.engine, folder, run.config, last_step=2, warn=warnings.append
+    ) as checkpointer:
         run.train(1, 1)
         with mock.patch.object(torch, "empty", fail):
-            saver.save(TrainingProgress(1))
-            saver.wait()
+            checkpointer.save(TrainingProgress(1))
+            checkpointer.wait()
         run.train(2, 1)
-        saver.save(TrainingProgress(2))
-    return told
+        checkpointer.save(TrainingProgress(2))
+    return warnings
 
 
-def test_no_memory_for_the_copy(worlds: Worlds, tmp_path: Path) -> None:
-    here = parse("1 1 2")
-    told, nothing = worlds.run(here.world, without_memory, here.tree(), tmp_path)
-    assert nothing == [] and len(told) == 1
-    assert "rank 1 could not write its file: MemoryError: no host memory for a copy" in told[0]
+def test_out_of_host_memory_for_the_copy_is_a_failed_save(worlds: Worlds, tmp_path: Path) -> None:
+    layout = parse("1 1 2")
+    warnings, others = worlds.run(layout.world, save_out_of_memory, layout.tree(), tmp_path)
+    assert others == [] and len(warnings) == 1
+    assert "rank 1 could not write its file: MemoryError: no host memory for a copy" in warnings[0]
     assert steps(tmp_path) == [2]

@@ -1,4 +1,4 @@
-"""What a person sees: plain lines, the live line of a real terminal, and nothing of libraries."""
+"""Console output: plain lines, the live line of a real terminal, redirected library output."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_logged_step_is_one_line():
     assert step_figures(RECORD, eta=192.4) == FIGURES + "  eta 0:03:12"
 
 
-def test_what_a_record_lacks_is_left_out():
+def test_missing_and_null_figures_are_left_out():
     assert step_figures({"step": 1, "loss": float("nan"), "mfu": None}, None) == "loss nan"
 
 
@@ -50,7 +50,7 @@ def test_a_validation_is_one_line():
     assert validation_line(record) == "validation at step 50  loss 1.2500  bpb 1.8034"
 
 
-def test_the_time_left_does_not_count_the_first_step():
+def test_the_eta_leaves_out_the_first_logged_step():
     times = iter([100.0, 110.0, 4100.0])
     stream = io.StringIO()
     console = Console(100_000, stream=stream, clock=lambda: next(times))
@@ -62,7 +62,7 @@ def test_the_time_left_does_not_count_the_first_step():
     assert third.endswith("eta 115d 16:23")  # 99,950 steps of 100 s
 
 
-def test_without_a_terminal_there_are_plain_lines_only():
+def test_without_a_terminal_all_output_is_plain_lines():
     stream = io.StringIO()
     with Console(1000, stream=stream) as console:
         console.print("[bold] stays as it is")
@@ -88,7 +88,7 @@ def test_other_ranks_only_warn():
 
 
 def in_terminal(code: str, columns: int) -> str:
-    """What `code` shows on stdout, a terminal this many columns wide."""
+    """Run `code` with a terminal of `columns` columns as stdout; return its output."""
     controller, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, columns))
     process = subprocess.Popen(
@@ -99,22 +99,26 @@ def in_terminal(code: str, columns: int) -> str:
         env={**os.environ, "TERM": "xterm"},
     )
     os.close(terminal)
-    shown = b""
+    output = b""
     while True:
         try:
             block = os.read(controller, 65536)
         except OSError:  # the other end is closed
             break
-        shown += block
+        output += block
         if not block:
             break
     os.close(controller)
-    assert process.wait() == 0, shown.decode()
-    return shown.decode()
+    assert process.wait() == 0, output.decode()
+    return output.decode()
+
+
+def without_escapes(output: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)
 
 
 def test_a_terminal_has_one_live_line():
-    shown = in_terminal(
+    output = in_terminal(
         "import time; from hg_scale.training.console import Console\n"
         "with Console(40) as console:\n"
         "    for step in range(1, 41):\n"
@@ -122,45 +126,45 @@ def test_a_terminal_has_one_live_line():
         "        if step == 20: console.validation({'step': step, 'validation_loss': 1.0})\n",
         columns=100,
     )
-    assert "\x1b[2K" in shown  # a line is drawn over itself
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    assert "\x1b[2K" in output  # erases the line before it is drawn again
+    plain = without_escapes(output)
     lines = [line.rstrip("\r").split("\r")[-1].strip() for line in plain.split("\n")]
     assert "validation at step 20  loss 1.0000" in lines
-    assert sum("step 40/40" in line for line in lines) == 1  # what is left when all is drawn
+    assert sum("step 40/40" in line for line in lines) == 1  # in the final state of the screen
     assert "loss 1.5000  grad 0.250" in plain
 
 
 @pytest.mark.parametrize("columns", [50, 160])
-def test_the_live_line_takes_the_width_of_the_terminal(tmp_path, columns):
-    shown = in_terminal(
+def test_the_live_line_fits_the_width_of_the_terminal(tmp_path, columns):
+    output = in_terminal(
         "from pathlib import Path; from hg_scale.training.console import Console, quiet_libraries\n"
         f"with quiet_libraries(Path({str(tmp_path)!r}, 'log')) as stream:\n"
         f"    with Console(1000, stream=stream) as console: console.step({RECORD})",
         columns,
     )
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    plain = without_escapes(output)
     assert all(len(line.rstrip()) <= columns for line in re.split(r"[\r\n]+", plain))
     assert ("mfu 41.2%" in plain) == (columns == 160)
 
 
-def test_last_words_come_through_a_live_line_and_libraries_whatever_holds_a_lock(tmp_path):
+def test_print_unlocked_works_while_a_thread_holds_the_lock_of_the_live_line(tmp_path):
     log = tmp_path / "log"
     line = "step 120 takes 312 s: rank 5 (n3) is still reading data"
-    shown = in_terminal(
+    output = in_terminal(
         "import os, threading; from pathlib import Path\n"
         "from hg_scale.training.console import Console, quiet_libraries\n"
         f"with quiet_libraries(Path({str(log)!r})) as stream:\n"
         f"    with Console(1000, stream=stream) as console:\n"
         f"        console.step({RECORD})\n"
-        "        def end(): console.last_words(%r); os._exit(0)\n"
+        "        def end(): console.print_unlocked(%r); os._exit(0)\n"
         % line
         + "        with console._live._lock:\n"
         "            threading.Thread(target=end).start(); threading.Event().wait()\n",
         columns=100,
     )
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    plain = without_escapes(output)
     assert line in [text.split("\r")[-1] for text in plain.replace("\r\n", "\n").split("\n")]
-    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is back
+    assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")  # the cursor is shown again
     assert line in log.read_text()
 
 
@@ -179,15 +183,15 @@ print("after")
 """
 
 
-def quiet(log: Path, last: str = "pass") -> subprocess.CompletedProcess[str]:
-    """A process whose libraries are noisy, and which ends with the statement `last`."""
+def run_quietly(log: Path, last: str = "pass") -> subprocess.CompletedProcess[str]:
+    """Run a process that prints in all ways and ends with the statement `last`."""
     command = [sys.executable, "-c", QUIET % last, str(log)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-def test_libraries_speak_to_their_file_and_the_run_to_the_terminal(tmp_path):
+def test_library_output_goes_to_the_log_and_the_console_to_the_terminal(tmp_path):
     log = tmp_path / "logs" / "rank-0.log"
-    done = quiet(log)
+    done = run_quietly(log)
     assert done.stdout == "before\nstep  1/10  loss 2.0000\nafter\n"
     assert done.stderr == ""
     written = log.read_text()
@@ -196,40 +200,40 @@ def test_libraries_speak_to_their_file_and_the_run_to_the_terminal(tmp_path):
     assert "before" not in written and "after" not in written
 
 
-def test_an_error_is_on_the_terminal_and_in_the_file(tmp_path):
+def test_an_error_is_printed_to_the_terminal_and_the_log(tmp_path):
     log = tmp_path / "rank-0.log"
-    done = quiet(log, "raise RuntimeError('shapes differ')")
+    done = run_quietly(log, "raise RuntimeError('shapes differ')")
     assert done.returncode == 1
     assert "RuntimeError: shapes differ" in done.stderr and str(log) in done.stderr
     assert "noise" not in done.stdout + done.stderr
     assert "RuntimeError: shapes differ" in log.read_text()
 
 
-def test_a_plain_exit_says_nothing_more(tmp_path):
-    done = quiet(tmp_path / "rank-0.log", "sys.exit(3)")
+def test_a_plain_exit_prints_nothing(tmp_path):
+    done = run_quietly(tmp_path / "rank-0.log", "sys.exit(3)")
     assert done.returncode == 3 and done.stderr == ""
 
 
-def test_a_crash_below_python_shows_where_it_was(tmp_path):
-    done = quiet(tmp_path / "rank-0.log", "os.abort()")
+def test_a_crash_in_c_prints_its_stack_to_the_terminal(tmp_path):
+    done = run_quietly(tmp_path / "rank-0.log", "os.abort()")
     assert done.returncode == -6
     assert "Fatal Python error: Aborted" in done.stderr
 
 
-def test_a_killed_run_leaves_its_noise_in_the_file(tmp_path):
+def test_the_log_of_a_killed_run_is_complete(tmp_path):
     log = tmp_path / "rank-0.log"
-    assert quiet(log, "os.kill(os.getpid(), 9)").returncode == -9
+    assert run_quietly(log, "os.kill(os.getpid(), 9)").returncode == -9
     assert "noise: print" in log.read_text()
 
 
-def test_a_restart_appends_to_the_file(tmp_path):
+def test_a_restart_appends_to_the_log(tmp_path):
     log = tmp_path / "rank-0.log"
-    quiet(log), quiet(log)
+    run_quietly(log), run_quietly(log)
     assert log.read_text().count("noise: print") == 2
 
 
-def test_a_terminal_of_no_width_gets_lines() -> None:
-    """mpirun gives its ranks one where its own output goes to a file."""
+def test_a_terminal_of_width_0_has_plain_lines() -> None:
+    """mpirun gives its ranks such a terminal if its own output goes to a file."""
     code = (
         "from hg_scale.training.console import Console\n"
         "with Console(40) as console: console.step({'step': 20, 'loss': 1.5})\n"

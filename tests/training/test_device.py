@@ -1,4 +1,4 @@
-"""Peaks of known GPUs by name, and of this CPU by measuring."""
+"""Peak rates: looked up for known GPUs, measured for this CPU."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def test_known_gpus(name, bf16, fp32):
 @pytest.mark.parametrize(
     "name",
     [
-        "NVIDIA H100 80GB HBM3 MIG 3g.40gb",  # a slice
+        "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA GeForce RTX 4090 D",
         "NVIDIA A10G",  # slower than an A10
-        "NVIDIA H100",  # which one?
+        "NVIDIA H100",  # of an unknown form
         "Some GPU 9000",
     ],
 )
-def test_what_only_resembles_a_known_gpu_is_measured(name):
+def test_a_name_that_only_resembles_a_known_gpu_is_unknown(name):
     assert known_peak(name, "bf16") is None
 
 
-def test_a_gpu_without_bf16_units_is_measured_in_bf16():
+def test_a_gpu_without_bf16_units_is_unknown_in_bf16():
     assert known_peak("Tesla V100-SXM2-16GB", "bf16") is None
     assert known_peak("Tesla V100-SXM2-16GB", "fp32") == Peak(
         15.7e12, "known: Tesla V100-SXM2-16GB"

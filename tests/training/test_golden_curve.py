@@ -1,7 +1,7 @@
-"""Loss curves kept on file: nothing changes them silently.
+"""Loss curves equal the golden ones in `golden_curves.json`.
 
-A change that means to move them writes the file anew and says so:
-`python -m tests.training.test_golden_curve`.
+A change that is meant to move them rewrites the file with
+`python -m tests.training.test_golden_curve`, and its commit message says so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STEPS = 10
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_curve_is_the_one_on_file(worlds: Worlds, name: str) -> None:
+def test_the_curve_equals_the_golden_one(worlds: Worlds, name: str) -> None:
     expected = json.loads(FILE.read_text())[name]
     curve = worlds.run(1, run_layout, layout(CASES[name]), STEPS)[0]
     for key in ("loss", "grad_norm", "validation"):

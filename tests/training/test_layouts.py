@@ -1,4 +1,4 @@
-"""Any layout, same loss: the heart of the system."""
+"""Every parallel layout has the loss curve of one process."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ BOUND = {"fp32": 1e-4, "bf16": 1e-2}  # relative
 
 
 @pytest.fixture(scope="module")
-def undisturbed(worlds: Worlds) -> Any:
-    """The curves of one process, each computed once."""
+def reference(worlds: Worlds) -> Any:
+    """`reference(model, precision, ...)`: the curves of one process, each computed once."""
     cache: dict[Any, Any] = {}
 
     def curve(model: str, precision: str, **changes: Any) -> Any:
@@ -54,9 +54,9 @@ def undisturbed(worlds: Worlds) -> Any:
 
 
 def micro_batch(world: int, tensor: int, pipeline: int) -> int:
-    """Rows of a micro-batch: few collectives and so little time, but for pipelines and for `tp2`.
+    """Sequences per micro-batch: as many as possible, to save time, except in pipelines.
 
-    The curve of one process, to which all are held, has four micro-batches of 2.
+    The reference has four micro-batches of 2 sequences.
     """
     if pipeline > 1:
         return 2
@@ -69,16 +69,16 @@ def assert_same(curves: Any, expected: Any, bound: float) -> None:
     assert not any(curves["skipped"])
 
 
-def test_the_loss_falls(undisturbed: Any) -> None:
-    """The equalities below would also hold for a model that learns nothing."""
+def test_the_reference_loss_falls(reference: Any) -> None:
+    """The tests below would also pass for a model that learns nothing."""
     for model in MODELS:
-        loss = undisturbed(model, "fp32")["loss"]
+        loss = reference(model, "fp32")["loss"]
         assert loss[-1] < loss[0] - 0.1
 
 
 @pytest.mark.parametrize(("name", "model", "precision", "stage"), CASES)
 def test_same_curve(
-    worlds: Worlds, undisturbed: Any, name: str, model: str, precision: str, stage: int
+    worlds: Worlds, reference: Any, name: str, model: str, precision: str, stage: int
 ) -> None:
     world, tensor, pipeline, _, _ = LAYOUTS[name]
     micro = micro_batch(world, tensor, pipeline)
@@ -86,7 +86,7 @@ def test_same_curve(
     curves = worlds.run(world, run_layout, tree, STEPS)
     for other in curves[1:]:
         assert other == curves[0]  # every rank reports the same
-    assert_same(curves[0], undisturbed(model, precision), BOUND[precision])
+    assert_same(curves[0], reference(model, precision), BOUND[precision])
 
 
 @pytest.mark.parametrize(
@@ -106,28 +106,26 @@ def test_same_curve(
 )
 def test_same_curve_with_dropout(
     worlds: Worlds,
-    undisturbed: Any,
+    reference: Any,
     model: str,
     world: int,
     tensor: int,
     pipeline: int,
     stage: int,
 ) -> None:
-    """Masks are drawn from (seed, step, sample, layer) and sliced, recomputed blocks included."""
+    """Masks depend on (seed, step, sample, layer) only, also in recomputed blocks."""
     micro = micro_batch(world, tensor, pipeline)
     tree = layout(MODELS[model], tensor, pipeline, stage, micro=micro, dropout=0.1)
     tree["training"]["activation_checkpointing"] = [False, True, True][: 2 + (model == "by_level")]
     curves = worlds.run(world, run_layout, tree, STEPS)
-    assert_same(curves[0], undisturbed(model, "fp32", dropout=0.1), BOUND["fp32"])
+    assert_same(curves[0], reference(model, "fp32", dropout=0.1), BOUND["fp32"])
 
 
 @pytest.mark.parametrize(("world", "pipeline"), [(2, 2), (4, 4), (2, 1)])
-def test_same_curve_with_shorten_factor_dropout(
-    worlds: Worlds, undisturbed: Any, world: int, pipeline: int
-) -> None:
-    """The factors change from step to step, and with them the shapes at the boundaries."""
+def test_same_curve_with_shorten_factor_dropout(worlds: Worlds, world: int, pipeline: int) -> None:
+    """The shorten factors, and with them the shapes at stage boundaries, change between steps."""
     changes: dict[str, Any] = {"shorten_factor_choices": [2, 3], "hierarchy": "1@1 4@2 1@1"}
     tree = layout(PAPER, 1, pipeline, 1, **changes)
     curves = worlds.run(world, run_layout, tree, STEPS)
-    alone = worlds.run(1, run_layout, layout(PAPER, **changes), STEPS)[0]
-    assert_same(curves[0], alone, BOUND["fp32"])
+    expected = worlds.run(1, run_layout, layout(PAPER, **changes), STEPS)[0]
+    assert_same(curves[0], expected, BOUND["fp32"])

@@ -1,4 +1,4 @@
-"""The metrics file after crashes and resumes, the split of a step's time, memory."""
+"""The metrics file after crashes and resumes, the time of a step by phase, memory usage."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_line_is_readable_as_soon_as_it_is_written(tmp_path):
     log.close()
 
 
-def test_what_is_not_finite_becomes_null(tmp_path):
+def test_numbers_that_are_not_finite_become_null(tmp_path):
     with MetricsLog(tmp_path) as log:
         log.write({"step": 1, "loss": math.nan, "norms": [math.inf, np.float32("nan"), 1.0]})
     (record,) = read(log.path)
@@ -62,29 +62,29 @@ def test_a_resumed_run_drops_the_steps_it_will_repeat(tmp_path):
     assert steps(path) == [10, 20, 30, 40, 50]
 
 
-def test_a_run_without_a_checkpoint_starts_its_curve_anew(tmp_path):
+def test_a_run_from_scratch_drops_all_steps(tmp_path):
     path = write(tmp_path, 10, 20)
     write(tmp_path, 10)
     assert steps(path) == [10]
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 30, "lo', b"\0\0\0\0", b"7", b'{"step": 20'])
-def test_half_a_line_is_cut_off(tmp_path, torn):
+def test_a_partial_last_line_is_dropped(tmp_path, torn):
     path = write(tmp_path, 10, 20)
-    whole = path.read_bytes()
-    path.write_bytes(whole + torn)
+    complete = path.read_bytes()
+    path.write_bytes(complete + torn)
     MetricsLog(tmp_path, resume_step=20).close()
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == complete
 
 
-def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
+def test_a_complete_last_line_without_a_newline_is_kept(tmp_path):
     path = write(tmp_path, 10, 20)
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
     write(tmp_path, 30, resume_step=20)
     assert steps(path) == [10, 20, 30]
 
 
-def test_a_file_that_needs_no_repair_is_left_alone(tmp_path):
+def test_a_file_that_needs_no_change_is_not_rewritten(tmp_path):
     path = write(tmp_path, 10, 20)
     inode = path.stat().st_ino
     write(tmp_path, 30, resume_step=20)
@@ -92,7 +92,7 @@ def test_a_file_that_needs_no_repair_is_left_alone(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_killed_run_leaves_every_line_but_the_last_whole(tmp_path):
+def test_a_killed_run_leaves_at_most_one_partial_line(tmp_path):
     code = (
         "import os; from pathlib import Path; from hg_scale.training.metrics import MetricsLog\n"
         f"log = MetricsLog(Path({str(tmp_path)!r}))\n"
@@ -105,7 +105,7 @@ def test_a_killed_run_leaves_every_line_but_the_last_whole(tmp_path):
 
 
 class Clock:
-    """Stands still but for `wait`."""
+    """A clock that only `wait` advances."""
 
     now = 0.0
 
@@ -140,7 +140,7 @@ def test_a_step_is_split_into_data_compute_and_rest():
     assert timer.collect() == {}
 
 
-def test_time_of_a_failed_phase_is_counted_and_the_outer_one_goes_on():
+def test_an_error_in_a_phase_returns_to_the_outer_phase():
     clock = Clock()
     timer = StepTimer(clock)
     with pytest.raises(KeyError), timer.measure("compute"):
@@ -165,7 +165,7 @@ def test_memory_follows_an_allocation():
     del block
 
 
-def test_watching_a_run_imports_neither_torch_nor_wandb():
+def test_logging_modules_import_neither_torch_nor_wandb():
     code = (
         "import sys; import hg_scale.training.metrics, hg_scale.training.schedule, "
         "hg_scale.training.console, hg_scale.training.wandb_log; "
@@ -174,12 +174,12 @@ def test_watching_a_run_imports_neither_torch_nor_wandb():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_a_full_disk_loses_lines_and_says_so_once(tmp_path: Path, mount: Mount) -> None:
-    """The run goes on; when there is room again, so does the file, each line whole or dropped."""
+def test_a_full_disk_loses_lines_and_warns_once(tmp_path: Path, mount: Mount) -> None:
+    """Writing continues when there is space again, and every line is complete or dropped."""
     run = tmp_path / "disk"
     mount(run, 64 << 10)
-    told: list[str] = []
-    log = MetricsLog(run, warn=told.append)
+    warnings: list[str] = []
+    log = MetricsLog(run, warn=warnings.append)
     log.write({"step": 1})
     filler = run / "filler"
     with filler.open("wb", buffering=0) as file, pytest.raises(OSError):
@@ -187,7 +187,7 @@ def test_a_full_disk_loses_lines_and_says_so_once(tmp_path: Path, mount: Mount) 
             pass
     for step in range(2, 400):
         log.write({"step": step, "loss": 1 / 3})
-    assert len(told) == 1 and "metrics.jsonl: lines are lost" in told[0]
+    assert len(warnings) == 1 and "metrics.jsonl: lines are lost" in warnings[0]
     filler.unlink()
     log.write({"step": 400})
     log.close()

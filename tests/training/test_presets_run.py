@@ -1,4 +1,4 @@
-"""A step of a real preset's width, and some steps on real text."""
+"""One step of a preset at full width, and some steps on enwik8."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.world import Worlds
 
 
 def test_one_step_of_hg_1b_bytes_at_full_width(worlds: Worlds) -> None:
-    """One block a stack, length 768: the loss of a fresh model is near that of guessing."""
+    """One block per level, length 768: the initial loss is near that of a uniform guess."""
     overrides = ["model.hierarchy=1@1 1@3 1@6 1@3 1@1", "model.sequence_length=768",
                  "training.global_batch_size=1", "model.vocab_size=257"]  # fmt: skip
     config = load_config(ROOT / "configs" / "hg_1b_bytes.json", overrides)
@@ -29,8 +29,8 @@ def test_one_step_of_hg_1b_bytes_at_full_width(worlds: Worlds) -> None:
     assert result["validation"][0] < result["loss"][0] + 5
 
 
-def test_enwik8(tmp_path: Path) -> None:
-    """The benchmark's own split, prepared by the script; the loss falls within a few steps."""
+def test_the_loss_falls_on_enwik8(tmp_path: Path) -> None:
+    """With the benchmark's standard split, prepared by `prepare_bytes.py`."""
     packed = shared("data/enwik8.xz")
     shards, run = tmp_path / "enwik8", tmp_path / "run"
     command = [sys.executable, "data_prep/prepare_bytes.py", "--input", str(packed)]

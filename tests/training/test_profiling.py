@@ -1,4 +1,4 @@
-"""Profiles of one step, and of no other."""
+"""The profiler records one step and no other."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ def test_without_a_step_nothing_is_profiled(tmp_path):
     assert not profiler.folder.exists()
 
 
-def test_an_error_in_the_step_goes_through(tmp_path):
+def test_an_error_in_the_step_is_raised(tmp_path):
     with pytest.raises(KeyError), StepProfiler(tmp_path, step=1).step(1):
         raise KeyError
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path):
     (tmp_path / "profile").write_text("in the way")
-    said: list[str] = []
-    with StepProfiler(tmp_path, step=1, warn=said.append).step(1):
+    warnings: list[str] = []
+    with StepProfiler(tmp_path, step=1, warn=warnings.append).step(1):
         work()
-    assert said and said[0].startswith("no profile of step 1: ")
+    assert warnings and warnings[0].startswith("no profile of step 1: ")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_has_a_memory_snapshot_even_of_a_failed_step(tmp_path):
+def test_a_memory_snapshot_is_written_even_if_the_step_fails(tmp_path):
     profiler = StepProfiler(tmp_path, step=1)
     with pytest.raises(RuntimeError), profiler.step(1):
         torch.randn(1024, device="cuda")

@@ -1,4 +1,4 @@
-"""Stop after 10 of 20 steps and go on: bit for bit in the same layout, the same curve in others."""
+"""Resuming after 10 of 20 steps: bit for bit in the same layout, the same curve in others."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from hg_scale.checkpoint.find import find_latest, folder_name
 from hg_scale.checkpoint.load import read_parameters
 from hg_scale.config.load import parse_config
-from tests.training.models import BY_LEVEL, PAPER, layout, random_batch
+from tests.training.models import BY_LEVEL, PAPER, build_engine, layout, local_batch, random_batch
 from tests.world import Worlds
 
 MODELS = {"paper": PAPER, "by_level": BY_LEVEL}
@@ -21,14 +20,13 @@ HALF, STEPS = 10, 20
 
 
 def run_half(tree: dict[str, Any], folder: Path, first: int) -> dict[str, list[float]]:
-    """Steps `first` .. `first` + 9 in this world; begins from the folder's checkpoint, saves."""
-    from hg_scale.parallel.mesh import make_mesh
-    from hg_scale.training.engine import make_engine
+    """Take ten steps from `first`, which is 1 or 11, in this world.
+
+    From step 1: save after ten steps and take ten more. From step 11: resume from that checkpoint.
+    """
     from hg_scale.training.state import TrainingProgress, load_state, save_state
 
-    config = parse_config(tree, world_size=dist.get_world_size())
-    mesh, parts = make_mesh(config.parallel)
-    engine = make_engine(config, mesh, parts, torch.device("cpu"))
+    engine = build_engine(tree)
     progress = TrainingProgress()
     if first > 1:
         checkpoint = find_latest(folder)
@@ -37,23 +35,16 @@ def run_half(tree: dict[str, Any], folder: Path, first: int) -> dict[str, list[f
         assert progress.step == first - 1
     results = []
     for step in range(first, first + HALF):
-        rows = slice(mesh.data_rank * engine.rows, (mesh.data_rank + 1) * engine.rows)
-        reads = mesh.is_first_stage or mesh.is_last_stage
-        batch = random_batch(config, step)[rows] if reads else None
-        results.append(engine.train_step(batch, step, 1e-3))
+        results.append(engine.train_step(local_batch(engine, step), step, 1e-3))
         progress.step = step
     if first == 1:
-        save_state(engine, folder, progress, config)
-        # Saving disturbs nothing: the curve goes on from here too.
+        save_state(engine, folder, progress, engine.config)
         for step in range(HALF + 1, STEPS + 1):
-            rows = slice(mesh.data_rank * engine.rows, (mesh.data_rank + 1) * engine.rows)
-            reads = mesh.is_first_stage or mesh.is_last_stage
-            batch = random_batch(config, step)[rows] if reads else None
-            results.append(engine.train_step(batch, step, 1e-3))
+            results.append(engine.train_step(local_batch(engine, step), step, 1e-3))
     return {"loss": [r.loss for r in results], "grad_norm": [r.grad_norm for r in results]}
 
 
-# (world size, tensor, pipeline, ZeRO stage, precision), and three other layouts to go on in.
+# ((world size, tensor, pipeline, ZeRO stage), precision, layouts to resume in).
 ONE = (1, 1, 1, 1)
 WRITERS = {
     "dp2_zero3": ((2, 1, 1, 3), "fp32", [ONE, (2, 2, 1, 1), (2, 1, 2, 0)]),
@@ -62,25 +53,30 @@ WRITERS = {
 
 
 @pytest.mark.parametrize(("model", "writer"), [("paper", "tp2_pp2"), ("by_level", "dp2_zero3")])
-def test_resume(worlds: Worlds, tmp_path: Path, model: str, writer: str) -> None:
+def test_a_resumed_run_has_the_curve_of_an_uninterrupted_one(
+    worlds: Worlds, tmp_path: Path, model: str, writer: str
+) -> None:
     (world, tensor, pipeline, zero), precision, others = WRITERS[writer]
     tree = layout(MODELS[model], tensor, pipeline, zero, precision)
-    undisturbed = worlds.run(world, run_half, tree, tmp_path, 1)[0]
-    again = worlds.run(world, run_half, tree, tmp_path, HALF + 1)[0]
-    for key, values in again.items():
-        assert values == undisturbed[key][HALF:]  # bit for bit
+    uninterrupted = worlds.run(world, run_half, tree, tmp_path, 1)[0]
+    resumed = worlds.run(world, run_half, tree, tmp_path, HALF + 1)[0]
+    for key, values in resumed.items():
+        assert values == uninterrupted[key][HALF:]  # bit for bit
     bound = {"fp32": 1e-4, "bf16": 1e-2}[precision]
     for world, tensor, pipeline, zero in others:
         other = layout(MODELS[model], tensor, pipeline, zero, precision)
         curve = worlds.run(world, run_half, other, tmp_path, HALF + 1)[0]
         for key, values in curve.items():
             np.testing.assert_allclose(
-                values, undisturbed[key][HALF:], rtol=bound, err_msg=f"{key} in {other['parallel']}"
+                values,
+                uninterrupted[key][HALF:],
+                rtol=bound,
+                err_msg=f"{key} in {other['parallel']}",
             )
 
 
-def test_the_plain_model_has_the_trained_weights(worlds: Worlds, tmp_path: Path) -> None:
-    """Evaluation needs no engine: a checkpoint's weights by name fit the plain model."""
+def test_a_model_without_an_engine_loads_a_checkpoint(worlds: Worlds, tmp_path: Path) -> None:
+    """A checkpoint's parameter names are those of the plain model, and its loss is the same."""
     from hg_scale.model.hourglass import Hourglass
 
     tree = layout(BY_LEVEL, 2, 2, 1)

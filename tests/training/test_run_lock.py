@@ -1,4 +1,4 @@
-"""A run folder has one run at a time, and a killed one does not stand in the way."""
+"""A run folder has one run at a time, and a killed run does not block it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hg_scale.checkpoint.find import damage, find_latest
-from hg_scale.data import lock as folder_lock
+from hg_scale import folder_lock
+from hg_scale.checkpoint.find import find_latest, verify_sizes
 from hg_scale.errors import UserError
 from hg_scale.training.run_lock import RunLock
 from tests.runs import train_in
@@ -25,8 +25,8 @@ HOLDER = (
 )
 
 
-def test_a_second_run_is_told_of_the_first(worlds: Worlds, config: Path, tmp_path: Path) -> None:
-    """On all ranks, in one line, and nothing of the first run's is touched."""
+def test_a_second_run_is_refused(worlds: Worlds, config: Path, tmp_path: Path) -> None:
+    """All ranks end, one line is printed, and the files of the first run are not touched."""
     run = tmp_path / "run"
     arguments = ["--config", str(config), "--run", str(run), "--set", "checkpoint.every=2"]
     assert train_in(worlds, 1, tmp_path, *arguments, "--stop-at", "2").code == 0
@@ -38,22 +38,24 @@ def test_a_second_run_is_told_of_the_first(worlds: Worlds, config: Path, tmp_pat
             assert first.stdout and first.stdout.readline() == "held\n"
             done = train_in(worlds, 2, tmp_path, *arguments)
             assert done.code == 1
-            (line,) = done.told.splitlines()
+            (line,) = done.output.splitlines()
             where = f"{run}: process {first.pid} on {socket.gethostname()}, since "
             assert line.startswith(where)
             assert line.endswith("is training there; end it, or choose another --run")
             assert half.is_dir()
-            assert not list((run / "ranks").glob("*.end"))  # with it the first would end, too
+            assert not list((run / "ranks").glob("*.end"))  # it would end the first run, too
         finally:
             os.kill(first.pid, signal.SIGKILL)
     assert (run / "owner.json").exists()
     assert train_in(worlds, 2, tmp_path, *arguments).code == 0
     newest = find_latest(run / "checkpoints")
-    assert newest and newest.name == "step-00000006" and damage(newest) is None
+    assert newest and newest.name == "step-00000006" and verify_sizes(newest) is None
     assert not (run / "owner.json").exists()
 
 
-def test_a_dead_run_of_another_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_run_on_another_host_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(folder_lock, "_WATCH", 0.3)
     monkeypatch.setattr(folder_lock, "BEAT", 0.1)
     owner = {"host": "n7", "kernel": "other", "pid": 1, "nonce": "n", "since": "noon", "beat": 4}
@@ -62,10 +64,10 @@ def test_a_dead_run_of_another_host(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         lock.require()
         (tmp_path / "owner.json").write_text(json.dumps(owner))
         with pytest.raises(UserError, match=r"process 1 on n7, since noon, is training there"):
-            lock.require()  # this run seemed dead to that one, which has taken over
+            lock.require()  # the other run took this one for dead and has taken over
     assert json.loads((tmp_path / "owner.json").read_text()) == owner  # not ours to remove
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
         RunLock(tmp_path / "missing")

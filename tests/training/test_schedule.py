@@ -1,4 +1,4 @@
-"""Learning rates, number by number."""
+"""Learning rates of all schedules at chosen steps."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hg_scale.training.schedule import LearningRateSchedule
 
 
 @pytest.mark.parametrize("kind", ["cosine", "rsqrt", "wsd"])
-def test_warm_up_is_a_line_from_zero_to_the_peak(kind):
+def test_warm_up_is_linear_from_zero_to_the_peak(kind):
     schedule = LearningRateSchedule(kind, peak=8e-4, total_steps=100, warmup_steps=8, decay_steps=0)
-    # A cosine counts from the end of the warm-up and is at its top until then.
+    # The cosine starts at the end of the warm-up.
     assert [schedule(step) for step in (1, 2, 4, 8)] == pytest.approx([1e-4, 2e-4, 4e-4, 8e-4])
 
 
@@ -23,7 +23,7 @@ def test_without_a_warm_up_the_first_step_has_the_peak(kind):
 
 
 def test_cosine_of_the_paper_counts_after_the_warm_up_and_ends_above_zero():
-    # enwik8: peak 4e-4, 4k of warm-up, a cycle of all 200k steps.
+    # enwik8: peak 4e-4, 4k steps of warm-up, a cycle of 200k steps.
     schedule = LearningRateSchedule("cosine", peak=4e-4, total_steps=200_000, warmup_steps=4_000)
     assert schedule(4_000) == 4e-4
     assert schedule(104_000) == pytest.approx(2e-4)
@@ -31,7 +31,7 @@ def test_cosine_of_the_paper_counts_after_the_warm_up_and_ends_above_zero():
     assert schedule(200_000) > 0
 
 
-def test_cosine_of_a_cycle_of_its_own_ends_at_the_minimum_and_stays():
+def test_cosine_with_its_own_cycle_ends_at_the_minimum_and_stays():
     schedule = LearningRateSchedule(
         "cosine", peak=1.0, total_steps=100, warmup_steps=20, cycle_steps=60, minimum_ratio=0.1
     )
@@ -50,7 +50,7 @@ def test_rsqrt_of_imagenet32_then_a_cosine_to_zero():
     assert schedule(470_000) == pytest.approx(0.0)
 
 
-def test_rsqrt_without_a_decay_is_cut_off_at_the_minimum():
+def test_rsqrt_without_a_decay_is_clipped_at_the_minimum():
     schedule = LearningRateSchedule(
         "rsqrt", peak=1.0, total_steps=1000, warmup_steps=10, minimum_ratio=0.25
     )
@@ -75,8 +75,8 @@ def test_wsd_ends_at_the_minimum():
     assert [schedule(step) for step in (6, 8, 10, 99)] == pytest.approx([2.0, 1.1, 0.2, 0.2])
 
 
-def test_another_end_leaves_the_steps_before_its_decay_as_they_were():
-    """So that a decay can branch off any checkpoint of the stable stretch."""
+def test_wsd_before_its_decay_does_not_depend_on_the_last_step():
+    """So that a decay can start from any checkpoint of the stable phase."""
     long = LearningRateSchedule("wsd", peak=1.0, total_steps=1000, warmup_steps=10, decay_steps=100)
     branch = replace(long, total_steps=450, decay_steps=50)
     assert all(branch(step) == long(step) for step in range(1, 401))
@@ -84,6 +84,6 @@ def test_another_end_leaves_the_steps_before_its_decay_as_they_were():
     assert long(450) == 1.0
 
 
-def test_an_unknown_kind_is_refused():
+def test_an_unknown_kind_is_an_error():
     with pytest.raises(ValueError, match="'step' is not one of"):
         LearningRateSchedule("step", peak=1.0, total_steps=10)(1)  # type: ignore[arg-type]

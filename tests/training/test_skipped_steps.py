@@ -1,4 +1,4 @@
-"""A bad step is skipped and counted on all ranks alike, and leaves nothing behind."""
+"""All ranks skip and count a bad step, which changes neither weights nor optimizer state."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import math
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
-from hg_scale.config.load import parse_config
-from tests.training.bad_steps import train_with
-from tests.training.models import BY_LEVEL, PAPER, layout, random_batch
+from tests.training.bad_steps import train_with_bad_steps
+from tests.training.models import BY_LEVEL, PAPER, build_engine, layout, local_batch
 from tests.world import Worlds
 
 # (tensor, pipeline, data, ZeRO stage, precision)
@@ -22,52 +20,48 @@ LAYOUTS = [
     (1, 2, 1, 0, "fp32"), (1, 2, 1, 1, "fp32"), (1, 2, 1, 1, "bf16"),
     (2, 1, 1, 0, "fp32"), (2, 1, 1, 1, "bf16"), (2, 1, 2, 3, "bf16"), (2, 2, 1, 1, "bf16"),
 ]  # fmt: skip
-FAULTS = {1: "spike", 3: "cut", 5: "alike", 7: "tied"}
-"""By step. A bad first one must not make what the first step makes, such as moments."""
+BAD = {1: "spike", 3: "sharded", 5: "replicated", 7: "tied"}
+"""Kinds of bad steps by step. A bad first step must not create moments."""
 STEPS = list(range(1, 9))
 
 
 @pytest.mark.parametrize(("tensor", "pipeline", "data", "stage", "precision"), LAYOUTS)
-def test_as_if_they_had_not_been(
+def test_bad_steps_leave_no_trace(
     worlds: Worlds, tensor: int, pipeline: int, data: int, stage: int, precision: str
 ) -> None:
     """Weights, moments and Adam's count are those of a run without these steps, bit for bit."""
     world, tree = tensor * pipeline * data, layout(PAPER, tensor, pipeline, stage, precision)
-    faults = {s: fault for s, fault in FAULTS.items() if fault != "tied" or pipeline > 1}
-    good = [step for step in STEPS if step not in faults]
-    without = worlds.run(world, train_with, tree, good, {})
-    ranks = worlds.run(world, train_with, tree, STEPS, faults)
-    for rank, (met, expected) in enumerate(zip(ranks, without, strict=True)):
-        assert met["finite"], rank
-        assert met["counted"] == len(faults)
-        assert [step for step, why in zip(STEPS, met["why"], strict=True) if why] == list(faults)
-        assert met["why"] == ranks[0]["why"] and met["loss"] == ranks[0]["loss"]
-        for figure in ("loss", "norm"):
-            assert [met[figure][step - 1] for step in good] == expected[figure]
-        assert not [name for name, bits in expected["held"].items() if met["held"][name] != bits]
-    for step in faults:
-        why = ranks[0]["why"][step - 1]
-        if faults[step] == "spike":
-            assert why == "a spike"
-        else:  # that rank, or all that hold the sum
-            assert why.startswith("gradients of 1 tensor are not finite: ")
-            assert f"{world - 1})" in why or data > 1
-    if tensor == 2 and data == 1:  # where DeepSpeed looks at the first of the tensor ranks alone
-        assert f"(rank {world - 1})" in ranks[0]["why"][4]
+    bad = {step: kind for step, kind in BAD.items() if kind != "tied" or pipeline > 1}
+    good = [step for step in STEPS if step not in bad]
+    without = worlds.run(world, train_with_bad_steps, tree, good, {})
+    ranks = worlds.run(world, train_with_bad_steps, tree, STEPS, bad)
+    reasons = ranks[0]["reasons"]
+    assert [step for step, reason in zip(STEPS, reasons, strict=True) if reason] == list(bad)
+    for rank, (found, expected) in enumerate(zip(ranks, without, strict=True)):
+        assert found["finite"], rank
+        assert found["skipped_steps"] == len(bad)
+        assert found["reasons"] == reasons and found["loss"] == ranks[0]["loss"]
+        for key in ("loss", "norm"):
+            assert [found[key][step - 1] for step in good] == expected[key]
+        digests = expected["digests"]
+        assert not [name for name in digests if found["digests"][name] != digests[name]]
+    for step in bad:
+        reason = reasons[step - 1]
+        if bad[step] == "spike":
+            assert reason == "a spike"
+        else:  # names the last rank, or all ranks that hold the reduced gradient
+            assert reason.startswith("gradients of 1 tensor are not finite: ")
+            assert f"{world - 1})" in reason or data > 1
+    if tensor == 2 and data == 1:  # DeepSpeed's norm would include tensor rank 0 only
+        assert f"(rank {world - 1})" in reasons[4]
 
 
-def poison_the_second_step(tree: dict[str, Any]) -> list[tuple[float, str | None]]:
+def train_with_infinite_logits(tree: dict[str, Any]) -> list[tuple[float, str | None]]:
     """Four steps on the same batch; the logits of the second are infinite on the last rank."""
-    from hg_scale.parallel.mesh import make_mesh
-    from hg_scale.training.engine import make_engine
-
-    config = parse_config(tree, world_size=dist.get_world_size())
-    mesh, parts = make_mesh(config.parallel)
-    engine = make_engine(config, mesh, parts, torch.device("cpu"))
-    rows = slice(mesh.data_rank * engine.rows, (mesh.data_rank + 1) * engine.rows)
-    reads = mesh.is_first_stage or mesh.is_last_stage
-    batch = random_batch(config, 1)[rows] if reads else None
-    head = dict(engine.model.named_modules())["head.linear"] if mesh.is_last_stage else None
+    engine = build_engine(tree)
+    batch = local_batch(engine, 1)
+    last_stage = engine.mesh.is_last_stage
+    head = dict(engine.model.named_modules())["head.linear"] if last_stage else None
     results = []
     for step in range(1, 5):
         hook = None
@@ -76,7 +70,7 @@ def poison_the_second_step(tree: dict[str, Any]) -> list[tuple[float, str | None
         results.append(engine.train_step(batch, step, 1e-3))
         if hook:
             hook.remove()
-    return [(r.loss, r.why) for r in results]
+    return [(r.loss, r.skip_reason) for r in results]
 
 
 @pytest.mark.parametrize(
@@ -84,13 +78,13 @@ def poison_the_second_step(tree: dict[str, Any]) -> list[tuple[float, str | None
     [(1, 1, 0, "fp32"), (2, 1, 0, "fp32"), (2, 2, 0, "fp32"), (2, 1, 1, "fp32"), (2, 1, 1, "bf16"),
      (2, 1, 3, "bf16"), (2, 2, 1, "bf16")],
 )  # fmt: skip
-def test_a_loss_that_is_not_finite(
+def test_a_step_whose_loss_is_not_finite_is_skipped(
     worlds: Worlds, world: int, pipeline: int, stage: int, precision: str
 ) -> None:
     tree = layout(BY_LEVEL, 1, pipeline, stage, precision)
-    for results in worlds.run(world, poison_the_second_step, tree):
-        losses, whys = zip(*results, strict=True)
-        assert [why is None for why in whys] == [True, False, True, True]
+    for results in worlds.run(world, train_with_infinite_logits, tree):
+        losses, reasons = zip(*results, strict=True)
+        assert [reason is None for reason in reasons] == [True, False, True, True]
         assert losses[0] > losses[2] > losses[3] > 0
         assert not math.isfinite(losses[1])
-        assert whys[1].startswith(f"the loss is nan on rank {world - 1}; gradients of ")
+        assert reasons[1].startswith(f"the loss is nan on rank {world - 1}; gradients of ")

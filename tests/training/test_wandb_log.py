@@ -1,4 +1,4 @@
-"""The real wandb, offline or against a server that does not answer."""
+"""The real wandb, offline or with a server that does not answer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log.finish()
 
 
 def run(run_dir: Path, **environment: str) -> str:
-    """What a training process that logs three steps to wandb prints to stdout."""
+    """Log three steps to wandb in a process; return its stdout."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(run_dir)],
@@ -42,13 +42,13 @@ def run(run_dir: Path, **environment: str) -> str:
 def test_without_a_key_runs_are_offline_and_a_restart_keeps_the_id(tmp_path):
     for _ in range(2):
         assert run(tmp_path) == ""
-    known = (tmp_path / "wandb_id").read_text().strip()
-    files = list((tmp_path / "wandb").glob(f"offline-run-*-{known}/run-{known}.wandb"))
+    name = (tmp_path / "wandb_id").read_text().strip()
+    files = list((tmp_path / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
     assert files and all(b"loss" in file.read_bytes() for file in files)
-    assert {file.name for file in (tmp_path / "wandb").rglob("*.wandb")} == {f"run-{known}.wandb"}
+    assert {file.name for file in (tmp_path / "wandb").rglob("*.wandb")} == {f"run-{name}.wandb"}
 
 
-def test_a_dead_server_is_one_warning_and_not_the_end_of_the_run(tmp_path):
+def test_an_unresponsive_server_is_one_warning_and_does_not_end_the_run(tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()  # accepts, and never answers
@@ -61,12 +61,12 @@ def test_a_dead_server_is_one_warning_and_not_the_end_of_the_run(tmp_path):
 
 def test_a_broken_wandb_is_one_warning(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # its import fails
-    said: list[str] = []
-    log = WandbLog(tmp_path, "hg", mode="offline", warn=said.append)
+    warnings: list[str] = []
+    log = WandbLog(tmp_path, "hg", mode="offline", warn=warnings.append)
     log._thread.join(10)
     log.log({"step": 1})
     log.finish()
-    assert len(said) == 1 and said[0].startswith("wandb disabled: ")
+    assert len(warnings) == 1 and warnings[0].startswith("wandb disabled: ")
 
 
 def test_disabled_does_nothing(tmp_path):
@@ -77,31 +77,32 @@ def test_disabled_does_nothing(tmp_path):
 
 
 @pytest.fixture
-def bare(monkeypatch, tmp_path):
+def environment(monkeypatch, tmp_path):
+    """An environment without settings or keys of wandb."""
     for key in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     return monkeypatch
 
 
-def test_the_mode_is_what_the_environment_says(bare):
+def test_the_mode_depends_on_the_environment(environment):
     assert choose_mode() == "offline"
-    bare.setenv("WANDB_API_KEY", "k")
+    environment.setenv("WANDB_API_KEY", "k")
     assert choose_mode() == "online"
-    bare.setenv("WANDB_MODE", "disabled")
+    environment.setenv("WANDB_MODE", "disabled")
     assert choose_mode() == "disabled"
 
 
-def test_a_key_in_netrc_counts_for_its_server_only(bare, tmp_path):
+def test_a_key_in_netrc_counts_for_its_server_only(environment, tmp_path):
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "0" * 40 + "\n")
     assert choose_mode() == "online"
-    bare.setenv("WANDB_BASE_URL", "https://wandb.example.org:8443")
+    environment.setenv("WANDB_BASE_URL", "https://wandb.example.org:8443")
     assert choose_mode() == "offline"
     (tmp_path / "netrc").write_text("not a netrc")
     assert choose_mode() == "offline"
 
 
-def test_an_id_is_made_once(tmp_path):
+def test_the_run_id_is_created_once(tmp_path):
     first = run_id(tmp_path / "run")
     assert first == run_id(tmp_path / "run") and len(first) == 8
     assert first != run_id(tmp_path / "other")

@@ -1,6 +1,6 @@
-"""From raw corpora to shards.
+"""Raw corpora to shards.
 
 sources -> in_order -> shard_writer                    (prepare_bytes.py)
 corpus: documents, images -> shuffled -> shard_writer  (prepare_text.py, prepare_images.py)
-place -> team                                          (the processes that prepare together)
+rank_group                                             (the ranks that prepare a folder together)
 """

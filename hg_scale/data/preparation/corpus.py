@@ -1,4 +1,4 @@
-"""What is to be prepared: files, the pieces of work they make, and where their documents go."""
+"""The files of a corpus, the tasks that read them, and the split and key of each document."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from typing import Any, NamedTuple, Protocol
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import SPLITS
-from hg_scale.data.preparation.sources import find_files, refuse_other_packing
+from hg_scale.data.preparation.sources import Advance, find_files, refuse_unsupported_compression
 from hg_scale.data.tokenizer import Tokenizer
 
-KEY_BITS = 62  # of a key: the order in the split; the split's number stands above them
+KEY_BITS = 62  # low bits of a key: the order in the split; the bits above are the split's number
 FOLDER_SPLITS = {
     "train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "dev": 1, "test": 2,
 }  # fmt: skip
 
-_TASK_BYTES = 1 << 28  # of stored text, at most: what a killed process has to do again
-_LEAST_TASK = 1 << 20
-_TASKS = 64  # wanted, so that processes end at about the same time
+_MAX_TASK_BYTES = 1 << 28  # of stored text: the work that a killed process loses
+_MIN_TASK_BYTES = 1 << 20
+_TASKS = 64  # at least, so that processes end at about the same time
 
 
-class File(NamedTuple):
+class SourceFile(NamedTuple):
     """A file of the source."""
 
     path: str
-    name: str  # relative to the input, so that keys do not depend on where the corpus lies
+    name: str  # relative to the input, so that keys do not depend on the corpus's location
     size: int  # bytes as stored
-    changed: int  # its time, in ns
+    modified: int  # in ns
 
 
 class Segment(NamedTuple):
-    """A part of a file: the documents that begin at the stored bytes [begin, end)."""
+    """A part of a file: the documents whose first stored byte is in [begin, end)."""
 
     file: int
     begin: int
@@ -43,7 +43,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class ReadTask:
-    """Segments that one process reads in one go."""
+    """Segments that one process reads as one unit of work."""
 
     number: int
     segments: tuple[Segment, ...]
@@ -53,52 +53,52 @@ class ReadTask:
         return sum(segment.end - segment.begin for segment in self.segments)
 
 
-class DocumentSource(Protocol):
-    """A source of documents: text (`documents.py`) or images (`images.py`)."""
+class Corpus(Protocol):
+    """A source of documents: `TextCorpus` or `ImageCorpus`."""
 
     tokenizer: Tokenizer
 
     @property
-    def document_tokens(self) -> int | None: ...  # where every document has the same number
+    def document_tokens(self) -> int | None: ...  # None where the lengths differ
 
-    files: list[File]
+    files: list[SourceFile]
 
     def survey(self) -> dict[str, Any]:
-        """Look through the input, on rank 0: what `adopt` needs, as JSON."""
+        """Scan the input, on rank 0. Returns JSON for `use_survey`."""
 
-    def adopt(self, survey: dict[str, Any]) -> None:
-        """Take over the survey of rank 0; before anything below is used."""
+    def use_survey(self, survey: dict[str, Any]) -> None:
+        """Set the files that rank 0 found; needed by all methods below."""
 
     def source(self) -> dict[str, Any]:
-        """What decides the shards, for the index."""
+        """Return the entry of the index that describes the source and the options."""
 
     def tasks(self) -> list[ReadTask]:
-        """All the work, cut the same for every number of processes."""
+        """Return all tasks; they do not depend on the number of processes."""
 
     def documents(
-        self, segment: Segment, scratch: Path, advance: Callable[[int], None]
+        self, segment: Segment, scratch: Path, advance: Advance
     ) -> Iterator[tuple[int, bytes]]:
-        """(key, content) of the documents of a segment that are not empty, in a fixed order.
+        """Yield (key, content) of the documents of a segment that are not empty, in a fixed order.
 
         A key is the split's number in the bits above `KEY_BITS`, then the order in the split.
-        `advance` is told the stored bytes read; `scratch` is a folder for temporary files.
+        `scratch` is a folder for temporary files.
         """
 
 
 def list_files(
     inputs: Sequence[Path], include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
-) -> list[File]:
-    """The files of the inputs, in a fixed order.
+) -> list[SourceFile]:
+    """Return the files of the inputs, in a fixed order.
 
     Raises DataError where one cannot be listed or read, or is in two of the inputs.
     """
     files = []
-    found: dict[Path, int] = {}  # the input that has a file
+    found: dict[Path, int] = {}  # number of the input that contains a file
     for number, given in enumerate(inputs):
         if given.is_dir():
             names = find_files(given, include, exclude)
         else:
-            refuse_other_packing(given)
+            refuse_unsupported_compression(given)
             names = [given.name]
         for name in names:
             path = given / name if given.is_dir() else given
@@ -111,27 +111,27 @@ def list_files(
                     f"--input {given}: {path} is also in --input {inputs[found[path.resolve()]]}; "
                     "name it once"
                 )
-            known = name if len(inputs) == 1 else f"{number}:{name}"
-            files.append(File(str(path), known, status.st_size, status.st_mtime_ns))
+            unique = name if len(inputs) == 1 else f"{number}:{name}"
+            files.append(SourceFile(str(path), unique, status.st_size, status.st_mtime_ns))
     return files
 
 
-def refuse_empty(files: Sequence[File]) -> None:
-    """For files of kinds that are never empty. Raises DataError where one is."""
+def refuse_empty(files: Sequence[SourceFile]) -> None:
+    """Raise DataError where a file is empty, for formats that never are."""
     for file in files:
         if not file.size:
             raise DataError(
-                f"{file.path}: is empty, as what was not copied to its end; fetch it again, or "
-                "leave it out with --exclude"
+                f"{file.path}: is empty, as after an unfinished copy; download it again, or leave "
+                "it out with --exclude"
             )
 
 
-def listing(files: Sequence[File]) -> dict[str, Any]:
-    """What tells these files from others without reading them, for the index."""
+def fingerprint(files: Sequence[SourceFile]) -> dict[str, Any]:
+    """Return what identifies the files without reading them, for the index."""
     names, times = hashlib.sha256(), hashlib.sha256()
     for file in files:
         names.update(f"{file.size} {file.name}\n".encode("utf-8", "surrogateescape"))
-        times.update(f"{file.changed}\n".encode())
+        times.update(f"{file.modified}\n".encode())
     return {
         "files": len(files),
         "bytes": sum(file.size for file in files),
@@ -141,38 +141,38 @@ def listing(files: Sequence[File]) -> dict[str, Any]:
 
 
 def make_tasks(
-    files: Sequence[File], splittable: Callable[[File], bool], multiple: int = 1
+    files: Sequence[SourceFile], splittable: Callable[[SourceFile], bool], multiple: int = 1
 ) -> list[ReadTask]:
-    """Cut large files and gather small ones; segments begin at multiples of `multiple`."""
+    """Split large files and group small ones; segments begin at multiples of `multiple`."""
     total = sum(file.size for file in files)
-    wanted = min(max(total // _TASKS, _LEAST_TASK), _TASK_BYTES)
-    wanted = -(-wanted // multiple) * multiple
+    task_bytes = min(max(total // _TASKS, _MIN_TASK_BYTES), _MAX_TASK_BYTES)
+    task_bytes = -(-task_bytes // multiple) * multiple
     tasks: list[ReadTask] = []
-    gathered: list[Segment] = []
+    pending: list[Segment] = []
 
     def close() -> None:
-        if gathered:
-            tasks.append(ReadTask(len(tasks), tuple(gathered)))
-            gathered.clear()
+        if pending:
+            tasks.append(ReadTask(len(tasks), tuple(pending)))
+            pending.clear()
 
     for number, file in enumerate(files):
-        step = wanted if splittable(file) else max(file.size, 1)
+        step = task_bytes if splittable(file) else max(file.size, 1)
         for begin in range(0, file.size, step):
             segment = Segment(number, begin, min(begin + step, file.size))
-            held = sum(part.end - part.begin for part in gathered)
-            if held + segment.end - segment.begin > wanted:
+            size = sum(part.end - part.begin for part in pending)
+            if size + segment.end - segment.begin > task_bytes:
                 close()
-            gathered.append(segment)
+            pending.append(segment)
     close()
     return tasks
 
 
-class Keys:
-    """The key of a document: its split, and its place in the shuffled order.
+class DocumentKeys:
+    """Computes the key of a document: its split, then its position in the shuffled order.
 
-    The split follows from the content, so that equal documents land in the same one and a new
-    document moves no other; or from the folder the file is in. The place follows from the file's
-    name and the document's position in it.
+    The split follows from the content, so that equal documents are in the same split and a new
+    document moves no other; or from the file's folder. The position follows from the file's name
+    and the document's position in the file.
     """
 
     def __init__(self, split: tuple[float, ...] | None, seed: int) -> None:
@@ -181,17 +181,17 @@ class Keys:
         self._salt = _salt(seed)
         self._name, self._key = "", b""
 
-    def __call__(self, file: File, place: int, content: bytes) -> int:
+    def __call__(self, file: SourceFile, position: int, content: bytes) -> int:
         if file.name != self._name:
             name = file.name.encode("utf-8", "surrogateescape")
             self._name = file.name
             self._key = hashlib.blake2b(name, key=self._salt, digest_size=32).digest()
-        drawn = hashlib.blake2b(place.to_bytes(8, "big"), key=self._key, digest_size=8).digest()
+        order = hashlib.blake2b(position.to_bytes(8, "big"), key=self._key, digest_size=8).digest()
         if self._split is None:
             split = folder_split(file)
         else:
             split = SPLITS.index(split_of([content], self._split, self._seed))
-        return split << KEY_BITS | int.from_bytes(drawn, "big") >> (64 - KEY_BITS)
+        return split << KEY_BITS | int.from_bytes(order, "big") >> (64 - KEY_BITS)
 
 
 def _salt(seed: int) -> bytes:
@@ -199,23 +199,23 @@ def _salt(seed: int) -> bytes:
 
 
 def split_of(content: Iterable[bytes], fractions: Sequence[float], seed: int) -> str:
-    """The split of a document, by a hash of its content, which comes in pieces."""
+    """Return the split of a document by a hash of its content, an iterable of pieces."""
     digest = hashlib.blake2b(key=_salt(seed), digest_size=8)
     for piece in content:
         digest.update(piece)
-    place = int.from_bytes(digest.digest(), "big") / 2**64
+    position = int.from_bytes(digest.digest(), "big") / 2**64  # in [0, 1)
     for name, bound in zip(SPLITS, accumulate(fractions), strict=True):
-        if place < bound:
+        if position < bound:
             return name
     return [name for name, part in zip(SPLITS, fractions, strict=True) if part][-1]
 
 
-def folder_split(file: File) -> int:
-    """The number of the split that the file's topmost folder names. Raises DataError."""
+def folder_split(file: SourceFile) -> int:
+    """Return the number of the split that the file's topmost folder names, or raise DataError."""
     top = file.name.rpartition(":")[2].split("/")[0]
     if top not in FOLDER_SPLITS or "/" not in file.name:
         raise DataError(
-            f"{file.path}: --split folders wants every file below train/, validation/ or test/ of "
-            "--input; move it, or give fractions"
+            f"{file.path}: --split folders needs every file below train/, validation/ or test/ of "
+            "--input; move it, or set --split to fractions"
         )
     return FOLDER_SPLITS[top]

@@ -1,37 +1,36 @@
-"""Documents out of files: plain text, JSON lines, parquet."""
+"""Read documents from plain text, JSON lines and parquet files."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from hg_scale.data.errors import DataError
-from hg_scale.data.preparation.sources import is_packed, read_blocks
+from hg_scale.data.preparation.sources import Advance, is_compressed, read_blocks
 
-Advance = Callable[[int], None]
 FileKind = Literal["text", "lines", "parquet"]
 
-LARGEST = 1 << 30  # bytes of a document: it has to fit into memory
-PIECE_BYTES = 1 << 16  # bytes of a piece of a text without documents
+MAX_DOCUMENT_BYTES = 1 << 30  # a document has to fit into memory
+PIECE_BYTES = 1 << 16  # of a piece of a text without documents
 _SUFFIXES: dict[str, FileKind] = {
     ".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".parquet": "parquet",
 }  # fmt: skip
 
 
 def file_kind(path: Path) -> FileKind:
-    """What a file holds, by its name without .gz, .xz or .zst."""
-    name = path.stem if is_packed(path) else path.name
+    """Return the format of a file, by its name without .gz, .xz or .zst."""
+    name = path.stem if is_compressed(path) else path.name
     return _SUFFIXES.get(Path(name).suffix.lower(), "text")
 
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How documents are told apart in files."""
+    """Where documents begin and end in files."""
 
     field: str = "text"  # of JSON lines and parquet
     separator: bytes | None = None  # in plain text; None: a file is a document
@@ -39,10 +38,10 @@ class TextFormat:
     def documents(
         self, path: Path, begin: int, end: int, scratch: Path, advance: Advance
     ) -> Iterator[tuple[int, bytes]]:
-        """(position, text) of the documents that begin at the stored bytes [begin, end).
+        """Yield (position, text) of the documents whose first stored byte is in [begin, end).
 
-        A file that cannot be split is read whole. `scratch` is a folder for temporary files;
-        `advance` is told the stored bytes that were read. Raises DataError, naming the file.
+        A file that cannot be split is read from start to end. `scratch` is a folder for temporary
+        files. Raises DataError, naming the file.
         """
         match file_kind(path):
             case "lines":
@@ -51,26 +50,28 @@ class TextFormat:
                 return read_parquet(path, self.field, begin, end, scratch, advance)
         if self.separator is not None:
             return read_separated(path, self.separator, begin, end, advance)
-        return read_whole(path, advance)
+        return read_single(path, advance)
 
     def can_split(self, path: Path) -> bool:
-        """Whether the documents of a part of the file can be read without what is before it."""
-        if is_packed(path):
+        """Return whether a part of the file can be read without the bytes before it."""
+        if is_compressed(path):
             return False
         if file_kind(path) != "text":
             return True
-        # It matters where one begins to look for what may overlap itself.
-        end = self.separator
-        return end is not None and not any(end.startswith(end[cut:]) for cut in range(1, len(end)))
+        # Matches of a separator that overlaps itself depend on where the search starts.
+        text = self.separator
+        return text is not None and not any(
+            text.startswith(text[cut:]) for cut in range(1, len(text))
+        )
 
 
-def read_whole(path: Path, advance: Advance) -> Iterator[tuple[int, bytes]]:
-    """A file as one document."""
+def read_single(path: Path, advance: Advance) -> Iterator[tuple[int, bytes]]:
+    """Yield a file as one document, at position 0."""
     blocks, size = [], 0
     for block in read_blocks(path, advance=advance):
         blocks.append(block)
         size += len(block)
-        if size > LARGEST:
+        if size > MAX_DOCUMENT_BYTES:
             raise _too_long(path, 0)
     yield 0, b"".join(blocks)
 
@@ -78,43 +79,43 @@ def read_whole(path: Path, advance: Advance) -> Iterator[tuple[int, bytes]]:
 def read_separated(
     path: Path, separator: bytes, begin: int, end: int, advance: Advance
 ) -> Iterator[tuple[int, bytes]]:
-    """(position, text) of what stands between separators and begins in [begin, end).
+    """Yield (position, text) of the texts between separators that begin in [begin, end).
 
-    Positions count bytes of the unpacked text; a packed file is read whole, from 0 on.
+    Positions count bytes of the decompressed text; a compressed file is read from start to end.
     """
-    start = max(0, begin - len(separator))  # one that ends at `begin` belongs to us
-    position, looking = start, begin > 0  # of what is pending; for the first separator
+    start = max(0, begin - len(separator))  # a text after a separator that ends at `begin` is ours
+    position, skipping = start, begin > 0  # of the pending text; up to the first separator
     pending: list[bytes] = []
-    held, tail = 0, b""  # bytes pending; those that a separator may begin in
-    stop = None if is_packed(path) else end
+    held, tail = 0, b""  # bytes pending; the last bytes, in which a separator may begin
+    stop = None if is_compressed(path) else end
     for block in read_blocks(path, start, advance):
         pending.append(block)
         held += len(block)
         seen = tail + block
         tail = seen[max(0, len(seen) - len(separator) + 1) :]
         if separator not in seen:
-            if held > LARGEST:
+            if held > MAX_DOCUMENT_BYTES:
                 raise _too_long(path, position)
             continue
         texts = b"".join(pending).split(separator)
         rest = texts.pop()
         for text in texts:
-            if looking:
-                looking = False
+            if skipping:
+                skipping = False
             else:
                 yield position, text
             position += len(text) + len(separator)
             if stop is not None and position >= stop:
                 return
         pending, held, tail = [rest], len(rest), rest[max(0, len(rest) - len(separator) + 1) :]
-    if held and not looking:
+    if held and not skipping:
         yield position, b"".join(pending)
 
 
 def read_lines(
     path: Path, field: str, begin: int, end: int, advance: Advance
 ) -> Iterator[tuple[int, bytes]]:
-    """(position, text) of the lines that begin in [begin, end): JSON objects with a text field."""
+    """Yield (position, text) of the JSON lines that begin in [begin, end)."""
     for position, line in read_separated(path, b"\n", begin, end, advance):
         if not line or line.isspace():
             continue
@@ -123,25 +124,25 @@ def read_lines(
             text = record[field]
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{path}: the line at byte {position} is not JSON ({error}); expected an object a "
-                "line: mend or remove it"
+                f"{path}: the line at byte {position} is not JSON ({error}); expected an object "
+                "per line: fix or remove it"
             ) from None
         except TypeError:
             raise DataError(
                 f"{path}: the line at byte {position} is a {type(record).__name__}; expected an "
-                "object a line: write each document into a line of its own"
+                "object per line: write each document into a line of its own"
             ) from None
         except KeyError:
             raise DataError(
                 f"{path}: the line at byte {position} has no field {field!r} (it has: "
-                f"{', '.join(record)}); name the field that holds the text with --field"
+                f"{', '.join(record)}); set --field to the field that holds the text"
             ) from None
         if text is None:
             continue
         if not isinstance(text, str):
             raise DataError(
                 f"{path}: the field {field!r} of the line at byte {position} is a "
-                f"{type(text).__name__}, not text; name another with --field"
+                f"{type(text).__name__}, not text; set --field to another"
             )
         yield position, text.encode("utf-8", "surrogatepass")
 
@@ -149,9 +150,9 @@ def read_lines(
 def read_parquet(
     path: Path, field: str, begin: int, end: int, scratch: Path, advance: Advance
 ) -> Iterator[tuple[int, bytes]]:
-    """(row, text) of the row groups that begin at the stored bytes [begin, end).
+    """Yield (row number, text) of the row groups whose first stored byte is in [begin, end).
 
-    A packed file is unpacked into `scratch` first.
+    A compressed file is decompressed into `scratch` first.
     """
     import pyarrow
     from pyarrow import parquet
@@ -159,7 +160,7 @@ def read_parquet(
     try:
         with ExitStack() as stack:
             source: Any = path
-            if is_packed(path):
+            if is_compressed(path):
                 source = stack.enter_context(tempfile.TemporaryFile(dir=scratch))
                 for block in read_blocks(path, advance=advance):
                     source.write(block)
@@ -168,30 +169,30 @@ def read_parquet(
             schema = file.schema_arrow
             if field not in schema.names:
                 raise DataError(
-                    f"{path}: has no column {field!r} (it has: {', '.join(schema.names)}); name "
-                    "the column that holds the text with --field"
+                    f"{path}: has no column {field!r} (it has: {', '.join(schema.names)}); set "
+                    "--field to the column that holds the text"
                 )
             row = 0
             for number in range(file.num_row_groups):
                 group = file.metadata.row_group(number)
                 first = row
                 row += group.num_rows
-                if not is_packed(path) and not begin <= _group_offset(group) < end:
+                if not is_compressed(path) and not begin <= _group_offset(group) < end:
                     continue
                 for batch in file.iter_batches(1024, row_groups=[number], columns=[field]):
                     texts = _as_bytes(batch.column(0), path, field)
-                    for place, text in enumerate(texts, first):
+                    for number_in_file, text in enumerate(texts, first):
                         if text is not None:
-                            yield place, text
+                            yield number_in_file, text
                     first += len(texts)
-                if not is_packed(path):
+                if not is_compressed(path):
                     advance(sum(group.column(c).total_compressed_size
                                 for c in range(group.num_columns)))  # fmt: skip
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{path}: cannot be read as parquet ({reason}); fetch it again, or leave it out with "
-            "--exclude"
+            f"{path}: cannot be read as parquet ({reason}); download it again, or leave it out "
+            "with --exclude"
         ) from None
 
 
@@ -209,24 +210,24 @@ def _as_bytes(column: Any, path: Path, field: str) -> list[bytes | None]:
     if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
         column = column.cast(pyarrow.large_binary())
     elif not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
-        raise DataError(f"{path}: the column {field!r} holds {kind}, not text; name another "
-                        "with --field")  # fmt: skip
+        raise DataError(f"{path}: the column {field!r} holds {kind}, not text; set --field to "
+                        "another")  # fmt: skip
     return column.to_pylist()
 
 
 def read_pieces(
     path: Path, begin: int, end: int, cuts: Sequence[int], advance: Advance
 ) -> Iterator[tuple[int, bytes]]:
-    """(position, text) of pieces of a text, up to `PIECE_BYTES` each, that begin in [begin, end).
+    """Yield (position, text) of the pieces of a text that begin in [begin, end).
 
     A piece ends at each multiple of `PIECE_BYTES` and at each of `cuts`. `begin` is a multiple.
     """
     position, pending = begin, b""
-    stop = None if is_packed(path) else end
+    stop = None if is_compressed(path) else end
 
     def next_cut() -> int:
-        whole = (position // PIECE_BYTES + 1) * PIECE_BYTES
-        return min([cut for cut in cuts if position < cut < whole], default=whole)
+        multiple = (position // PIECE_BYTES + 1) * PIECE_BYTES
+        return min([cut for cut in cuts if position < cut < multiple], default=multiple)
 
     for block in read_blocks(path, begin, advance):
         pending += block
@@ -241,7 +242,7 @@ def read_pieces(
 
 def _too_long(path: Path, position: int) -> DataError:
     return DataError(
-        f"{path}: the document at byte {position} is longer than {LARGEST >> 20} MiB; say where "
-        "documents end with --document-separator, or cut a single text by position with --split "
-        "in bytes"
+        f"{path}: the document at byte {position} is longer than {MAX_DOCUMENT_BYTES >> 20} MiB; "
+        "set --document-separator to what separates documents, or split a single text by position "
+        "with --split in bytes"
     )

@@ -1,7 +1,7 @@
-"""Images to prepare: files of pictures or arrays, as sequences of sub-pixels.
+"""An image corpus: PNG, JPEG and NumPy files, read as sequences of sub-pixels.
 
-An image is a document of H x W x C bytes, row by row, the channels of a pixel side by side
-(red, green, blue; or one for gray). Nothing is scaled, cut or converted: what goes in comes out.
+An image is a document of H x W x C bytes in row-major order: the channels of a pixel are adjacent
+(red, green, blue; or one for gray). Images are never resized, cropped or converted with loss.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +19,16 @@ import numpy as np
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.preparation.corpus import (
-    File,
-    Keys,
+    DocumentKeys,
     ReadTask,
     Segment,
+    SourceFile,
+    fingerprint,
     list_files,
-    listing,
     make_tasks,
     refuse_empty,
 )
+from hg_scale.data.preparation.sources import Advance
 from hg_scale.data.tokenizer import ByteTokenizer
 
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -35,31 +36,30 @@ ARRAYS = (".npy", ".npz")
 _KNOWN = tuple(f"*{end}" for name in PICTURES + ARRAYS for end in (name, name.upper()))
 
 ImageShape = tuple[int, int, int]  # height, width, channels
-Advance = Callable[[int], None]
 
 
 @dataclass
 class ImageCorpus:
-    """Images of one size, shuffled; split by their content, or by their folder."""
+    """Images of equal size, shuffled; split by their content, or by their folder."""
 
     inputs: tuple[Path, ...]
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     fractions: tuple[float, ...] | None = (0.9, 0.05, 0.05)  # None: by folder
     seed: int = 0
-    array: str | None = None  # name of the images in .npz files with several
+    array: str | None = None  # name of the images in .npz files with several arrays
 
     tokenizer: ByteTokenizer = field(default_factory=lambda: ByteTokenizer(documents=False))
-    files: list[File] = field(default_factory=list, init=False)
+    files: list[SourceFile] = field(default_factory=list, init=False)
     shape: ImageShape = field(default=(0, 0, 0), init=False)
 
     @property
     def document_tokens(self) -> int:
-        """Sub-pixels of an image."""
+        """Sub-pixels per image."""
         return math.prod(self.shape)
 
     def survey(self) -> dict[str, Any]:
-        """The files, and the shape of the first image, which all must have."""
+        """Return the files, and the shape of the first image, which all images must have."""
         include = _KNOWN if self.include == ("*",) else self.include
         files = list_files(self.inputs, include, self.exclude)
         for file in files:
@@ -71,42 +71,45 @@ class ImageCorpus:
         refuse_empty(files)
         return {"files": files, "shape": self._first_shape(Path(files[0].path))}
 
-    def adopt(self, survey: dict[str, Any]) -> None:
-        self.files = [File(*file) for file in survey["files"]]
+    def use_survey(self, survey: dict[str, Any]) -> None:
+        """Set the files and the shape that rank 0 found."""
+        self.files = [SourceFile(*file) for file in survey["files"]]
         self.shape = tuple(survey["shape"])
-        self._keys = Keys(self.fractions, self.seed)
+        self._keys = DocumentKeys(self.fractions, self.seed)
 
     def source(self) -> dict[str, Any]:
-        """What decides the shards, for the index."""
+        """Return the entry of the index that describes the source and the options."""
         return {
             "name": ", ".join(path.resolve().name for path in self.inputs),
             "kind": "images",
             "shape": self.shape,
-            **listing(self.files),
+            **fingerprint(self.files),
             "split": self.fractions or "folders",
             "seed": self.seed,
         } | ({"array": self.array} if self.array else {})
 
     def tasks(self) -> list[ReadTask]:
+        """Return all tasks; only .npy files can be split."""
         return make_tasks(self.files, lambda file: Path(file.path).suffix == ".npy")
 
     def documents(
         self, segment: Segment, scratch: Path, advance: Advance
     ) -> Iterator[tuple[int, bytes]]:
-        """(key, sub-pixels) of the images of a segment."""
+        """Yield (key, sub-pixels) of the images of a segment."""
         file = self.files[segment.file]
         path = Path(file.path)
         if path.suffix.lower() in PICTURES:
             images = iter([(0, *_picture(path))])
         else:
             images = read_array(path, self.array, segment.begin, segment.end, advance)
-        for place, content, shape in images:
+        for position, content, shape in images:
             if shape != self.shape:
                 raise DataError(
-                    f"{path}: {_say(shape)}, but {self.files[0].path} has {_say(self.shape)}; all "
-                    "images need one size: prepare them apart, or leave it out with --exclude"
+                    f"{path}: {_describe(shape)}, but {self.files[0].path} has "
+                    f"{_describe(self.shape)}; all images need the same size: prepare them "
+                    "separately, or leave it out with --exclude"
                 )
-            yield self._keys(file, place, content), content
+            yield self._keys(file, position, content), content
 
     def _first_shape(self, path: Path) -> ImageShape:
         if path.suffix.lower() in PICTURES:
@@ -123,9 +126,9 @@ def _picture(path: Path) -> tuple[bytes, ImageShape]:
 
 
 def read_picture(path: Path) -> tuple[bytes, ImageShape]:
-    """The sub-pixels of a PNG or JPEG file, and its shape.
+    """Return the sub-pixels of a PNG or JPEG file, and its shape.
 
-    Raises DataError where it cannot be read, or not without loss into 8 bits of gray or RGB.
+    Raises DataError where it cannot be read, or not converted to 8-bit gray or RGB without loss.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -134,25 +137,26 @@ def read_picture(path: Path) -> tuple[bytes, ImageShape]:
             image: Image.Image = opened
             mode = image.mode
             if opened.format == "PNG" and _png_depth(path) > 8:
-                mode = "16 bits a channel"
+                mode = "16 bits per channel"
             elif mode == "1":
                 image, mode = image.convert("L"), "L"
             elif mode == "P" and "transparency" not in image.info:
                 image, mode = image.convert("RGB"), "RGB"
             if mode not in ("L", "RGB"):
                 raise DataError(
-                    f"{path}: is {mode}, which does not fit into 8 bits of gray or RGB without "
-                    "loss; convert it"
+                    f"{path}: is {mode}, which cannot become 8-bit gray or RGB without loss; "
+                    "convert it"
                 )
             width, height = image.size
             return image.tobytes(), (height, width, 1 if mode == "L" else 3)
     except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: cannot be read as an image ({reason}); fetch it again") from None
+        message = f"{path}: cannot be read as an image ({reason}); download it again"
+        raise DataError(message) from None
 
 
 def _png_depth(path: Path) -> int:
-    """Bits of a channel; pillow cuts them down to 8 without a word."""
+    """Return the bits per channel; pillow silently reduces them to 8."""
     with path.open("rb") as file:
         return file.read(25)[24]
 
@@ -160,9 +164,9 @@ def _png_depth(path: Path) -> int:
 def read_array(
     path: Path, name: str | None, begin: int, end: int, advance: Advance
 ) -> Iterator[tuple[int, bytes, ImageShape]]:
-    """(number, sub-pixels, shape) of the images of an array that begin in the bytes [begin, end).
+    """Yield (number, sub-pixels, shape) of the images whose first byte is in [begin, end).
 
-    That is for .npy; a .npz file is read whole. Raises DataError where it cannot be read.
+    A .npz file is read from start to end. Raises DataError where the array cannot be read.
     """
     with _open_array(path, name) as (file, full):
         shape = _image_shape(full)
@@ -176,14 +180,14 @@ def read_array(
         for number in range(first, last):
             content = file.read(size)
             if len(content) < size:
-                raise DataError(f"{path}: ends at image {number} of {count}; fetch it again")
+                raise DataError(f"{path}: ends at image {number} of {count}; download it again")
             advance(size)
             yield number, content, shape
 
 
 @contextmanager
 def _open_array(path: Path, name: str | None) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
-    """An array of images, at its first byte, and its shape. Raises DataError."""
+    """Open an array of images at its first byte. Yields the file and the array's shape."""
     try:
         if path.suffix == ".npy":
             with path.open("rb") as file:
@@ -209,11 +213,12 @@ def _open_array(path: Path, name: str | None) -> Iterator[tuple[IO[bytes], tuple
                 yield file, _check_header(path, *_header(file))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: cannot be read as an array ({reason}); fetch it again") from None
+        message = f"{path}: cannot be read as an array ({reason}); download it again"
+        raise DataError(message) from None
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """(shape, whether columns come first, dtype) of the .npy file."""
+    """Return (shape, whether it is in Fortran order, dtype) of the .npy file."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)
@@ -221,12 +226,12 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def _check_header(
-    path: Path, shape: tuple[int, ...], columns_first: bool, dtype: np.dtype[Any]
+    path: Path, shape: tuple[int, ...], fortran_order: bool, dtype: np.dtype[Any]
 ) -> tuple[int, ...]:
     fits = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
-    if dtype != np.uint8 or columns_first or not fits or 0 in shape:
+    if dtype != np.uint8 or fortran_order or not fits or 0 in shape:
         raise DataError(
-            f"{path}: holds {dtype} {shape}{' in Fortran order' if columns_first else ''}; expected"
+            f"{path}: holds {dtype} {shape}{' in Fortran order' if fortran_order else ''}; expected"
             " uint8 (N, H, W, 3) or (N, H, W): reshape it and save it again"
         )
     return shape
@@ -236,6 +241,6 @@ def _image_shape(shape: tuple[int, ...]) -> ImageShape:
     return shape[1], shape[2], shape[3] if len(shape) == 4 else 1
 
 
-def _say(shape: ImageShape) -> str:
+def _describe(shape: ImageShape) -> str:
     height, width, channels = shape
     return f"{height} x {width} pixels of {channels} channel{'s' * (channels > 1)}"

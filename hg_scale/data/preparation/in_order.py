@@ -1,4 +1,4 @@
-"""From a source of bytes to shards, in the order of the source: what prepare_bytes.py does."""
+"""Prepare shards of bytes in the order of the source, in one process, for prepare_bytes.py."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from hg_scale.data.errors import DataError
 from hg_scale.data.index import INDEX_FILE, SPLITS, Index
 from hg_scale.data.preparation import output
 from hg_scale.data.preparation.corpus import split_of
-from hg_scale.data.preparation.place import Place
+from hg_scale.data.preparation.rank_group import RankGroup
 from hg_scale.data.preparation.shard_writer import SplitWriter, default_shard_tokens
 from hg_scale.data.preparation.sources import (
     file_digest,
     find_files,
     read_blocks,
-    refuse_other_packing,
+    refuse_unsupported_compression,
     text_length,
 )
-from hg_scale.data.preparation.team import Team
 from hg_scale.data.progress import ProgressBar
 from hg_scale.data.tokenizer import ByteTokenizer
+from hg_scale.parallel.launch import Launch
 
 
 @dataclass(frozen=True)
@@ -48,35 +48,35 @@ class Preparation:
         output.check_output(self.output, (self.input,))
         if self.by_size and self.input.is_dir():
             raise DataError(
-                "--split in bytes is for a single file; a folder is split by whole files: "
-                "give fractions such as 0.9,0.05,0.05"
+                "--split in bytes is for a single file; for a folder, where each file is in one "
+                "split, set it to fractions such as 0.9,0.05,0.05"
             )
-        refuse_other_packing(self.input)
+        refuse_unsupported_compression(self.input)
         if not self.input.is_dir() and (self.include != ("*",) or self.exclude):
             raise DataError(f"--include and --exclude are for a folder; {self.input} is a file")
 
     @property
     def by_size(self) -> bool:
-        """Whether `split` gives bytes, not fractions."""
+        """Whether `split` is in bytes, not fractions."""
         return all(isinstance(part, int) for part in self.split)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Where every byte goes, known before anything is written."""
+    """The split of every byte, known before anything is written."""
 
     source: dict[str, Any]  # of the index
     tokenizer: ByteTokenizer
     text_bytes: int
-    tokens: dict[str, int]  # by split
+    tokens: dict[str, int]  # per split
     blocks: Callable[[], Iterator[tuple[str, bytes | None]]]  # (split, text); None ends a document
 
 
 def prepare_bytes(job: Preparation, progress: ProgressBar | None = None) -> tuple[Index, bool]:
-    """Prepare a corpus. The index, and whether anything had to be written.
+    """Prepare a corpus. Returns the index, and whether anything had to be written.
 
-    Raises DataError, one line, where the source cannot be read, or the output holds something else
-    or has another writer.
+    Raises DataError where the source cannot be read, or the output contains something else or has
+    another writer.
     """
     progress = progress or ProgressBar()
     source = _describe(job, progress)
@@ -86,18 +86,18 @@ def prepare_bytes(job: Preparation, progress: ProgressBar | None = None) -> tupl
         return index, False
     plan = _plan_folder(job, source, progress) if job.input.is_dir() else _plan_file(job, source)
     if not plan.text_bytes:
-        raise DataError(f"--input {job.input}: there is no text in it")
+        raise DataError(f"--input {job.input}: contains no text")
     work = job.output / output.WORK
     work.mkdir(parents=True, exist_ok=True)
-    with Team(Place(), work, patience=60.0, progress=progress) as team:
-        output.begin(job.output, _job_of(job, source), goes_on=False)
-        index = output.finish(job.output, _write(job, plan, team), plan.tokenizer)
+    with RankGroup(Launch(), work, patience=60.0, progress=progress) as group:
+        output.begin(job.output, _job_of(job, source), resumable=False)
+        index = output.finish(job.output, _write(job, plan, group), plan.tokenizer)
     output.clear_work(job.output)
     return index, True
 
 
-def _write(job: Preparation, plan: _Plan, team: Team) -> Index:
-    """Write the shards."""
+def _write(job: Preparation, plan: _Plan, group: RankGroup) -> Index:
+    """Write the shards. Returns the index."""
     writers = {
         name: SplitWriter(
             job.output,
@@ -108,13 +108,13 @@ def _write(job: Preparation, plan: _Plan, team: Team) -> Index:
         )
         for name, tokens in plan.tokens.items()
     }
-    team.stage("writing shards", plan.text_bytes, 0)
+    group.start_stage("writing shards", plan.text_bytes, 0)
     for name, text in plan.blocks():
         if text is None:
             writers[name].write(np.array([plan.tokenizer.eod]))
         else:
             writers[name].write(plan.tokenizer.encode(text))
-            team.advance(len(text))
+            group.advance(len(text))
     index = Index(
         tool_version=f"hg_scale {__version__}",
         tokenizer=plan.tokenizer.identity,
@@ -132,7 +132,7 @@ def _job_of(job: Preparation, source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(job: Preparation, progress: ProgressBar) -> dict[str, Any]:
-    """The source and the arguments, as far as they decide what is written."""
+    """Return the source and the arguments that determine the shards, for the index."""
     source: dict[str, Any] = {"name": job.input.resolve().name}
     if job.input.is_dir():
         files = find_files(job.input, job.include, job.exclude)
@@ -153,7 +153,7 @@ def _describe(job: Preparation, progress: ProgressBar) -> dict[str, Any]:
 
 
 def _plan_file(job: Preparation, source: dict[str, Any]) -> _Plan:
-    """One text without documents, cut by position."""
+    """Plan one text without documents, split by position."""
     if job.by_size:
         sizes = [int(part) for part in job.split]
     else:
@@ -174,7 +174,7 @@ def _plan_file(job: Preparation, source: dict[str, Any]) -> _Plan:
 
 
 def _plan_folder(job: Preparation, source: dict[str, Any], progress: ProgressBar) -> _Plan:
-    """A document a file, whole in one split; empty files are left out."""
+    """Plan a folder: each file is a document, and in one split; empty files are left out."""
     files = find_files(job.input, job.include, job.exclude)
     lengths = {file: text_length(job.input / file) for file in files}
     tokens = Counter(dict.fromkeys(SPLITS, 0))
@@ -197,11 +197,11 @@ def _plan_folder(job: Preparation, source: dict[str, Any], progress: ProgressBar
 
 
 def _check_lengths(job: Preparation, plan: _Plan, index: Index) -> None:
-    """The source must have had what the plan counted on."""
+    """Raise DataError where the source did not have the text that the plan counted on."""
     written = {name: split.tokens for name, split in index.splits.items()}
     if written != plan.tokens:
-        found = sum(split.text_bytes for split in index.splits.values())
+        size = sum(split.text_bytes for split in index.splits.values())
         raise DataError(
-            f"--input {job.input}: has {found} bytes of text, expected {plan.text_bytes}; "
+            f"--input {job.input}: has {size} bytes of text, expected {plan.text_bytes}; "
             + ("correct --split" if job.by_size else "it changed meanwhile: start again")
         )

@@ -1,7 +1,8 @@
-"""The folder that a preparation writes: whose it is, and when it is done.
+"""The output folder of a preparation: which job it belongs to, and whether that is finished.
 
-There is no index.json until every shard is whole. Until then the folder `preparing/` marks the
-output as ours, so that an interrupted preparation can go on and nothing else is ever overwritten.
+index.json is written after every shard is complete. Until then the folder `preparing/` marks the
+output as unfinished, so that an interrupted preparation can resume and no other file is ever
+overwritten.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hg_scale.atomic_write import PARTIAL, write_durable
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import INDEX_FILE, SPLITS, Index, read_index
-from hg_scale.data.preparation.shard_writer import PARTIAL, write_durably
 from hg_scale.data.tokenizer import MODEL_FILE, SentencePieceTokenizer, Tokenizer
 
 WORK = "preparing"
-TEXT, SHARDS = "text", "shards"  # in it: the first pass, records of the second
+TEXT, SHARDS = "text", "shards"  # its folders: output of the first pass, records of the second
 _JOB = "job.json"
 _OURS = re.compile(
     rf"(({'|'.join(SPLITS)})-\d{{5,}}\.tar|{MODEL_FILE}|{INDEX_FILE})(\.\w+{re.escape(PARTIAL)})?"
@@ -27,35 +28,35 @@ _OURS = re.compile(
 
 
 def check_output(folder: Path, inputs: tuple[Path, ...]) -> None:
-    """Raise DataError where the folder holds something that no preparation wrote."""
+    """Raise DataError where the folder contains something that no preparation wrote."""
     if folder.exists() and not folder.is_dir():
-        raise DataError(f"--output {folder}: a file is there; name a folder")
+        raise DataError(f"--output {folder}: is a file; choose a folder")
     for source in inputs:
         if not (source.is_file() or source.is_dir()):
             raise DataError(f"--input {source}: no such file or folder")
         if folder.resolve().is_relative_to(source.resolve()):
-            raise DataError(f"--output {folder}: lies inside --input; choose another folder")
+            raise DataError(f"--output {folder}: is inside --input; choose another folder")
     if not folder.exists() or (folder / INDEX_FILE).exists():
         return
     names = sorted(path.name for path in folder.iterdir() if path.name != WORK)
     foreign = [name for name in names if not _OURS.fullmatch(name)]
     if foreign or (names and not (folder / WORK).is_dir()):
         raise DataError(
-            f"--output {folder}: not empty ({(foreign or names)[0]!r} is there) and no "
+            f"--output {folder}: not empty (it contains {(foreign or names)[0]!r}) and not an "
             "interrupted preparation; choose an empty or new folder"
         )
 
 
 def already_prepared(folder: Path, job: dict[str, Any]) -> Index:
-    """The finished index in the folder, if it is the one that this job would write.
+    """Return the finished index in the folder, if it is the one that this job would write.
 
-    Raises DataError where it is another one or a shard is missing.
+    Raises DataError where it is of another job or a shard is missing.
     """
     index = read_index(folder)
-    theirs = job_of(index.source, index.tokenizer.model_dump())
-    if different := _differences(theirs, job):
+    finished = job_of(index.source, index.tokenizer.model_dump())
+    if different := _differences(finished, job):
         raise DataError(
-            f"--output {folder}: holds data prepared from {index.source.get('name')!r} with "
+            f"--output {folder}: contains data prepared from {index.source.get('name')!r} with "
             f"another {different}; choose another folder or remove that one"
         )
     for split in index.splits.values():
@@ -69,11 +70,11 @@ def already_prepared(folder: Path, job: dict[str, Any]) -> Index:
     return index
 
 
-def begin(folder: Path, job: dict[str, Any], *, goes_on: bool) -> None:
-    """Write down what is being prepared; the lock of the folder is held.
+def begin(folder: Path, job: dict[str, Any], *, resumable: bool) -> None:
+    """Write the description of the job; the caller holds the lock of the folder.
 
-    What an interrupted run left stays where this preparation `goes_on` from it; else it goes.
-    Raises DataError where it is of another job, and worth going on with.
+    Removes the files of an interrupted run, unless it was the same job and that is `resumable`.
+    Raises DataError where it was another job that has finished part of its work.
     """
     path, different = folder / WORK / _JOB, ""
     if path.exists():
@@ -82,46 +83,46 @@ def begin(folder: Path, job: dict[str, Any], *, goes_on: bool) -> None:
         if different and old.get("goes_on") and something_done(folder):
             raise DataError(
                 f"--output {folder}: an interrupted preparation there has another {different}; "
-                "give the same input and options to finish it, or remove the folder to start over"
+                "use the same input and options to finish it, or remove the folder to start over"
             )
     for name in folder.iterdir():
-        if name.is_file() and (different or not goes_on or name.name.endswith(PARTIAL)):
+        if name.is_file() and (different or not resumable or name.name.endswith(PARTIAL)):
             name.unlink(missing_ok=True)
     if different:
         for part in (TEXT, SHARDS):
             shutil.rmtree(folder / WORK / part, ignore_errors=True)
-    write_durably(path, json.dumps({**job, "goes_on": goes_on}) + "\n")
+    write_durable(path, json.dumps({**job, "goes_on": resumable}) + "\n")
 
 
 def something_done(folder: Path) -> bool:
-    """Whether an unfinished preparation there has documents of its source, or a shard."""
+    """Return whether an unfinished preparation has read documents or written a shard."""
     texts = (folder / WORK / TEXT).glob("*.text")
     return any(path.stat().st_size for path in texts) or any(folder.glob("*.tar"))
 
 
 def abandon(folder: Path) -> None:
-    """After a mistake of the user's: leave nothing behind, if nothing was done yet."""
+    """Remove everything after a user's error, if nothing was done yet."""
     if not something_done(folder):
         clear_work(folder)
-        with suppress(OSError):  # it holds something
+        with suppress(OSError):  # not empty
             folder.rmdir()
 
 
 def finish(folder: Path, index: Index, tokenizer: Tokenizer) -> Index:
-    """Write the index, last of all."""
+    """Write the tokenizer's model, then the index, which marks the output as finished."""
     if isinstance(tokenizer, SentencePieceTokenizer):
-        write_durably(folder / MODEL_FILE, tokenizer.model)
-    write_durably(folder / INDEX_FILE, index.text())
+        write_durable(folder / MODEL_FILE, tokenizer.model)
+    write_durable(folder / INDEX_FILE, index.text())
     return read_index(folder)
 
 
 def clear_work(folder: Path) -> None:
-    """Remove what only the preparation needed."""
+    """Remove the files that only the preparation needed."""
     shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
 def job_of(source: dict[str, Any], tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """What has to be equal for two preparations to be the same, as JSON has it."""
+    """Return what is equal for two runs of the same preparation, as it reads back from JSON."""
     return json.loads(json.dumps({**source, "tokenizer": tokenizer}))
 
 

@@ -1,15 +1,13 @@
-"""Writing shards: token chunks into tar files that webdataset reads.
+"""Write shards: tar files of token chunks, also readable with webdataset.
 
-A member is a `.npy` array of `chunk_tokens` ids, so `webdataset.WebDataset(url).decode()` reads
-the shards too. Headers are plain ustar with every varying field zero: equal tokens, equal bytes.
+A member is a `.npy` array of `chunk_tokens` ids, as `webdataset.WebDataset(url).decode()` reads
+it. Headers are plain ustar with every varying field zero, so equal tokens give equal bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import os
-import secrets
 import tarfile
 import zlib
 from pathlib import Path
@@ -18,16 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hg_scale.atomic_write import commit, partial_path
 from hg_scale.data.index import Members, Shard, Split, member_name, pack_offsets
 from hg_scale.data.tokenizer import Tokenizer, token_dtype
 
-PARTIAL = ".partial"  # a file that is still being written ends so
 _BLOCK = tarfile.BLOCKSIZE
-_SMALL, _LARGE = 2**20, 2**26  # tokens of a shard by default, in small and in huge corpora
+_SMALL, _LARGE = 2**20, 2**26  # default tokens per shard in small and in huge corpora
 
 
 class ShardWriter:
-    """One tar file of tokens. It appears under its name only when it is whole and on the disk."""
+    """One tar file of tokens; it appears under its name once it is complete and synced."""
 
     def __init__(self, path: Path, tokenizer: Tokenizer, *, chunk_tokens: int) -> None:
         self.tokens = 0  # written so far
@@ -53,14 +51,11 @@ class ShardWriter:
                 self._add_member()
 
     def close(self, text_bytes: int) -> Shard:
-        """End the archive, make it durable, give it its name. `text_bytes`: what it stands for."""
+        """Finish the archive, which encodes `text_bytes` bytes of text. Returns its index entry."""
         if self._filled:
             self._add_member()
         self._put(bytes(2 * _BLOCK))
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        commit(self._partial, self._path)
+        commit(self._file, self._path)
         return Shard(
             file=self._path.name,
             tokens=self.tokens,
@@ -72,7 +67,7 @@ class ShardWriter:
         )
 
     def abandon(self) -> None:
-        """Leave no trace."""
+        """Remove the unfinished archive."""
         self._file.close()
         self._partial.unlink(missing_ok=True)
 
@@ -101,7 +96,7 @@ class ShardWriter:
 class SplitWriter:
     """Writes the tokens of one split as shards of exactly `shard_tokens` (the last has the rest).
 
-    The text they stand for is counted by the tokenizer, so it has to be one that round-trips.
+    The tokenizer counts the bytes of text of the tokens, so it has to be one that round-trips.
     """
 
     def __init__(
@@ -133,7 +128,7 @@ class SplitWriter:
                 self._end_shard()
 
     def close(self) -> Split:
-        """Finish the last shard. The split's part of the index."""
+        """Finish the last shard. Returns the split's entry of the index."""
         if self._open is not None:
             self._end_shard()
         return make_split(self._shards, with_documents=self._tokenizer.eod is not None)
@@ -145,28 +140,28 @@ class SplitWriter:
 
 
 def default_shard_tokens(tokens: int, chunk_tokens: int) -> int:
-    """Tokens of a shard where none are given.
+    """Return the tokens per shard where the user sets none.
 
-    Shards of equal size, their number a multiple of 16 (the canonical streams): of about 1 Mi
-    tokens in a small corpus, 256 growing ones in a larger one, more where they would pass 64 Mi;
-    fewer than 16 only where a shard would be less than a chunk.
+    Shards have equal size, and their number is a multiple of 16 (the canonical streams): shards of
+    about 1 Mi tokens, then 256 larger ones, then more of at most 64 Mi tokens. There are fewer than
+    16 only where a shard would be smaller than a chunk.
     """
-    wanted = max(min(tokens // _SMALL, 256), -(-tokens // _LARGE))
-    wanted = max(16, -(-wanted // 16) * 16)
-    return max(1, -(-tokens // max(1, min(wanted, tokens // chunk_tokens))))
+    shards = max(min(tokens // _SMALL, 256), -(-tokens // _LARGE))
+    shards = max(16, -(-shards // 16) * 16)
+    return max(1, -(-tokens // max(1, min(shards, tokens // chunk_tokens))))
 
 
 def shard_name(split: str, number: int) -> str:
-    """The file of a shard."""
+    """Return the file name of a shard."""
     return f"{split}-{number:05d}.tar"
 
 
 def make_split(
     shards: list[Shard], *, with_documents: bool, document_tokens: int | None = None
 ) -> Split:
-    """What the index says of a split with these shards.
+    """Return the index entry of a split with these shards.
 
-    Its documents are counted by their ends, or by their length where all have the same.
+    Its documents are counted by their ends, or by `document_tokens` where all are equally long.
     """
     tokens = sum(shard.tokens for shard in shards)
     documents: int | None = None
@@ -180,28 +175,3 @@ def make_split(
         documents=documents,
         shards=shards,
     )
-
-
-def write_durably(path: Path, content: str | bytes) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    partial = partial_path(path)
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    commit(partial, path)
-
-
-def partial_path(path: Path) -> Path:
-    """Where to write what will be `path`: a name that no other process uses."""
-    return path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
-
-
-def commit(partial: Path, path: Path) -> None:
-    """Rename `partial`, already on the disk, to `path`, and put the rename on the disk too."""
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -1,10 +1,10 @@
-"""From a corpus to shuffled shards: by many processes, in bounded memory, to be gone on with.
+"""Prepare shuffled shards of a corpus: with many ranks, in bounded memory, resumable.
 
-Two passes. The first reads the source, gives every document a key and spills it, sorted
-(`spill.py`): a task at a time. Then the whole is known and cut into ranges of keys of equal
-size. The second makes a shard of each range. Tasks and shards are done in any order by any
-process, and what is done is seen by its last file; the bytes depend on the corpus and the
-options alone.
+There are two passes. The first reads the source a task at a time, computes a key for every
+document and writes the documents sorted by key (`spill.py`). The sizes are then known, and the
+keys are cut into ranges of equal size. The second pass writes a shard per range. Any rank does any
+task or shard, in any order; each is done once its last file exists. The bytes of the shards depend
+only on the corpus and the options.
 """
 
 from __future__ import annotations
@@ -19,55 +19,54 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hg_scale import __version__
+from hg_scale.atomic_write import PARTIAL, write_durable
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import INDEX_FILE, SPLITS, Index, Shard
 from hg_scale.data.preparation import output
-from hg_scale.data.preparation.corpus import KEY_BITS, DocumentSource, ReadTask
-from hg_scale.data.preparation.place import Place
+from hg_scale.data.preparation.corpus import KEY_BITS, Corpus, ReadTask
+from hg_scale.data.preparation.rank_group import RankGroup
 from hg_scale.data.preparation.shard_writer import (
-    PARTIAL,
     ShardWriter,
     default_shard_tokens,
     make_split,
     shard_name,
-    write_durably,
 )
 from hg_scale.data.preparation.spill import Spill, SpillWriter, table_path
-from hg_scale.data.preparation.team import Team
 from hg_scale.data.progress import ProgressBar
+from hg_scale.parallel.launch import Launch
 
 CHUNK_TOKENS = 65536
-_BIN_BITS = 20  # of a key: where the shards may be cut
-_SAMPLE = 1 << 20  # bytes of text whose tokens are counted to choose the number of shards
+_BIN_BITS = 20  # high bits of a key by which the shards are cut
+_SAMPLE_BYTES = 1 << 20  # of text whose tokens are counted to choose the number of shards
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to prepare, where to, and with whom."""
+    """What to prepare, the output folder, and the ranks that take part."""
 
-    corpus: DocumentSource
+    corpus: Corpus
     inputs: tuple[Path, ...]
     output: Path
     chunk_tokens: int = CHUNK_TOKENS
-    shard_tokens: int | None = None  # about so many; None: `default_shard_tokens`
-    place: Place = Place()
-    patience: float = 120.0
+    shard_tokens: int | None = None  # approximately; None: `default_shard_tokens`
+    launch: Launch = Launch()
+    patience: float = 120.0  # seconds
 
     @property
     def member_tokens(self) -> int:
-        """Tokens of a tar member: `chunk_tokens`, or whole documents where all are as long."""
+        """Tokens of a tar member: `chunk_tokens`, rounded to documents of equal length."""
         document = self.corpus.document_tokens or 1
         return max(1, self.chunk_tokens // document) * document
 
     def description(self) -> dict[str, Any]:
-        """What decides the shards."""
+        """Return what determines the shards."""
         return self.corpus.source() | {
             "chunk_tokens": self.chunk_tokens, "shard_tokens": self.shard_tokens,
         }  # fmt: skip
 
 
-class Range(NamedTuple):
-    """A shard to be made: the documents with keys in [low, high)."""
+class ShardRange(NamedTuple):
+    """A shard to write: the documents with keys in [low, high)."""
 
     split: str
     number: int
@@ -80,139 +79,140 @@ class Range(NamedTuple):
 
 
 def prepare(job: Job, progress: ProgressBar) -> tuple[Index | None, bool]:
-    """Prepare a corpus, together with the other processes of `job.place`.
+    """Prepare a corpus together with the other ranks of `job.launch`.
 
-    The index (on rank 0) and whether anything had to be written. Raises DataError, one line, where
-    the source cannot be read, the output holds something else, or another process failed.
+    Returns the index (on rank 0) and whether anything had to be written. Raises DataError where
+    the source cannot be read, the output contains something else, or another rank failed.
     """
     output.check_output(job.output, job.inputs)
     if (job.output / INDEX_FILE).exists():
-        return (_already_there(job) if job.place.rank == 0 else None), False
+        return (_read_finished(job) if job.launch.rank == 0 else None), False
     work = job.output / output.WORK
     work.mkdir(parents=True, exist_ok=True)
-    mistaken = False
+    own_error = False
     try:
-        with Team(job.place, work, patience=job.patience, progress=progress) as team:
+        with RankGroup(job.launch, work, patience=job.patience, progress=progress) as group:
             try:
-                index = _prepare(job, work, team)
+                index = _prepare(job, work, group)
             except DataError as error:
-                mistaken = error is not team.problem
+                own_error = error is not group.problem
                 raise
     finally:
-        # With others, who still look there for what went wrong, the next start clears it.
-        if mistaken and job.place.size == 1:
+        # Other ranks still read the error from that folder; with them, the next start clears it.
+        if own_error and job.launch.world_size == 1:
             output.abandon(job.output)
-    if team.rank == 0:
+    if group.rank == 0:
         output.clear_work(job.output)
     return index, True
 
 
-def _prepare(job: Job, work: Path, team: Team) -> Index | None:
-    """All of it, as one of the team. The index on rank 0."""
-    if team.rank == 0:
+def _prepare(job: Job, work: Path, group: RankGroup) -> Index | None:
+    """Run both passes as one of the ranks. Returns the index on rank 0."""
+    if group.rank == 0:
         _begin(job, work)
-    team.barrier()
-    job.corpus.adopt(json.loads((work / "survey.json").read_text()))
+    group.barrier()
+    job.corpus.use_survey(json.loads((work / "survey.json").read_text()))
     tasks = job.corpus.tasks()
-    _scatter(job, work, tasks, team)
-    team.barrier()
+    _sort_documents(job, work, tasks, group)
+    group.barrier()
     spill = Spill(work / output.TEXT, len(tasks))
-    if team.rank == 0 and not (work / "plan.json").exists():
-        write_durably(work / "plan.json", json.dumps(_plan(job, spill)))
-    team.barrier()
+    if group.rank == 0 and not (work / "plan.json").exists():
+        write_durable(work / "plan.json", json.dumps(_plan(job, spill)))
+    group.barrier()
     plan = json.loads((work / "plan.json").read_text())
-    ranges = [Range(*entry) for entry in plan["ranges"]]
-    _gather(job, work, ranges, plan["text_bytes"], spill, team)
-    team.barrier()
-    return _finish(job, work, ranges) if team.rank == 0 else None
+    ranges = [ShardRange(*entry) for entry in plan["ranges"]]
+    _write_shards(job, work, ranges, plan["text_bytes"], spill, group)
+    group.barrier()
+    return _finish(job, work, ranges) if group.rank == 0 else None
 
 
-def _already_there(job: Job) -> Index:
-    job.corpus.adopt(job.corpus.survey())
+def _read_finished(job: Job) -> Index:
+    job.corpus.use_survey(job.corpus.survey())
     identity = job.corpus.tokenizer.identity.model_dump()
     index = output.already_prepared(job.output, output.job_of(job.description(), identity))
-    output.clear_work(job.output)  # of a run that was killed when all was done
+    output.clear_work(job.output)  # of a run that was killed after it wrote the index
     return index
 
 
 def _begin(job: Job, work: Path) -> None:
-    """Rank 0: see what there is to do."""
+    """Scan the input and start the job; on rank 0."""
     survey = job.corpus.survey()
-    job.corpus.adopt(survey)
+    job.corpus.use_survey(survey)
     identity = job.corpus.tokenizer.identity.model_dump()
-    output.begin(job.output, output.job_of(job.description(), identity), goes_on=True)
+    output.begin(job.output, output.job_of(job.description(), identity), resumable=True)
     for folder in (output.TEXT, output.SHARDS):
         (work / folder).mkdir(exist_ok=True)
         for partial in (work / folder).glob(f"*{PARTIAL}"):  # of a process that was killed
             partial.unlink()
-    write_durably(work / "survey.json", json.dumps(survey))
+    write_durable(work / "survey.json", json.dumps(survey))
 
 
-def _scatter(job: Job, work: Path, tasks: list[ReadTask], team: Team) -> None:
-    """The first pass."""
+def _sort_documents(job: Job, work: Path, tasks: list[ReadTask], group: RankGroup) -> None:
+    """Run the first pass."""
     folder = work / output.TEXT
     done = {task.number for task in tasks if table_path(folder, task.number).exists()}
     total = sum(task.stored_bytes for task in tasks)
     before = sum(task.stored_bytes for task in tasks if task.number in done)
-    team.stage("reading documents", total, before)
+    group.start_stage("reading documents", total, before)
     left = [task for task in tasks if task.number not in done]
-    for task in team.share(left, lambda task: f"text-{task.number}"):
+    for task in group.claim_items(left, lambda task: f"text-{task.number}"):
         try:
-            _scatter_task(job, folder, task, team)
+            _sort_task(job, folder, task, group)
         except DataError as error:
-            if error is team.problem or not output.something_done(job.output):
+            if error is group.problem or not output.something_done(job.output):
                 raise
             raise DataError(
-                f"{error}. A part is done in {job.output}: remove it, to start over once the input "
-                "or the options have changed"
+                f"{error}. Part of the work is done in {job.output}: remove that folder to start "
+                "over with another input or other options"
             ) from None
 
 
-def _scatter_task(job: Job, folder: Path, task: ReadTask, team: Team) -> None:
+def _sort_task(job: Job, folder: Path, task: ReadTask, group: RankGroup) -> None:
     with SpillWriter(folder, task.number) as spill:
         for segment in task.segments:
-            counter = _Counter(team, segment.end - segment.begin)
+            counter = _Counter(group, segment.end - segment.begin)
             for key, content in job.corpus.documents(segment, folder, counter.advance):
                 spill.add(key, content)
             counter.close()
 
 
 class _Counter:
-    """Counts the stored bytes of a segment, all of them and no more."""
+    """Counts the stored bytes of a segment, each of them once."""
 
-    def __init__(self, team: Team, size: int) -> None:
-        self._team, self._left = team, size
+    def __init__(self, group: RankGroup, size: int) -> None:
+        self._group, self._left = group, size
 
     def advance(self, count: int) -> None:
         count = min(count, self._left)
         self._left -= count
-        self._team.advance(count)
+        self._group.advance(count)
 
     def close(self) -> None:
         self.advance(self._left)
 
 
 def _plan(job: Job, spill: Spill) -> dict[str, Any]:
-    """Cut the documents into shards."""
+    """Return the ranges of keys that become shards, as JSON."""
     size, number = spill.count(_BIN_BITS)
     total = int(size.sum())
     if not total:
         names = ", ".join(str(path) for path in job.inputs)
-        raise DataError(f"--input {names}: there is nothing in it")
+        raise DataError(f"--input {names}: contains no documents")
     per_byte = _tokens_per_byte(job, spill, size)
-    each = 1 << (KEY_BITS - 64 + _BIN_BITS)  # bins of a split
+    split_bins = 1 << (KEY_BITS - 64 + _BIN_BITS)
     shift = 64 - _BIN_BITS
-    ranges: list[Range] = []
+    ranges: list[ShardRange] = []
     for code, name in enumerate(SPLITS):
-        here = slice(code * each, (code + 1) * each)
-        ends = int(number[here].sum()) if job.corpus.tokenizer.eod is not None else 0
-        tokens = round(int(size[here].sum()) * per_byte) + ends
+        base = code * split_bins
+        bins = slice(base, base + split_bins)
+        ends = int(number[bins].sum()) if job.corpus.tokenizer.eod is not None else 0
+        tokens = round(int(size[bins].sum()) * per_byte) + ends
         if not tokens:
             continue
-        wanted = job.shard_tokens or default_shard_tokens(tokens, job.member_tokens)
-        for low, high in _cut(size[here], -(-tokens // wanted)):
-            base, count = code * each, len([r for r in ranges if r.split == name])
-            ranges.append(Range(name, count, (base + low) << shift, (base + high) << shift))
+        shard_tokens = job.shard_tokens or default_shard_tokens(tokens, job.member_tokens)
+        spans = _cut(size[bins], -(-tokens // shard_tokens))
+        for count, (low, high) in enumerate(spans):
+            ranges.append(ShardRange(name, count, (base + low) << shift, (base + high) << shift))
     return {"text_bytes": total, "ranges": ranges}
 
 
@@ -220,15 +220,15 @@ def _cut(size: NDArray[np.int64], parts: int) -> list[tuple[int, int]]:
     """Cut bins with these sizes into at most `parts` spans of about equal size, none empty."""
     sums = np.cumsum(size)
     targets = sums[-1] * np.arange(1, parts) / parts
-    found = np.unique(np.searchsorted(sums, targets) + 1).tolist()
-    ends = [end for end in found if sums[end - 1] < sums[-1]]
+    candidates = np.unique(np.searchsorted(sums, targets) + 1).tolist()
+    ends = [end for end in candidates if sums[end - 1] < sums[-1]]
     return list(zip([0, *ends], [*ends, len(size)], strict=True))
 
 
 def _tokens_per_byte(job: Job, spill: Spill, size: NDArray[np.int64]) -> float:
-    """From the documents with the lowest keys, which are drawn at random."""
+    """Return the ratio of the documents with the lowest keys, a random sample."""
     sums = np.cumsum(size)
-    stop = int(np.searchsorted(sums, _SAMPLE)) + 1
+    stop = int(np.searchsorted(sums, _SAMPLE_BYTES)) + 1
     tokens = text = 0
     for content in spill.documents(0, min(stop, len(size) - 1) << (64 - _BIN_BITS)):
         tokens += len(job.corpus.tokenizer.encode(bytes(content)))
@@ -236,19 +236,19 @@ def _tokens_per_byte(job: Job, spill: Spill, size: NDArray[np.int64]) -> float:
     return tokens / text
 
 
-def _gather(
-    job: Job, work: Path, ranges: list[Range], total: int, spill: Spill, team: Team
+def _write_shards(
+    job: Job, work: Path, ranges: list[ShardRange], total: int, spill: Spill, group: RankGroup
 ) -> None:
-    """The second pass."""
-    done = {shard.file: shard.text_bytes for shard in _records(job, work, ranges)}
-    team.stage("writing shards", total, sum(done.values()))
+    """Run the second pass."""
+    done = {shard.file: shard.text_bytes for shard in _read_records(job, work, ranges)}
+    group.start_stage("writing shards", total, sum(done.values()))
     left = [part for part in ranges if part.name not in done]
-    for part in team.share(left, lambda part: part.name):
-        shard = _write_shard(job, part, spill, team)
-        write_durably(_record_path(work, part), shard.model_dump_json())
+    for part in group.claim_items(left, lambda part: part.name):
+        shard = _write_shard(job, part, spill, group)
+        write_durable(_record_path(work, part), shard.model_dump_json())
 
 
-def _write_shard(job: Job, part: Range, spill: Spill, team: Team) -> Shard:
+def _write_shard(job: Job, part: ShardRange, spill: Spill, group: RankGroup) -> Shard:
     tokenizer = job.corpus.tokenizer
     end = None if tokenizer.eod is None else np.array([tokenizer.eod])
     writer = ShardWriter(job.output / part.name, tokenizer, chunk_tokens=job.member_tokens)
@@ -259,20 +259,20 @@ def _write_shard(job: Job, part: Range, spill: Spill, team: Team) -> Shard:
             if end is not None:
                 writer.write(end)
             text += len(content)
-            team.advance(len(content))
+            group.advance(len(content))
         return writer.close(text)
     except BaseException:
         writer.abandon()
         raise
 
 
-def _record_path(work: Path, part: Range) -> Path:
-    """What the index will say of a shard; it is there when the shard is done."""
+def _record_path(work: Path, part: ShardRange) -> Path:
+    """Return the file with a shard's entry of the index, which exists once the shard is done."""
     return work / output.SHARDS / f"{part.name}.json"
 
 
-def _records(job: Job, work: Path, ranges: list[Range]) -> Iterator[Shard]:
-    """The shards that are done."""
+def _read_records(job: Job, work: Path, ranges: list[ShardRange]) -> Iterator[Shard]:
+    """Yield the entries of the shards that are done."""
     for part in ranges:
         path = _record_path(work, part)
         if path.exists():
@@ -282,10 +282,10 @@ def _records(job: Job, work: Path, ranges: list[Range]) -> Iterator[Shard]:
                 yield shard
 
 
-def _finish(job: Job, work: Path, ranges: list[Range]) -> Index:
-    """Rank 0: write the index."""
+def _finish(job: Job, work: Path, ranges: list[ShardRange]) -> Index:
+    """Write the index, on rank 0."""
     shards: dict[str, list[Shard]] = {name: [] for name in SPLITS}
-    for part, shard in zip(ranges, _records(job, work, ranges), strict=True):
+    for part, shard in zip(ranges, _read_records(job, work, ranges), strict=True):
         shards[part.split].append(shard)
     corpus = job.corpus
     index = Index(

@@ -1,4 +1,4 @@
-"""Source text: files and folders of files, plain or packed (.gz, .xz, .zst), read in blocks."""
+"""Read source text in blocks: files and folders of files, plain or compressed (.gz, .xz, .zst)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from typing import Any, BinaryIO
 
 from hg_scale.data.errors import DataError
 
+Advance = Callable[[int], None]  # receives the number of stored bytes read since the last call
+
 _BLOCK = 1 << 20
 
 
 def _zstd(file: BinaryIO) -> Any:
-    import pyarrow  # its reader, unlike others, tells a truncated file
+    import pyarrow  # its reader, unlike others, detects a truncated file
 
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd")
 
@@ -36,11 +38,11 @@ _NOT_READ = {
 
 
 def find_files(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
-    """The files below `folder` as relative POSIX paths, sorted by their bytes.
+    """Return the files below `folder` as relative POSIX paths, sorted by their bytes.
 
     A pattern is matched with the file's name and with its relative path, where `*` also spans
-    `/`. Links to folders are not followed. Raises DataError where nothing is left, a link to a file
-    leads nowhere, or a file is packed in an unknown way.
+    `/`. Links to folders are not followed. Raises DataError where no file is left, a link to a file
+    is broken, or a file has an unsupported compression.
     """
 
     def matches(path: str, patterns: Sequence[str]) -> bool:
@@ -58,12 +60,12 @@ def find_files(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> 
             if not matches(relative, include) or matches(relative, exclude):
                 continue
             if path.is_file():
-                refuse_other_packing(path)
+                refuse_unsupported_compression(path)
                 found.append(relative)
             elif path.is_symlink() and not path.exists():
                 raise DataError(
-                    f"{path}: a link to {os.readlink(path)!r}, which is not there; fetch it, or "
-                    "leave it out with --exclude"
+                    f"{path}: links to {os.readlink(path)!r}, which does not exist; download it, "
+                    "or leave the link out with --exclude"
                 )
     if not found:
         raise DataError(
@@ -74,63 +76,61 @@ def find_files(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> 
     return sorted(found, key=os.fsencode)
 
 
-def is_packed(path: Path) -> bool:
-    """Whether the file has to be unpacked, by its name."""
+def is_compressed(path: Path) -> bool:
+    """Return whether the file is compressed, by its name."""
     return path.suffix.lower() in _OPENERS
 
 
-def refuse_other_packing(path: Path) -> None:
-    """Raise DataError where a file is packed, by its name, in a way that is not read here."""
+def refuse_unsupported_compression(path: Path) -> None:
+    """Raise DataError where a file, by its name, has an unsupported compression."""
     if path.suffix.lower() in _NOT_READ:
         raise DataError(
-            f"{path}: {path.suffix} files are not read; unpack it, or pack it as "
+            f"{path}: {path.suffix} files are not supported; decompress it, or compress it as "
             f"{', '.join(_OPENERS)}, or leave it out with --exclude"
         )
 
 
-def read_blocks(
-    path: Path, begin: int = 0, advance: Callable[[int], None] | None = None
-) -> Iterator[bytes]:
-    """The text of a file, unpacked, in blocks of at most 1 MiB.
+def read_blocks(path: Path, begin: int = 0, advance: Advance | None = None) -> Iterator[bytes]:
+    """Yield the decompressed text of a file in blocks of at most 1 MiB.
 
-    `begin` skips bytes of a plain file; `advance` is told the bytes of the stored file as they are
-    read. Raises DataError where it cannot be read or unpacked.
+    `begin` skips bytes of a plain file. Raises DataError where the file cannot be read or
+    decompressed.
     """
     try:
         with path.open("rb") as stored:
             stored.seek(begin)
-            file = _OPENERS[path.suffix.lower()](stored) if is_packed(path) else stored
-            told = begin
+            file = _OPENERS[path.suffix.lower()](stored) if is_compressed(path) else stored
+            counted = begin
             with closing(file):
                 while block := file.read(_BLOCK):
                     if advance:
-                        advance(stored.tell() - told)
-                        told = stored.tell()
+                        advance(stored.tell() - counted)
+                        counted = stored.tell()
                     yield block
     except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
-        raise _broken(path, error) from None
+        raise _corrupt(path, error) from None
     except OSError as error:
-        if error.errno is None and is_packed(path):  # from the zstd reader
-            raise _broken(path, error) from None
+        if error.errno is None and is_compressed(path):  # from the zstd reader
+            raise _corrupt(path, error) from None
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _broken(path: Path, error: Exception) -> DataError:
+def _corrupt(path: Path, error: Exception) -> DataError:
     return DataError(
-        f"{path}: cannot be unpacked ({error}); expected a whole {path.suffix} file: "
-        "fetch it again, or rename it if it is not packed"
+        f"{path}: cannot be decompressed ({error}); expected a complete {path.suffix} file: "
+        "download it again, or rename it if it is not compressed"
     )
 
 
 def text_length(path: Path) -> int:
-    """The bytes of a file's text; a packed file is unpacked to count them."""
-    if is_packed(path):
+    """Return the bytes of a file's text; a compressed file is decompressed to count them."""
+    if is_compressed(path):
         return sum(len(block) for block in read_blocks(path))
     return path.stat().st_size
 
 
 def file_digest(path: Path) -> str:
-    """The sha256 of a file as it is stored. Raises DataError where it cannot be read."""
+    """Return the sha256 of a file as it is stored. Raises DataError where it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

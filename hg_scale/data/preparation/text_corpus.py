@@ -1,8 +1,8 @@
-"""Text to prepare: documents of files in many formats, or one text cut by position."""
+"""A text corpus: documents of files in several formats, or one text split by position."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -11,12 +11,12 @@ from typing import Any
 from hg_scale.data.errors import DataError
 from hg_scale.data.preparation.corpus import (
     KEY_BITS,
-    File,
-    Keys,
+    DocumentKeys,
     ReadTask,
     Segment,
+    SourceFile,
+    fingerprint,
     list_files,
-    listing,
     make_tasks,
     refuse_empty,
 )
@@ -26,7 +26,7 @@ from hg_scale.data.preparation.documents import (
     file_kind,
     read_pieces,
 )
-from hg_scale.data.preparation.sources import is_packed, text_length
+from hg_scale.data.preparation.sources import Advance, is_compressed, text_length
 from hg_scale.data.tokenizer import Tokenizer
 
 
@@ -34,7 +34,7 @@ from hg_scale.data.tokenizer import Tokenizer
 class TextCorpus:
     """Files whose documents are shuffled and split by their content, or by their folder.
 
-    With `sizes` a single plain file is one text without documents instead, cut by position.
+    With `sizes` a single plain file is one text without documents instead, split by position.
     """
 
     inputs: tuple[Path, ...]
@@ -43,17 +43,19 @@ class TextCorpus:
     exclude: tuple[str, ...] = ()
     format: TextFormat = TextFormat()
     fractions: tuple[float, ...] | None = None  # None: by folder, or by `sizes`
-    sizes: tuple[int, ...] | None = None  # bytes of each split
+    sizes: tuple[int, ...] | None = None  # bytes per split
     seed: int = 0
 
-    files: list[File] = field(default_factory=list, init=False)
+    files: list[SourceFile] = field(default_factory=list, init=False)
     document_tokens: int | None = field(default=None, init=False)
 
     def survey(self) -> dict[str, Any]:
-        """The files. Raises DataError where the input does not suit the options."""
+        """Return the files. Raises DataError where the input does not suit the options."""
         files = list_files(self.inputs, self.include, self.exclude)
         paths = {file: Path(file.path) for file in files}
-        refuse_empty([f for f in files if is_packed(paths[f]) or file_kind(paths[f]) == "parquet"])
+        refuse_empty(
+            [f for f in files if is_compressed(paths[f]) or file_kind(paths[f]) == "parquet"]
+        )
         if self.sizes is not None:
             self._check_single(files)
         elif (
@@ -62,22 +64,23 @@ class TextCorpus:
             and not self.format.separator
         ):
             raise DataError(
-                f"--input {files[0].path}: a plain text file is one document, so it would go whole "
-                "into one split; say where documents end with --document-separator, or cut it by "
-                "position with --split in bytes, such as 90000000,5000000,5000000"
+                f"--input {files[0].path}: a plain text file is one document, so all of it would "
+                "be in one split; set --document-separator to what separates documents, or split "
+                "it by position with --split in bytes, such as 90000000,5000000,5000000"
             )
         return {"files": files}
 
-    def adopt(self, survey: dict[str, Any]) -> None:
-        self.files = [File(*file) for file in survey["files"]]
-        self._keys = Keys(self.fractions, self.seed)
+    def use_survey(self, survey: dict[str, Any]) -> None:
+        """Set the files that rank 0 found."""
+        self.files = [SourceFile(*file) for file in survey["files"]]
+        self._keys = DocumentKeys(self.fractions, self.seed)
 
     def source(self) -> dict[str, Any]:
-        """What decides the shards, for the index."""
+        """Return the entry of the index that describes the source and the options."""
         source: dict[str, Any] = {
             "name": ", ".join(path.resolve().name for path in self.inputs),
             "kind": "text" if self.sizes else "documents",
-            **listing(self.files),
+            **fingerprint(self.files),
             "split": self.sizes or self.fractions or "folders",
         }
         if self.sizes is None:
@@ -90,39 +93,42 @@ class TextCorpus:
         return source
 
     def tasks(self) -> list[ReadTask]:
+        """Return all tasks; they do not depend on the number of processes."""
         if self.sizes is not None:
-            return make_tasks(self.files, lambda file: not is_packed(Path(file.path)), PIECE_BYTES)
+            return make_tasks(
+                self.files, lambda file: not is_compressed(Path(file.path)), PIECE_BYTES
+            )
         return make_tasks(self.files, lambda file: self.format.can_split(Path(file.path)))
 
     def documents(
-        self, segment: Segment, scratch: Path, advance: Callable[[int], None]
+        self, segment: Segment, scratch: Path, advance: Advance
     ) -> Iterator[tuple[int, bytes]]:
-        """(key, text) of the documents of a segment, without empty ones."""
+        """Yield (key, text) of the documents of a segment, without empty ones."""
         file = self.files[segment.file]
         if self.sizes is not None:
             yield from self._pieces(file, segment, advance)
             return
         span = (segment.begin, segment.end)
-        for place, text in self.format.documents(Path(file.path), *span, scratch, advance):
+        for position, text in self.format.documents(Path(file.path), *span, scratch, advance):
             if text:
-                yield self._keys(file, place, text), text
+                yield self._keys(file, position, text), text
 
     def _pieces(
-        self, file: File, segment: Segment, advance: Callable[[int], None]
+        self, file: SourceFile, segment: Segment, advance: Advance
     ) -> Iterator[tuple[int, bytes]]:
         assert self.sizes is not None
-        cuts = list(accumulate(self.sizes))
-        for place, text in read_pieces(Path(file.path), segment.begin, segment.end, cuts, advance):
-            split = sum(place >= cut for cut in cuts)
-            yield split << KEY_BITS | (place << KEY_BITS) // cuts[-1], text
+        cuts, span = list(accumulate(self.sizes)), (segment.begin, segment.end)
+        for position, text in read_pieces(Path(file.path), *span, cuts, advance):
+            split = sum(position >= cut for cut in cuts)
+            yield split << KEY_BITS | (position << KEY_BITS) // cuts[-1], text
 
-    def _check_single(self, files: list[File]) -> None:
+    def _check_single(self, files: list[SourceFile]) -> None:
         assert self.sizes is not None
         path = Path(files[0].path)
         if len(files) > 1 or file_kind(path) != "text" or self.format.separator is not None:
             raise DataError(
-                "--split in bytes cuts a single plain text by position; for documents give "
-                "fractions such as 0.9,0.05,0.05"
+                "--split in bytes is for a single plain text; for documents set it to fractions "
+                "such as 0.9,0.05,0.05"
             )
         length = text_length(path)
         if length != sum(self.sizes):

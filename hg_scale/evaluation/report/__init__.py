@@ -1,6 +1,6 @@
-"""The page of a run, or of several beside each other: one HTML file that needs nothing else.
+"""The HTML report of a run, or a comparison of several, in one self-contained file.
 
-`run_folder` reads what a run left, `curves` makes columns of it, `charts` and `drawing` the
-geometry of the pictures, `tables` the rest, `page` fills the templates. What a run lacks is left
-out; only what is no run folder at all is an error.
+`run_folder` reads the files of a run, `curves` derives the plotted columns, `charts` and `drawing`
+compute the geometry of the pictures, `tables` the cards and tables, and `page` fills the templates.
+What a run lacks is left out; only a folder that is not a run is an error.
 """

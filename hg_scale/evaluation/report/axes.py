@@ -1,4 +1,4 @@
-"""Round numbers for axes, and short ones for people."""
+"""Round tick values for axes, and short human-readable numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _UNITS = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round values (1, 2 or 5 times a power of ten apart) within the range."""
+    """Return about `count` ticks within the range, 1, 2 or 5 times a power of ten apart."""
     if not high > low:
         return [low]
     rough = (high - low) / max(count, 1)
@@ -19,41 +19,41 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def tick_labels(values: list[float]) -> list[str]:
-    """Labels of ticks: all with the same unit and as many digits as tell them apart."""
+    """Return labels of ticks, all with the same unit and enough digits to be distinct."""
     largest = max((abs(value) for value in values), default=0.0)
     if largest == 0:
         return ["0" for _ in values]
-    apart = min((b - a for a, b in zip(values, values[1:], strict=False)), default=largest)
+    spacing = min((b - a for a, b in zip(values, values[1:], strict=False)), default=largest)
     if largest < 1e-2:
-        return [_scientific(value, largest, apart) for value in values]
+        return [_scientific(value, largest, spacing) for value in values]
     unit = 0
     while largest >= 1000 * 1000**unit and unit < len(_UNITS) - 1:
         unit += 1
-    scaled = apart / 1000**unit
+    scaled = spacing / 1000**unit
     digits = max(0, -floor(log10(scaled) + 1e-9))
     return ["0" if v == 0 else f"{v / 1000**unit:.{digits}f}{_UNITS[unit]}" for v in values]
 
 
-def _scientific(value: float, largest: float, apart: float) -> str:
+def _scientific(value: float, largest: float, spacing: float) -> str:
     if value == 0:
         return "0"
     power = floor(log10(largest) + 1e-9)
-    digits = max(0, power - floor(log10(apart) + 1e-9))
+    digits = max(0, power - floor(log10(spacing) + 1e-9))
     return f"{value / 10.0**power:.{digits}f}e{power}"
 
 
-def short_figure(number: float | None) -> str:
-    """Three digits and a unit: 812, 31.2k, 4.05M; a dash for what is not there."""
+def format_number(number: float | None) -> str:
+    """Format with three digits and a unit: 812, 31.2k, 4.05M; a dash for a missing value."""
     if number is None or not isfinite(number):
         return "–"
     for unit in _UNITS:
         if abs(number) < 999.5 or unit == _UNITS[-1]:
             return f"{number:.3g}{unit}"
         number /= 1000
-    raise AssertionError("the last unit returns")
+    raise AssertionError("unreachable: the loop returns at the last unit")
 
 
-def size(count: float) -> str:
-    """Bytes in decimal units, as 50.5 MB."""
-    number = short_figure(count)
+def format_bytes(count: float) -> str:
+    """Format a number of bytes in decimal units, as 50.5 MB."""
+    number = format_number(count)
     return f"{number[:-1]} {number[-1]}B" if number[-1].isalpha() else f"{number} B"

@@ -1,4 +1,4 @@
-"""Curves of several runs as plain geometry, in fractions of the plot; the template draws them."""
+"""Curves of several runs as geometry, in fractions of the plot; plot.svg draws them."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import numpy as np
 
 from hg_scale.evaluation.report.axes import tick_labels, ticks
 from hg_scale.evaluation.report.baselines import Baseline
+from hg_scale.evaluation.report.chart_specs import BITS, LOSS, OTHER_SPECS, ChartSpec
 from hg_scale.evaluation.report.curves import (
     AXES,
     Axis,
     extremes,
     means,
-    positions,
     smooth,
-    validation_positions,
+    validation_x_values,
+    x_values,
 )
 from hg_scale.evaluation.report.run_folder import Column, RunFolder
-from hg_scale.evaluation.report.subjects import BITS, LOSS, REST, ChartSubject
 
-UNITS = 1000  # a path's coordinates are whole numbers, 0 to UNITS from left to right and top down
-_BEYOND = 3 * UNITS  # where a curve leaves the plot it is cut off here
-_LABEL = 0.055  # of the plot's height: the least distance between labels of baselines
+UNITS = 1000  # path coordinates are integers, from 0 to UNITS left to right and top to bottom
+_BEYOND = 3 * UNITS  # curves that leave the plot are clipped at this distance
+_LABEL = 0.055  # minimum distance of baseline labels, as a fraction of the plot's height
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A path of the run with the number `run`; `role`: line, faint, dashed or validation."""
+    """An SVG path of run number `run`; `role`: line, faint, dashed or validation."""
 
     run: int
     role: str
@@ -37,7 +37,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Dot:
-    """A validation, in percent of the plot from the left and the top."""
+    """A validation, at (x, y) in percent from the left and the top."""
 
     run: int
     x: float
@@ -47,7 +47,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Rule:
-    """A baseline: `y` of the line and `label_y` of its text, in percent from the top."""
+    """A baseline: `y` of the line and `label_y` of its label, in percent from the top."""
 
     y: float
     label_y: float
@@ -56,7 +56,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Mark:
-    """A moment of a run, in percent from the left."""
+    """An event of a run, at `x` percent from the left."""
 
     run: int
     x: float
@@ -65,9 +65,9 @@ class Mark:
 
 @dataclass(frozen=True)
 class Plot:
-    """A chart over one axis; ticks are (percent, label), `high` is the x of the right edge.
+    """A chart over one x axis; ticks are (percent, label), `high` is x at the right edge.
 
-    `scale`: what x is multiplied with to be shown in the unit of `label`.
+    `scale`: factor from x to the unit that `label` names.
     """
 
     axis: Axis
@@ -85,42 +85,42 @@ class Plot:
 
 @dataclass(frozen=True)
 class Chart:
-    """A subject over every axis that there is."""
+    """A metric, plotted over every available x axis."""
 
-    subject: ChartSubject
+    spec: ChartSpec
     plots: list[Plot]
     wide: bool = False
 
     @property
     def about(self) -> str:
-        """How to read it, of what is in it."""
+        """The caption; mentions the dashed line only where there is one."""
         dashed = any(curve.role == "dashed" for curve in self.plots[0].curves)
-        return f"{self.subject.about} {self.subject.about_dashed if dashed else ''}".strip()
+        return f"{self.spec.about} {self.spec.about_dashed if dashed else ''}".strip()
 
 
 def make_charts(runs: Sequence[RunFolder], baselines: Sequence[Baseline]) -> list[Chart]:
-    """The charts of all subjects that any run has figures of, the loss first."""
+    """Return the charts of all metrics that any run has logged, bits per byte first."""
     first = [BITS, LOSS] if _needs_loss(runs) else [BITS]
     charts = [
         Chart(s, _plots(s, runs, baselines if s is BITS else ()), wide=i == 0)
-        for i, s in enumerate([*first, *REST])
+        for i, s in enumerate([*first, *OTHER_SPECS])
     ]
     return [chart for chart in charts if chart.plots]
 
 
 def _needs_loss(runs: Sequence[RunFolder]) -> bool:
-    """Whether nats a token say more than bits a byte: not where each token is a byte."""
+    """Whether nats per token differ from bits per byte: not where every token is a byte."""
     for run in runs:
         ratios = run.column("bits_per_byte") / run.column("loss") * np.log(2)
-        known = ratios[np.isfinite(ratios)]
-        if len(run.training) and (not known.size or np.abs(known - 1).max() > 0.01):
+        finite = ratios[np.isfinite(ratios)]
+        if len(run.training) and (not finite.size or np.abs(finite - 1).max() > 0.01):
             return True
     return False
 
 
 @dataclass(frozen=True)
-class _Figures:
-    """One run's part of a chart: x by axis of the logged steps and of validations, and values."""
+class _Series:
+    """One run's data of a chart: values at the logged steps and validations, x by axis key."""
 
     run: RunFolder
     number: int
@@ -131,142 +131,159 @@ class _Figures:
     validation: Column
 
     @property
-    def even(self) -> Column:
-        """The moving average, over a twentieth of the points."""
+    def smoothed(self) -> Column:
+        """The moving average over a twentieth of the points."""
         return smooth(self.y, len(self.y) // 20)
 
     @property
-    def begun(self) -> int:
-        """How many points are the steep beginning."""
+    def warmup(self) -> int:
+        """Number of points that count as the steep start, ignored for the y range."""
         return len(self.y) // 20 if len(self.y) >= 20 else 0
 
     @property
     def has_dashed(self) -> bool:
-        """Whether the second figure is there and not 0 all the time."""
-        return bool(np.nanmax(self.dashed[self.begun :], initial=0) > 0)
+        """Whether the second metric was logged and is not always 0."""
+        return bool(np.nanmax(self.dashed[self.warmup :], initial=0) > 0)
 
 
-def _plots(
-    subject: ChartSubject, runs: Sequence[RunFolder], baselines: Sequence[Baseline]
-) -> list[Plot]:
-    figures = []
+@dataclass(frozen=True)
+class _Frame:
+    """The data range of a plot: x from 0 to `right`, y from `low` to `high`."""
+
+    right: float
+    low: float
+    high: float
+
+    def across(self, x: Column) -> Column:
+        """Fractions of the width, from the left."""
+        return x / self.right
+
+    def down(self, y: Column) -> Column:
+        """Fractions of the height, from the top."""
+        return (self.high - y) / (self.high - self.low)
+
+
+def _plots(spec: ChartSpec, runs: Sequence[RunFolder], baselines: Sequence[Baseline]) -> list[Plot]:
+    series = []
     for number, run in enumerate(runs):
-        y, dashed = run.column(subject.key), run.column(subject.dashed or "")
-        validation = run.validation_column(subject.validation or "")
+        y, dashed = run.column(spec.key), run.column(spec.dashed or "")
+        validation = run.validation_column(spec.validation or "")
         if np.isfinite(y).any() or np.isfinite(validation).any():
-            figures.append(_Figures(
-                run, number, positions(run), y * subject.factor, dashed * subject.factor,
-                validation_positions(run), validation * subject.factor,
+            series.append(_Series(
+                run, number, x_values(run), y * spec.factor, dashed * spec.factor,
+                validation_x_values(run), validation * spec.factor,
             ))  # fmt: skip
-    if not figures:
+    if not series:
         return []
-    low, high = _range(subject, figures, baselines)
-    plots = (_plot(axis, subject, figures, baselines, low, high) for axis in AXES)
+    low, high = _y_range(spec, series, baselines)
+    plots = (_plot(axis, spec, series, baselines, low, high) for axis in AXES)
     return [plot for plot in plots if plot]
 
 
-def _range(
-    subject: ChartSubject, figures: Sequence[_Figures], baselines: Sequence[Baseline]
+def _y_range(
+    spec: ChartSpec, series: Sequence[_Series], baselines: Sequence[Baseline]
 ) -> tuple[float, float]:
-    """From what to what the y axis goes: the steep beginning may leave it, nothing later does."""
+    """The range of the y axis: holds everything but the steep start of training."""
     values: list[float] = [baseline.bits_per_byte for baseline in baselines]
-    for one in figures:
-        even = one.even if subject.noisy else one.y
-        values += [*even[one.begun :], *one.validation]
+    for one in series:
+        y = one.smoothed if spec.noisy else one.y
+        values += [*y[one.warmup :], *one.validation]
         if one.has_dashed:
-            values += [*one.dashed[one.begun :]]
-    known = [value for value in values if np.isfinite(value)]
-    low = 0.0 if subject.from_zero else min(known, default=0.0)
-    high = max(known, default=1.0)
+            values += [*one.dashed[one.warmup :]]
+    finite = [value for value in values if np.isfinite(value)]
+    low = 0.0 if spec.from_zero else min(finite, default=0.0)
+    high = max(finite, default=1.0)
     margin = 0.08 * (high - low) or abs(high) * 0.1 or 1.0
-    return (low if subject.from_zero else low - margin), high + margin
+    return (low if spec.from_zero else low - margin), high + margin
 
 
 def _plot(
     axis: Axis,
-    subject: ChartSubject,
-    figures: Sequence[_Figures],
+    spec: ChartSpec,
+    series: Sequence[_Series],
     baselines: Sequence[Baseline],
     low: float,
     high: float,
 ) -> Plot | None:
+    """The chart over one axis; None where no run has values on it."""
     ends = [
         float(np.nanmax(x))
-        for one in figures
+        for one in series
         for x in (one.x[axis.key], one.validation_x[axis.key])
         if np.isfinite(x).any()
     ]
     if not ends or max(ends) <= 0:
         return None
-    right = max(ends)
-    scale, label = axis.shown(right)
-
-    def across(x: Column) -> Column:
-        return x / right
-
-    def down(y: Column) -> Column:
-        return (high - y) / (high - low)
-
-    curves: list[Curve] = []
-    dots: list[Dot] = []
-    marks: list[Mark] = []
-    for one in figures:
-        x = across(one.x[axis.key])
-        if subject.noisy:
-            fx, fy = extremes(x, one.y)
-            curves.append(Curve(one.number, "faint", path(fx, down(fy))))
-        if one.has_dashed:
-            dx, dy = means(x, one.dashed)
-            curves.append(Curve(one.number, "dashed", path(dx, down(dy))))
-        lx, ly = means(x, one.even if subject.noisy else one.y)
-        curves.append(Curve(one.number, "line", path(lx, down(ly))))
-        vx, vy = across(one.validation_x[axis.key]), down(one.validation)
-        if np.isfinite(one.validation).sum() > 1:
-            curves.append(Curve(one.number, "validation", path(vx, vy)))
-        for x0, y0, value, step in zip(
-            vx, vy, one.validation, one.validation_x["steps"], strict=True
-        ):
-            if np.isfinite([x0, y0]).all():
-                said = f"{one.run.name}, validation at step {step:,.0f}: {value:.3f}"
-                dots.append(Dot(one.number, round(100 * x0, 2), round(100 * y0, 2), said))
-        marks += _marks(one, axis, right)
-    x_values, y_values = ticks(0, right * scale, 7), ticks(low, high, 5)
+    frame = _Frame(max(ends), low, high)
+    scale, label = axis.unit_for(frame.right)
+    right = frame.right * scale
+    curves = [curve for one in series for curve in _curves(one, axis, spec, frame)]
     return Plot(
         axis=axis,
         label=label,
-        high=right,
+        high=frame.right,
         scale=scale,
-        x_ticks=_placed(x_values, lambda v: 100 * v / (right * scale)),
-        y_ticks=_placed(y_values, lambda v: 100 * (high - v) / (high - low)),
+        x_ticks=_place_ticks(ticks(0, right, 7), lambda v: 100 * v / right),
+        y_ticks=_place_ticks(ticks(low, high, 5), lambda v: 100 * (high - v) / (high - low)),
         curves=[curve for curve in curves if curve.path],
-        dots=dots,
+        dots=[dot for one in series for dot in _dots(one, axis, frame)],
         rules=_rules(baselines, low, high),
-        marks=marks,
-        summary=_summary(subject, figures),
+        marks=[mark for one in series for mark in _marks(one, axis, frame.right)],
+        summary=_summary(spec, series),
     )
 
 
-def _placed(values: list[float], place: Callable[[float], float]) -> list[tuple[float, str]]:
+def _curves(one: _Series, axis: Axis, spec: ChartSpec, frame: _Frame) -> list[Curve]:
+    """The curves of one run, in drawing order."""
+    curves: list[Curve] = []
+
+    def add(role: str, x: Column, y: Column) -> None:
+        curves.append(Curve(one.number, role, path(x, frame.down(y))))
+
+    x = frame.across(one.x[axis.key])
+    if spec.noisy:
+        add("faint", *extremes(x, one.y))
+    if one.has_dashed:
+        add("dashed", *means(x, one.dashed))
+    add("line", *means(x, one.smoothed if spec.noisy else one.y))
+    if np.isfinite(one.validation).sum() > 1:
+        add("validation", frame.across(one.validation_x[axis.key]), one.validation)
+    return curves
+
+
+def _dots(one: _Series, axis: Axis, frame: _Frame) -> list[Dot]:
+    """A dot for every validation with a finite value."""
+    dots = []
+    x, y = frame.across(one.validation_x[axis.key]), frame.down(one.validation)
+    steps = one.validation_x["steps"]
+    for x0, y0, value, step in zip(x, y, one.validation, steps, strict=True):
+        if np.isfinite([x0, y0]).all():
+            title = f"{one.run.name}, validation at step {step:,.0f}: {value:.3f}"
+            dots.append(Dot(one.number, round(100 * x0, 2), round(100 * y0, 2), title))
+    return dots
+
+
+def _place_ticks(values: list[float], percent: Callable[[float], float]) -> list[tuple[float, str]]:
     return [
-        (round(place(v), 3), label) for v, label in zip(values, tick_labels(values), strict=True)
+        (round(percent(v), 3), label) for v, label in zip(values, tick_labels(values), strict=True)
     ]
 
 
-def _marks(one: _Figures, axis: Axis, right: float) -> list[Mark]:
-    """Where the run went on in another layout."""
-    found = []
+def _marks(one: _Series, axis: Axis, right: float) -> list[Mark]:
+    """A mark wherever the run was resumed in another layout."""
+    marks = []
     steps, x = one.x["steps"], one.x[axis.key]
     known = np.isfinite(x)
     for before, after in one.run.layout_changes:
         if known.any():
-            place = float(np.interp(before.step, steps[known], x[known]))
-            said = f"{one.run.name} went on from step {before.step:,} as {after.layout_line}"
-            found.append(Mark(one.number, round(100 * place / right, 2), said))
-    return found
+            position = float(np.interp(before.step, steps[known], x[known]))
+            title = f"{one.run.name} resumed from step {before.step:,} as {after.layout_line}"
+            marks.append(Mark(one.number, round(100 * position / right, 2), title))
+    return marks
 
 
 def _rules(baselines: Sequence[Baseline], low: float, high: float) -> list[Rule]:
-    """The lines of the compressors, their labels pushed apart."""
+    """The lines of the compressors, with labels spread so that they do not overlap."""
     rules: list[Rule] = []
     above = -1.0
     for baseline in sorted(baselines, key=lambda b: -b.bits_per_byte):
@@ -277,33 +294,33 @@ def _rules(baselines: Sequence[Baseline], low: float, high: float) -> list[Rule]
     return rules
 
 
-def _summary(subject: ChartSubject, figures: Sequence[_Figures]) -> str:
-    """The chart in a sentence, for those who do not see it."""
-    said = []
-    for one in figures:
+def _summary(spec: ChartSpec, series: Sequence[_Series]) -> str:
+    """The chart in a sentence, for screen readers."""
+    parts = []
+    for one in series:
         validation = one.validation[np.isfinite(one.validation)]
-        values = one.even[np.isfinite(one.even)]
+        values = one.smoothed[np.isfinite(one.smoothed)]
         if validation.size:
-            said.append(f"{one.run.name} ends at {validation[-1]:.4g} in validation")
+            parts.append(f"{one.run.name} ends at {validation[-1]:.4g} in validation")
         elif values.size:
-            said.append(f"{one.run.name} ends at {values[-1]:.4g}")
-    unit = f" in {subject.unit}" if subject.unit else ""
-    return f"{subject.title}{unit}: {'; '.join(said)}."
+            parts.append(f"{one.run.name} ends at {values[-1]:.4g}")
+    unit = f" in {spec.unit}" if spec.unit else ""
+    return f"{spec.title}{unit}: {'; '.join(parts)}."
 
 
 def path(x: Column, y: Column) -> str:
-    """SVG path data through points in fractions of the plot, broken where a value is missing."""
+    """Return SVG path data through points in fractions of the plot, with gaps at missing values."""
     known = np.isfinite(x) & np.isfinite(y)
     across = np.where(known, np.rint(x * UNITS), 0).astype(int)
     down = np.where(known, np.clip(np.rint(y * UNITS), -_BEYOND, _BEYOND), 0).astype(int)
-    data, pen = [], False
-    for i, there in enumerate(known):
-        if not there:
-            pen = False
-        elif pen:
+    data, pen_down = [], False
+    for i, is_known in enumerate(known):
+        if not is_known:
+            pen_down = False
+        elif pen_down:
             data.append(f"l{across[i] - across[i - 1]} {down[i] - down[i - 1]}")
         else:
-            # A stretch of one point is a dot: a line of no length with round ends.
+            # A single point is drawn as a line of length 0, a dot with round line caps.
             data.append(f"M{across[i]} {down[i]}h0")
-            pen = True
+            pen_down = True
     return "".join(data)

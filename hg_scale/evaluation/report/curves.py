@@ -1,4 +1,4 @@
-"""Columns of a run made ready to draw: where each step lies on every axis, smoothed and thinned."""
+"""Columns of a run prepared for plotting: x values on every axis, smoothing and thinning."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import numpy as np
 
 from hg_scale.evaluation.report.run_folder import Column, RunFolder
 
-POINTS = 120  # of a curve; a longer one is drawn by the extremes and means of its stretches
+POINTS = 120  # per curve; a longer one is reduced to the extremes or means of its segments
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What may stand on the x axis; `choice` is its name among the others."""
+    """A quantity for the x axis; `choice` is its name in the page's axis selector."""
 
     key: str
     label: str
     choice: str
 
-    def shown(self, high: float) -> tuple[float, str]:
-        """What to multiply values up to `high` with, and the axis's label then."""
+    def unit_for(self, high: float) -> tuple[float, str]:
+        """Return (factor to the display unit, label) for values up to `high`."""
         if self.key == "hours" and high < 3:
             return 60.0, self.label.replace("hours", "minutes")
         return 1.0, self.label
@@ -34,8 +34,8 @@ AXES = (
 )
 
 
-def positions(run: RunFolder) -> dict[str, Column]:
-    """Where every logged step lies on each axis."""
+def x_values(run: RunFolder) -> dict[str, Column]:
+    """Return the x value of every logged step, by axis key."""
     steps, tokens = run.column("step"), run.column("tokens")
     return {
         "steps": steps,
@@ -45,65 +45,65 @@ def positions(run: RunFolder) -> dict[str, Column]:
     }
 
 
-def validation_positions(run: RunFolder) -> dict[str, Column]:
-    """Where every validation lies on each axis: at its step, by the logged steps around it."""
-    at = run.validation_column("step")
-    logged = positions(run)
-    found = {"steps": at}
+def validation_x_values(run: RunFolder) -> dict[str, Column]:
+    """Return the x value of every validation, by axis key, interpolated between logged steps."""
+    steps = run.validation_column("step")
+    logged = x_values(run)
+    result = {"steps": steps}
     for key, values in logged.items():
         if key == "steps":
             continue
         known = np.isfinite(values)
         if known.any():
-            found[key] = np.interp(at, logged["steps"][known], values[known])
+            result[key] = np.interp(steps, logged["steps"][known], values[known])
         else:
-            found[key] = np.full(len(at), np.nan)
-    return found
+            result[key] = np.full(len(steps), np.nan)
+    return result
 
 
 def _hours(steps: Column, step_seconds: Column) -> Column:
-    """Time spent in steps; where one does not say, the median of the others stands for it."""
+    """Cumulative hours in training steps; a step without a time counts as the median."""
     if not np.isfinite(step_seconds).any():
         return np.full(len(steps), np.nan)
     seconds = np.where(np.isfinite(step_seconds), step_seconds, np.nanmedian(step_seconds))
     every = steps[1] - steps[0] if len(steps) > 1 else 1.0
-    before = max(0.0, steps[0] - every)  # a branch does not begin at step 1
+    before = max(0.0, steps[0] - every)  # a run that branched off another starts later than 1
     return np.cumsum(np.diff(steps, prepend=before) * seconds) / 3600
 
 
 def smooth(values: Column, window: int) -> Column:
-    """Means over `window` values around each, over fewer near the ends; gaps stay gaps.
+    """Return the moving average over `window` values; missing values stay missing.
 
-    The first values keep to those as near on both sides, so that a steep beginning stays steep.
+    Near the start the window shrinks symmetrically, so that a steep start stays steep.
     """
     known = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
-    here = np.arange(len(values))
-    reach = np.minimum(here, window // 2)
-    low, high = here - reach, np.minimum(here + reach + 1, len(values))
+    positions = np.arange(len(values))
+    reach = np.minimum(positions, window // 2)
+    low, high = positions - reach, np.minimum(positions + reach + 1, len(values))
     total, count = sums[high] - sums[low], counts[high] - counts[low]
     return np.where(known, total / np.maximum(count, 1), np.nan)
 
 
-def stretches(count: int, limit: int = POINTS) -> list[slice]:
-    """Consecutive stretches that cover `count` values, at most `limit` of them."""
+def segments(count: int, limit: int = POINTS) -> list[slice]:
+    """Split `count` values into at most `limit` consecutive segments."""
     edges = np.linspace(0, count, min(count, limit) + 1).astype(int)
     return [slice(int(a), int(b)) for a, b in zip(edges, edges[1:], strict=False)]
 
 
 def means(x: Column, y: Column) -> tuple[Column, Column]:
-    """A point a stretch: its last x, the mean of its y."""
-    parts = stretches(len(x))
+    """Return one point per segment: its last x and the mean of its y."""
+    parts = segments(len(x))
     return np.array([x[p][-1] for p in parts]), np.array([_mean(y[p]) for p in parts])
 
 
 def extremes(x: Column, y: Column) -> tuple[Column, Column]:
-    """The least and the largest point of each stretch, in their order: spikes stay to be seen."""
+    """Return the minimum and maximum of each segment, in order, so that spikes stay visible."""
     if len(x) <= 2 * POINTS:
         return x, y
     chosen: list[int] = []
-    for part in stretches(len(x)):
+    for part in segments(len(x)):
         values = y[part]
         if np.isfinite(values).any():
             chosen += sorted({part.start + int(np.nanargmin(values)),

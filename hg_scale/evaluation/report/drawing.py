@@ -1,4 +1,4 @@
-"""The hierarchy as an hourglass on its side: a bar a block, as high as its sequence is long."""
+"""Drawing of a model as an hourglass on its side: a bar per block, its sequence as the height."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from hg_scale.config.schema import ModelConfig
-from hg_scale.evaluation.report.axes import short_figure
+from hg_scale.evaluation.report.axes import format_number
 from hg_scale.model.layer_table import LayerRow, layer_table
 
-_HEIGHT = 130.0  # of the full length
-_LEAST = 5.0  # of the shortest bar
-_COLUMN = 46.0  # the least width of a stack, for its figures
-_GAP = 26.0  # a resampling between two stacks
-_THICK = 16.0  # the thickest bar
-_MARGIN = 66.0  # for the names of the figures
-_ROOM = 420.0  # width to keep within, where the columns let it
+# Sizes in units of the SVG's viewBox.
+_HEIGHT = 130.0  # of a bar at full length
+_MIN_HEIGHT = 5.0  # of a bar
+_COLUMN = 46.0  # minimum width of a stack, so that its numbers fit
+_GAP = 26.0  # between two stacks, for a resampling
+_MAX_THICKNESS = 16.0  # of a bar
+_MARGIN = 66.0  # left, for the row labels
+_MAX_WIDTH = 420.0  # of the drawing, as far as the columns allow
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A block."""
+    """One block."""
 
     x: float
     y: float
@@ -31,7 +32,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks of one level, with their figures under `middle`."""
+    """The blocks of one level, with their numbers below `middle`."""
 
     level: int
     bars: list[Bar]
@@ -47,7 +48,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Funnel:
-    """A shortening or an upsampling between two stacks: corners of a polygon."""
+    """A shortening or upsampling between two stacks, as the corners of a polygon."""
 
     points: str
     middle: float
@@ -57,7 +58,7 @@ class Funnel:
 
 @dataclass(frozen=True)
 class Skip:
-    """What a level's input is added to its output by: a line at `y`."""
+    """A skip connection, from a level's input to its output, as a line at `y`."""
 
     x1: float
     x2: float
@@ -67,7 +68,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Drawing:
-    """The picture of a model, in units of the viewBox; `centre` is the middle of the bars."""
+    """The drawing of a model, in viewBox units; `centre` is the vertical middle of the bars."""
 
     width: float
     centre: float
@@ -79,7 +80,7 @@ class Drawing:
 
 
 def draw_hierarchy(model: ModelConfig) -> Drawing:
-    """The stacks from the input on the left to the output on the right."""
+    """Draw the stacks of a model, from the input on the left to the output on the right."""
     rows = layer_table(model)
     inside = [row for row in rows if row.kind not in ("embedding", "head")]
     parts = [list(group) for _, group in groupby(inside, _resamples)]
@@ -89,7 +90,7 @@ def draw_hierarchy(model: ModelConfig) -> Drawing:
     full = stacks_of[0][0].positions
 
     def height(positions: int) -> float:
-        return max(_LEAST, _HEIGHT * positions / full)
+        return max(_MIN_HEIGHT, _HEIGHT * positions / full)
 
     x = _MARGIN
     stacks: list[Stack] = []
@@ -122,17 +123,17 @@ def _resamples(row: LayerRow) -> bool:
 
 
 def _thickness(stacks: Sequence[Sequence[LayerRow]]) -> float:
-    """Of a bar, for each unit of width: as thick as the room allows, and not below a pixel."""
+    """Bar thickness per unit of model width: as large as fits, but at least a pixel per bar."""
     widest = max(part[0].width for part in stacks)
-    room = _ROOM - _MARGIN - _GAP * (len(stacks) - 1)
-    bar = _THICK
-    while bar > 1 and sum(_space(part, bar / widest) for part in stacks) > room:
+    available = _MAX_WIDTH - _MARGIN - _GAP * (len(stacks) - 1)
+    bar = _MAX_THICKNESS
+    while bar > 1 and sum(_space(part, bar / widest) for part in stacks) > available:
         bar *= 0.95
     return bar / widest
 
 
 def _space(part: Sequence[LayerRow], thickness: float) -> float:
-    """What a stack takes up."""
+    """The width of a stack."""
     bar = part[0].width * thickness
     return max(_COLUMN, _blocks(part) * (bar + _between(bar)))
 
@@ -161,7 +162,7 @@ def _stack(
     share, parameters = sum(r.share for r in part), sum(r.parameters for r in part)
     title = (
         f"{blocks} block{'s' if blocks != 1 else ''} on {row.positions:,} positions of width "
-        f"{row.width:,}: {short_figure(parameters)} parameters, {share:.0%} of the forward FLOPs"
+        f"{row.width:,}: {format_number(parameters)} parameters, {share:.0%} of the forward FLOPs"
     )
     return Stack(
         level=row.level,
@@ -178,7 +179,7 @@ def _stack(
 
 
 def _ends(stack: Stack) -> tuple[float, float]:
-    """Where the bars begin and end."""
+    """Left and right edge of the bars of a stack."""
     if not stack.bars:
         return stack.middle, stack.middle
     return stack.bars[0].x, stack.bars[-1].x + stack.bars[-1].width
@@ -199,7 +200,7 @@ def _funnel(model: ModelConfig, row: LayerRow, left: Stack, right: Stack, centre
         points=" ".join(f"{x:.1f},{y:.1f}" for x, y in corners),
         middle=round((a + b) / 2, 2),
         label=f"{'÷' if down else '×'}{k}",
-        title=f"{verb} by {k} ({how}): {short_figure(row.parameters)} parameters, "
+        title=f"{verb} by {k} ({how}): {format_number(row.parameters)} parameters, "
         f"{row.share:.0%} of the forward FLOPs",
     )
 
@@ -216,6 +217,6 @@ def _skips(between: Sequence[LayerRow], stacks: Sequence[Stack], centre: float) 
             x1=_ends(start)[1] + 2,
             x2=_ends(end)[0] - 2,
             y=round(centre - start.height / 2 + min(5.0, start.height / 8), 2),
-            title=f"skip: {start.positions} positions of width {start.width} are added",
+            title=f"skip: {start.positions} positions of width {start.width} is added",
         ))  # fmt: skip
     return skips

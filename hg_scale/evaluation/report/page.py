@@ -1,4 +1,4 @@
-"""The page: what the templates are filled with."""
+"""The HTML page: computes what the templates show and renders them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hg_scale import __version__
-from hg_scale.evaluation.report.axes import short_figure, size
+from hg_scale.evaluation.report.axes import format_bytes
 from hg_scale.evaluation.report.baselines import Baseline
 from hg_scale.evaluation.report.charts import make_charts
-from hg_scale.evaluation.report.curves import AXES, positions, stretches, validation_positions
+from hg_scale.evaluation.report.curves import AXES, segments, validation_x_values, x_values
 from hg_scale.evaluation.report.drawing import draw_hierarchy
 from hg_scale.evaluation.report.run_folder import Column, RunFolder
 from hg_scale.evaluation.report.samples import Sample
 from hg_scale.evaluation.report.tables import card, config_differences, score_bars
 from hg_scale.model.layer_table import layer_table
 
-_DIGITS = 5  # significant ones of the figures behind the curves
+_DIGITS = 5  # significant digits of the values behind the curves
 
 
 @dataclass(frozen=True)
-class ReportPage:
-    """What a page is about; `samples` has one a run, or none at all. `reasons`: what is missing."""
+class ReportContents:
+    """What a report shows; `samples` has one per run or is empty.
+
+    `reasons`: why the compressors of a text are missing.
+    """
 
     runs: Sequence[RunFolder]
     baselines: Sequence[Baseline]
@@ -35,8 +38,8 @@ class ReportPage:
     samples: Sequence[Sample]
 
 
-def render(report: ReportPage) -> str:
-    """The HTML."""
+def render(report: ReportContents) -> str:
+    """Return the HTML of a report."""
     environment = Environment(
         loader=PackageLoader("hg_scale.evaluation.report"),
         autoescape=True,
@@ -44,11 +47,11 @@ def render(report: ReportPage) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"short": short_figure, "size": size}
+    environment.filters |= {"bytes": format_bytes}
     bars = score_bars(report.runs, report.baselines)
     runs, charts = report.runs, make_charts(report.runs, report.baselines)
-    there = {plot.axis.key for chart in charts for plot in chart.plots}
-    subjects = {chart.subject.key: chart.subject for chart in charts}
+    plotted = {plot.axis.key for chart in charts for plot in chart.plots}
+    specs = {chart.spec.key: chart.spec for chart in charts}
     return environment.get_template("page.html").render(
         title=", ".join(run.name for run in runs),
         version=__version__,
@@ -59,23 +62,23 @@ def render(report: ReportPage) -> str:
         bars=bars,
         longest=max((bar.value for part in bars.values() for bar in part), default=1.0),
         charts=charts,
-        axes=[axis for axis in AXES if axis.key in there],
+        axes=[axis for axis in AXES if axis.key in plotted],
         differences=config_differences(runs) if len(runs) > 1 else [],
         models=_models(runs),
         configs=[json.dumps(run.tree, indent=2) for run in runs],
         figures={
             "names": [run.name for run in runs],
-            "subjects": {
+            "specs": {
                 key: {"unit": s.unit, "factor": s.factor, "validation": s.validation}
-                for key, s in subjects.items()
+                for key, s in specs.items()
             },
-            "runs": [_figures(run, list(subjects)) for run in runs],
+            "runs": [_figures(run, list(specs)) for run in runs],
         },
     )
 
 
 def _models(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
-    """Drawing and layers of every model; runs of equal models share one."""
+    """Return the drawing and layer table of every distinct model, with the names of its runs."""
     models: list[dict[str, Any]] = []
     for run in runs:
         if run.model is None:
@@ -87,19 +90,19 @@ def _models(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
             continue
         models.append({
             "names": [run.name], "model": run.model, "drawing": drawing, "rows": rows,
-            "most": max(row.share for row in rows),
+            "max_share": max(row.share for row in rows),
         })  # fmt: skip
     return models
 
 
 def _figures(run: RunFolder, keys: Sequence[str]) -> dict[str, Any]:
-    """The values behind a run's curves, a mean a stretch: what the pointer reads."""
-    parts = stretches(len(run.training))
+    """Return the values that page.js shows under the pointer, one mean per segment."""
+    parts = segments(len(run.training))
     validations = ("validation_bits_per_byte", "validation_loss")
     return {
-        "x": {k: [_number(v[p][-1]) for p in parts] for k, v in positions(run).items()},
+        "x": {k: [_number(v[p][-1]) for p in parts] for k, v in x_values(run).items()},
         "y": {k: [_mean(run.column(k)[p]) for p in parts] for k in keys},
-        "vx": {k: [_number(v) for v in values] for k, values in validation_positions(run).items()},
+        "vx": {k: [_number(v) for v in values] for k, values in validation_x_values(run).items()},
         "vy": {k: [_number(v) for v in run.validation_column(k)] for k in validations},
     }
 
@@ -109,5 +112,5 @@ def _mean(values: Column) -> float | None:
 
 
 def _number(value: float) -> float | None:
-    """Few digits, and null for what is not finite: JSON has no NaN."""
+    """Round to a few digits; None where the value is not finite, since JSON has no NaN."""
     return float(f"{value:.{_DIGITS}g}") if np.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""What a run left in its folder, read so that old, broken and unfinished runs can be looked at."""
+"""The files of a run folder; old, broken and unfinished runs can be read, too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.find import damage, read_manifest
+from hg_scale.checkpoint.find import verify_sizes
+from hg_scale.checkpoint.manifest import read_manifest
 from hg_scale.config.errors import ConfigError
 from hg_scale.config.read import read_tree
 from hg_scale.config.schema import DataConfig, ModelConfig, SourceConfig
@@ -27,22 +28,22 @@ from hg_scale.model.costs import training_flops_per_token
 Column = NDArray[np.float64]
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
-_QUIET = 120.0  # seconds without a line, beyond ten intervals, after which a run counts as stopped
+_STOPPED_AFTER = 120.0  # seconds without a record, on top of ten logging intervals
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder: `layout` as its manifest says, `fault` why it is not whole."""
+    """A checkpoint folder: `layout` from its manifest, `problem` why it is incomplete or None."""
 
     name: str
     step: int
     bytes: int
     layout: dict[str, Any]
-    fault: str | None
+    problem: str | None
 
     @property
     def layout_line(self) -> str:
-        """The layout in words; empty where the manifest has none."""
+        """The layout as a readable string; empty where the manifest has none."""
         sizes = self.layout
         if not {"tensor", "pipeline", "data", "zero_stage"} <= sizes.keys():
             return ""
@@ -54,9 +55,9 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run: `tree` is its config.json; the records are lines of metrics.jsonl, by step.
+    """A run: `tree` is its config.json; `training` and `validation` are records of metrics.jsonl.
 
-    `model` and `corpora` are None and empty where this version cannot read that part of the tree.
+    `model` is None and `corpora` empty where this version cannot parse that section of `tree`.
     """
 
     path: Path
@@ -69,22 +70,22 @@ class RunFolder:
     checkpoints: list[Checkpoint]
 
     def column(self, key: str) -> Column:
-        """A figure of every logged step; NaN where it is null or missing."""
+        """A metric at every logged step; NaN where it is null or missing."""
         return _column(self.training, key)
 
     def validation_column(self, key: str) -> Column:
-        """A figure of every validation; NaN where it is null or missing."""
+        """A metric at every validation; NaN where it is null or missing."""
         return _column(self.validation, key)
 
     @property
     def scored_tokens(self) -> int | None:
-        """Tokens of the last validation with bits per byte; None without one, or unknown."""
+        """Tokens scored by the last validation with finite bits per byte; None if unknown."""
         known = np.flatnonzero(np.isfinite(self.validation_column("validation_bits_per_byte")))
         scored = self.validation[known[-1]].get("validation_tokens") if known.size else None
         return scored if isinstance(scored, int) else None
 
     def setting(self, key: str) -> Any:
-        """A value of the configuration by its dotted key; None where it is not there."""
+        """A configuration value by its dotted key; None where it is missing."""
         node: Any = self.tree
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
@@ -92,26 +93,26 @@ class RunFolder:
 
     @property
     def step(self) -> int:
-        """The last step that left a trace."""
+        """The last step that was logged or saved."""
         logged = [int(record["step"]) for record in (*self.training, *self.validation)]
         return max([0, *logged, *(checkpoint.step for checkpoint in self.checkpoints)])
 
     @property
     def steps(self) -> int | None:
-        """How many steps are planned."""
+        """The number of steps to train; None if unknown."""
         steps = self.setting("training.steps")
         return steps if isinstance(steps, int) else None
 
     @cached_property
     def flops_per_token(self) -> float:
-        """Training FLOPs a token; NaN where the model is not known."""
+        """Training FLOPs per token; NaN where the model section cannot be parsed."""
         return training_flops_per_token(self.model) if self.model else float("nan")
 
     @property
     def state(self) -> str:
-        """`not begun`, `finished`, `running` or `stopped`, by when the last line came."""
+        """`not started`, `finished`, `running` or `stopped`, by the time of the last record."""
         if not self.step:
-            return "not begun"
+            return "not started"
         if self.steps is not None and self.step >= self.steps:
             return "finished"
         times = _column([*self.training, *self.validation], "time")
@@ -120,24 +121,24 @@ class RunFolder:
         waits = np.diff(self.column("time"))
         usual = float(np.nanmedian(waits)) if np.isfinite(waits).any() else 0.0
         quiet = time.time() - float(np.nanmax(times))
-        return "running" if quiet < _QUIET + 10 * usual else "stopped"
+        return "running" if quiet < _STOPPED_AFTER + 10 * usual else "stopped"
 
     @property
     def layout_changes(self) -> list[tuple[Checkpoint, Checkpoint]]:
-        """Neighbouring checkpoints of different layouts: the run went on from the first one."""
+        """Pairs of consecutive checkpoints with different layouts: resumed from the first one."""
         known = [checkpoint for checkpoint in self.checkpoints if checkpoint.layout_line]
         pairs = zip(known, known[1:], strict=False)
         return [(a, b) for a, b in pairs if a.layout != b.layout]
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunFolder]:
-    """The runs, each under a name of its own. Raises UserError where a folder is no run."""
+    """Read the runs, each with a unique name. Raises UserError where a folder is not a run."""
     unique = list(dict.fromkeys(folder.resolve() for folder in folders))
     return [_read_run(path, name) for path, name in zip(unique, short_names(unique), strict=True)]
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of the paths: as many for each as it takes to tell them all apart."""
+    """Return the shortest path suffixes that distinguish the paths."""
     names = []
     for path in paths:
         for length in range(1, len(path.parts) + 1):
@@ -152,7 +153,7 @@ def _read_run(path: Path, name: str) -> RunFolder:
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is not a run folder: it has no config.json")
     if is_export(path):
-        raise UserError(f"{path} is an export, not a run folder: name the run it was made from")
+        raise UserError(f"{path} is an export, not a run folder: name the run it was exported from")
     try:
         tree = read_tree(path / "config.json")
     except ConfigError as error:
@@ -171,7 +172,7 @@ def _read_run(path: Path, name: str) -> RunFolder:
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines that are whole; a run that is going, or was killed, may leave half a one."""
+    """Yield the valid records; the last line of a live or killed run may be incomplete."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -202,19 +203,13 @@ def _checkpoints(folder: Path) -> Iterator[Checkpoint]:
         try:
             manifest = read_manifest(path)
         except CheckpointError as error:
-            yield Checkpoint(path.name, int(match[1]), 0, {}, _without(path, str(error)))
+            problem = str(error).removeprefix(f"{path}/")
+            yield Checkpoint(path.name, int(match[1]), 0, {}, problem)
             continue
         size = sum(int(file.get("bytes", 0)) for file in manifest["files"])
         layout = manifest.get("layout")
-        fault = damage(path)
-        yield Checkpoint(
-            path.name, int(match[1]), size, layout if isinstance(layout, dict) else {}, fault
-        )
-
-
-def _without(path: Path, message: str) -> str:
-    """A message without the folder that it begins with."""
-    return message.removeprefix(f"{path}/")
+        layout = layout if isinstance(layout, dict) else {}
+        yield Checkpoint(path.name, int(match[1]), size, layout, verify_sizes(path))
 
 
 def _model(tree: dict[str, Any]) -> ModelConfig | None:
@@ -225,12 +220,11 @@ def _model(tree: dict[str, Any]) -> ModelConfig | None:
 
 
 def _corpora(tree: dict[str, Any]) -> tuple[SourceConfig, ...]:
-    """The corpora; keys of other versions do not matter for finding them."""
+    """Return the corpora; other keys are ignored, since another version may have written them."""
     section = tree.get("data")
-    known = {"path", "sources"}
     try:
         data = DataConfig.model_validate(
-            {key: value for key, value in section.items() if key in known}
+            {key: value for key, value in section.items() if key in ("path", "sources")}
             if isinstance(section, dict)
             else {}
         )

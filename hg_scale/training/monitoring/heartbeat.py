@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from hg_scale.atomic_write import write_json
+
 RunPhase = Literal["start", "step", "save", "validation", "end"]
 Work = Literal["", "data", "forward"]
 
@@ -148,10 +150,10 @@ class Heartbeat:
         )
         with self._writing:
             try:
-                replace_json(self.folder / f"rank-{self.rank:05}.json", asdict(beat))
+                write_json(self.folder / f"rank-{self.rank:05}.json", asdict(beat))
                 if self.table is not None:
                     table, self.table = self.table, None
-                    replace_json(self.folder / "stragglers.json", table)
+                    write_json(self.folder / "stragglers.json", table)
             except OSError as error:
                 if not self._warned:
                     self._warned = True
@@ -195,7 +197,7 @@ def clear_ranks(run: Path) -> None:
     folder = run / "ranks"
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        for path in [*folder.glob("rank-*.json"), folder / "stragglers.json"]:
+        for path in [*folder.glob("rank-*.json*"), *folder.glob("stragglers.json*")]:
             path.unlink(missing_ok=True)
 
 
@@ -209,10 +211,3 @@ def read_heartbeats(run: Path) -> dict[int, HeartbeatRecord]:
             beat = HeartbeatRecord(**{key: value for key, value in values.items() if key in names})
             beats[beat.rank] = beat
     return beats
-
-
-def replace_json(path: Path, value: Any) -> None:
-    """Write it so that a reader sees the file before or after, never half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value) + "\n")
-    temporary.replace(path)

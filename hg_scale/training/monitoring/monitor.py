@@ -90,6 +90,6 @@ def monitor_run(
     heartbeat = Heartbeat(run, launch.rank, launch.world_size, warn, period)
     timer = RankTimer(heartbeat, device)
     stragglers = Stragglers(heartbeat, timer, device, per_stage, config.watchdog.slow_rank, warn)
-    watchdog = Watchdog(heartbeat, config.watchdog, run, per_stage, console.last_words)
+    watchdog = Watchdog(heartbeat, config.watchdog, run, per_stage, console.print_unlocked)
     with heartbeat, watchdog:
         yield Monitor(config, heartbeat, timer, stragglers)

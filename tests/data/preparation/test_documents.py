@@ -32,7 +32,7 @@ def read(path: Path, form: TextFormat = TextFormat(), begin: int = 0, end: int |
     [("a.jsonl", "lines"), ("a.json.gz", "lines"), ("a.ndjson.zst", "lines"), ("a.txt", "text"),
      ("a.parquet", "parquet"), ("a.parquet.xz", "parquet"), ("a", "text"), ("jsonl", "text")],
 )  # fmt: skip
-def test_kinds(name, kind):
+def test_the_kind_follows_from_the_name(name, kind):
     assert file_kind(Path(name)) == kind
 
 
@@ -53,7 +53,7 @@ def test_every_format_gives_the_same_documents(tmp_path, suffix):
         path.write_bytes(PACKERS[suffix](content))
         found = read(path, TextFormat("body", b"<end>"))
         assert [text.decode() for _, text in found] == texts, name
-        assert len({place for place, _ in found}) == 5
+        assert len({position for position, _ in found}) == 5
     assert [text for _, text in read(tmp_path / f"a.txt{suffix}")] == [contents["a.txt"]]
 
 
@@ -64,28 +64,30 @@ def test_every_format_gives_the_same_documents(tmp_path, suffix):
     block=st.integers(1, 20),
 )
 @pytest.mark.parametrize("separator", [b"\n", b"ab", b"<end>"])
-def test_parts_of_a_file_have_each_document_once(tmp_path_factory, separator, parts, step, block):
-    """However the file is cut and read, the documents and their positions are the same."""
+def test_parts_of_a_file_contain_each_document_once(
+    tmp_path_factory, separator, parts, step, block
+):
+    """The documents and their positions do not depend on the segments or on the block size."""
     path = tmp_path_factory.mktemp("text") / "text"
     content = separator.join(part.replace(separator, b"") for part in parts)
     path.write_bytes(content)
     form = TextFormat(separator=separator)
     assert form.can_split(path)
-    cut = []
+    found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "_BLOCK", block)
         for begin in range(0, len(content), step):
-            cut += read(path, form, begin, min(begin + step, len(content)))
-    place, expected = 0, []
+            found += read(path, form, begin, min(begin + step, len(content)))
+    position, expected = 0, []
     for part in content.split(separator):
-        expected.append((place, part))
-        place += len(part) + len(separator)
+        expected.append((position, part))
+        position += len(part) + len(separator)
     while expected and not expected[-1][1]:
         expected.pop()
-    assert [entry for entry in cut if entry[1]] == [entry for entry in expected if entry[1]]
+    assert [entry for entry in found if entry[1]] == [entry for entry in expected if entry[1]]
 
 
-def test_what_cannot_be_split(tmp_path):
+def test_files_that_cannot_be_split():
     assert not TextFormat().can_split(Path("a.txt"))
     assert not TextFormat(separator=b"\n\n").can_split(Path("a.txt"))
     assert not TextFormat(separator=b"abcab").can_split(Path("a.txt"))
@@ -101,11 +103,11 @@ def test_row_groups_are_read_once(tmp_path, step):
     size, found = path.stat().st_size, []
     for begin in range(0, size, step):
         found += read(path, begin=begin, end=min(begin + step, size))
-    assert [(place, text.decode()) for place, text in found] == list(enumerate(texts))
+    assert [(row, text.decode()) for row, text in found] == list(enumerate(texts))
 
 
 @pytest.mark.parametrize("kind", ["string", "large_string", "binary", "dictionary"])
-def test_columns_of_text(tmp_path, kind):
+def test_text_columns_of_every_type(tmp_path, kind):
     values = pyarrow.array(["a", None, "c"])
     if kind == "dictionary":
         values = values.dictionary_encode()
@@ -115,7 +117,7 @@ def test_columns_of_text(tmp_path, kind):
     assert read(tmp_path / "a.parquet") == [(0, b"a"), (2, b"c")]
 
 
-def test_lines_that_are_no_documents(tmp_path):
+def test_empty_lines_and_null_are_skipped(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n\n  \r\n{"text": null}\n{"text": "\\ud800b"}')
     assert [text for _, text in read(path)] == [b"a", b"\xed\xa0\x80b"]
@@ -126,21 +128,21 @@ def test_lines_that_are_no_documents(tmp_path):
     [
         ('{"text": "a"}\n{"text": ', r"a\.jsonl: the line at byte 14 is not JSON"),
         ('{"body": "a", "n": 1}', r"has no field 'text' \(it has: body, n\).*--field"),
-        ("[1]", "the line at byte 0 is a list; expected an object a line"),
-        ('"text"', "the line at byte 0 is a str; expected an object a line"),
+        ("[1]", "the line at byte 0 is a list; expected an object per line"),
+        ('"text"', "the line at byte 0 is a str; expected an object per line"),
         ("[" * 100_000, "the line at byte 0 is not JSON .*recursion"),
         ("\x1f\x8b\0\x9e\n", "the line at byte 0 is not JSON"),
         ('{"text": 5}', "field 'text' of the line at byte 0 is a int, not text"),
     ],
 )
-def test_broken_lines(tmp_path, content, message):
+def test_invalid_lines_are_reported(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(DataError, match=message) as caught:
         read(tmp_path / "a.jsonl")
     assert "\n" not in str(caught.value)
 
 
-def test_broken_parquet(tmp_path):
+def test_unusable_parquet_is_reported(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"n": [1, 2], "url": ["a", "b"]}), path)
     with pytest.raises(DataError, match=r"has no column 'text' \(it has: n, url\).*--field"):
@@ -153,8 +155,8 @@ def test_broken_parquet(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_document_has_to_fit_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "LARGEST", 1 << 20)
+def test_documents_that_are_too_long_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 1 << 20)
     (tmp_path / "a").write_bytes(b"x" * (3 << 20))
     for form in (TextFormat(), TextFormat(separator=b"#")):
         with pytest.raises(DataError, match="byte 0 is longer than 1 MiB.*--document-separator"):
@@ -162,7 +164,7 @@ def test_a_document_has_to_fit_into_memory(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", [1 << 16, 3 << 16, 1 << 20])
-def test_pieces_of_a_text(tmp_path, step):
+def test_pieces_end_at_multiples_and_cuts(tmp_path, step):
     content = bytes(range(256)) * 3000
     (tmp_path / "a").write_bytes(content)
     cuts, found = [70_000, 70_001, 700_000], []
@@ -171,5 +173,5 @@ def test_pieces_of_a_text(tmp_path, step):
             tmp_path / "a", begin, min(begin + step, len(content)), cuts, lambda count: None
         )
     assert b"".join(text for _, text in found) == content
-    starts = [place for place, _ in found]
+    starts = [position for position, _ in found]
     assert starts == sorted({*range(0, len(content), 1 << 16), *cuts})

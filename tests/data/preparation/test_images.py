@@ -27,18 +27,18 @@ def run(source, output, **options):
 
 
 def images_of(index, name):
-    """The images of a split, (n, H, W, C)."""
+    """Return the images of a split, (n, H, W, C)."""
     tokens = SplitReader(index, name).read(0, index.splits[name].tokens)
     return tokens.reshape(-1, *index.source["shape"])
 
 
-def same_images(found, expected):
+def assert_same_images(found, expected):
     assert found.dtype == np.uint8
     assert sorted(image.tobytes() for image in found) == sorted(i.tobytes() for i in expected)
 
 
 @pytest.mark.parametrize("kind", ["png", "npy", "npz", "packed npz"])
-def test_colour_images_come_back(tmp_path, kind):
+def test_colour_images_are_reproduced(tmp_path, kind):
     (tmp_path / "in").mkdir()
     if kind == "png":
         for number, image in enumerate(COLOUR):
@@ -54,22 +54,22 @@ def test_colour_images_come_back(tmp_path, kind):
     assert (index.vocab_size, index.eod, index.chunk_tokens) == (256, None, 270)
     splits = [images_of(index, name) for name in index.splits]
     assert [len(images) for images in splits] == [s.documents for s in index.splits.values()]
-    same_images(np.concatenate(splits), COLOUR)
+    assert_same_images(np.concatenate(splits), COLOUR)
     assert not np.array_equal(splits[0], COLOUR[: len(splits[0])])  # shuffled
     for split in index.splits.values():
         assert split.text_bytes == split.tokens
         assert all(shard.tokens % 90 == 0 and not shard.documents for shard in split.shards)
-    # Row by row, red, green and blue side by side.
+    # Row-major; red, green and blue are adjacent.
     first = SplitReader(index, "train").read(0, 90)
     assert any(np.array_equal(first[:3], image[0, 0]) for image in COLOUR)
 
 
-def test_rows_of_an_array_are_read_in_parts(tmp_path):
-    """A large .npy file is cut into tasks; each image is in one of them."""
+def test_an_array_is_read_in_tasks(tmp_path):
+    """A large .npy file is split into tasks; each image is in one of them."""
     images = np.random.default_rng(1).integers(0, 256, (3000, 32, 32), np.uint8)
     np.save(tmp_path / "a.npy", images)
     corpus = ImageCorpus((tmp_path / "a.npy",))
-    corpus.adopt(json.loads(json.dumps(corpus.survey())))
+    corpus.use_survey(json.loads(json.dumps(corpus.survey())))
     tasks = corpus.tasks()
     assert len(tasks) == 3 and corpus.document_tokens == 1024
     found = [
@@ -81,18 +81,18 @@ def test_rows_of_an_array_are_read_in_parts(tmp_path):
     assert found == [image.tobytes() for image in images]
 
 
-def test_digits(tmp_path):
-    """Gray images stay of one channel; the paper's other data in the same way."""
+def test_gray_images_keep_one_channel(tmp_path):
     digits = load_digits().images.astype(np.uint8)
     np.savez_compressed(tmp_path / "digits.npz", digits)
     command = [sys.executable, str(ROOT / "data_prep" / "prepare_images.py"), "--input",
                str(tmp_path / "digits.npz"), "--output", str(tmp_path / "out")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "1,797" not in done.stdout and "sequence_length 64 is one image" in done.stdout
+    assert "1,797" not in done.stdout and "set sequence_length to 64" in done.stdout
     index, written = run(tmp_path / "digits.npz", tmp_path / "again")
     assert written and index.document_tokens == 64
-    same_images(np.concatenate([images_of(index, n)[..., 0] for n in index.splits]), digits)
+    images = np.concatenate([images_of(index, name)[..., 0] for name in index.splits])
+    assert_same_images(images, digits)
     assert 1550 < index.splits["train"].documents < 1680
 
 
@@ -101,8 +101,8 @@ def test_folders_are_splits(tmp_path):
         (tmp_path / "in" / name).mkdir(parents=True)
         np.save(tmp_path / "in" / name / "images.npy", part)
     index, _ = run(tmp_path / "in", tmp_path / "out", fractions=None)
-    same_images(images_of(index, "train"), COLOUR[:30])
-    same_images(images_of(index, "validation"), COLOUR[30:])
+    assert_same_images(images_of(index, "train"), COLOUR[:30])
+    assert_same_images(images_of(index, "validation"), COLOUR[30:])
     again, written = run(tmp_path / "in", tmp_path / "out", fractions=None)
     assert again == index and not written
 
@@ -110,7 +110,7 @@ def test_folders_are_splits(tmp_path):
 @pytest.mark.parametrize(
     ("mode", "shape"), [("L", (6, 5, 1)), ("RGB", (6, 5, 3)), ("P", (6, 5, 3)), ("1", (6, 5, 1))]
 )
-def test_kinds_of_pictures(tmp_path, mode, shape):
+def test_picture_modes_convert_without_loss(tmp_path, mode, shape):
     pictures = Image.fromarray(COLOUR[0]).convert(mode)
     (tmp_path / "in").mkdir()
     pictures.save(tmp_path / "in" / "a.png")
@@ -120,7 +120,7 @@ def test_kinds_of_pictures(tmp_path, mode, shape):
     assert np.array_equal(images_of(index, "train")[0], expected)
 
 
-def test_jpeg_is_taken_as_decoded(tmp_path):
+def test_jpeg_keeps_the_decoded_values(tmp_path):
     (tmp_path / "in").mkdir()
     Image.fromarray(COLOUR[0]).save(tmp_path / "in" / "a.JPEG")
     index, _ = run(tmp_path / "in", tmp_path / "out", fractions=(1.0, 0.0, 0.0))
@@ -135,8 +135,8 @@ def test_pictures_of_another_size_or_kind_are_refused(tmp_path):
     cases = [
         (Image.fromarray(COLOUR[1][:4]), r"b\.png: 4 x 5 pixels of 3 channels, but .*a\.png has 6"),
         (Image.fromarray(COLOUR[1]).convert("L"), r"b\.png: 6 x 5 pixels of 1 channel, but"),
-        (Image.fromarray(COLOUR[1]).convert("RGBA"), r"b\.png: is RGBA, which does not fit"),
-        (Image.fromarray(np.zeros((6, 5), np.uint16)), r"b\.png: is 16 bits a channel"),
+        (Image.fromarray(COLOUR[1]).convert("RGBA"), r"b\.png: is RGBA, which cannot become"),
+        (Image.fromarray(np.zeros((6, 5), np.uint16)), r"b\.png: is 16 bits per channel"),
     ]
     for picture, message in cases:
         picture.save(second)
@@ -160,30 +160,30 @@ def test_pictures_of_another_size_or_kind_are_refused(tmp_path):
         ({}, "holds nothing; expected one array"),
     ],
 )
-def test_arrays_that_are_no_images(tmp_path, arrays, message):
+def test_arrays_that_are_not_images_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(DataError, match=message):
         run(tmp_path / "a.npz", tmp_path / "out")
 
 
-def test_one_array_of_several(tmp_path):
+def test_an_array_is_chosen_by_name(tmp_path):
     np.savez(tmp_path / "a.npz", x_train=COLOUR, x_test=COLOUR[:3])
     index, _ = run(tmp_path / "a.npz", tmp_path / "out", array="x_test")
     assert sum(split.documents for split in index.splits.values()) == 3
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
-def test_broken_arrays(tmp_path, suffix):
+def test_corrupt_arrays_are_reported(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     (np.save if suffix == ".npy" else np.savez)(path, COLOUR)
-    whole = path.read_bytes()
-    for content in (whole[:-40], b"nothing", whole[:20]):
+    complete = path.read_bytes()
+    for content in (complete[:-40], b"nothing", complete[:20]):
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"a\.np.: (cannot be read as an array|ends at image)"):
             run(path, tmp_path / "out")
 
 
-def test_nothing_to_prepare(tmp_path):
+def test_inputs_without_images_are_refused(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "notes.txt").write_text("x")
     with pytest.raises(DataError, match="no file matches"):
@@ -198,12 +198,12 @@ def test_nothing_to_prepare(tmp_path):
 @pytest.mark.parametrize(
     ("name", "side"), [("imagenet32", 32), ("imagenet64", 64), ("cifar10", 32)]
 )
-def test_presets_take_one_image_a_window(name, side):
+def test_a_sequence_of_the_presets_is_one_image(name, side):
     model = load_config(ROOT / "configs" / "paper" / f"{name}.json").model
     assert (model.sequence_length, model.vocab_size) == (3 * side * side, 256)
 
 
-def test_same_shards_again(tmp_path):
+def test_same_input_same_shards(tmp_path):
     np.save(tmp_path / "a.npy", COLOUR)
     run(tmp_path / "a.npy", tmp_path / "one")
     run(tmp_path / "a.npy", tmp_path / "two")

@@ -2,13 +2,16 @@ import lzma
 import os
 from collections import Counter
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 
+from hg_scale import atomic_write
 from hg_scale.data.errors import DataError
 from hg_scale.data.evaluation import split_text
-from hg_scale.data.preparation.corpus import KEY_BITS, File, Keys, split_of
+from hg_scale.data.preparation import shard_writer
+from hg_scale.data.preparation.corpus import KEY_BITS, DocumentKeys, SourceFile, split_of
 from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
 from hg_scale.data.preparation.shard_writer import default_shard_tokens
 from hg_scale.data.shards import SplitReader
@@ -16,7 +19,7 @@ from tests.data.conftest import TEXT, make_folder, prepare
 
 
 def contents(folder):
-    """The files of a folder; what a preparation needs for itself is in folders of its own."""
+    """Return the files of a folder, without those in the work folder of a preparation."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
@@ -41,7 +44,7 @@ def test_same_input_same_bytes(text_file, tmp_path):
     assert contents(tmp_path / "three") | {"index.json": b""} == unpacked
 
 
-def test_documents_go_whole_into_one_split(tmp_path):
+def test_each_document_is_in_one_split(tmp_path):
     documents = make_folder(tmp_path / "in")
     index = prepare(tmp_path / "in", tmp_path / "out", split=(0.6, 0.2, 0.2), seed=3)
     assert (index.vocab_size, index.eod) == (257, 256)
@@ -74,23 +77,24 @@ def test_a_new_document_moves_no_other():
     assert split_of([b"text"], (0.0, 1.0, 0.0), 0) == "validation"
 
 
-def test_equal_documents_land_in_the_same_split(tmp_path):
-    """Whatever their names, packed or not, and in the one where `prepare_text.py` puts them."""
+def test_equal_documents_are_in_the_same_split(tmp_path):
+    """Whatever their names, compressed or not, and in the same split as in `prepare_text.py`."""
     (tmp_path / "in").mkdir()
     for number in range(60):
         text = b"the text %d" % (number % 20)
         packed = lzma.compress(text) if number % 2 else text
         (tmp_path / "in" / f"{number}.txt{'.xz' * (number % 2)}").write_bytes(packed)
     index = prepare(tmp_path / "in", tmp_path / "out", split=(0.4, 0.3, 0.3))
-    keys = Keys((0.4, 0.3, 0.3), 0)
+    keys = DocumentKeys((0.4, 0.3, 0.3), 0)
     for number, (name, split) in enumerate(index.splits.items()):
         texts = Counter(split_text(index, name).split(b"the text ")[1:])
         assert set(texts.values()) == {3} and split.documents == texts.total()
         for text in texts:
-            assert keys(File("x", "x", 1, 0), 0, b"the text " + text) >> KEY_BITS == number
+            key = keys(SourceFile("x", "x", 1, 0), 0, b"the text " + text)
+            assert key >> KEY_BITS == number
 
 
-def test_run_again_changes_nothing(text_file, tmp_path):
+def test_a_second_run_changes_nothing(text_file, tmp_path):
     job = Preparation(text_file, tmp_path / "out")
     index, written = prepare_bytes(job)
     assert written
@@ -100,7 +104,7 @@ def test_run_again_changes_nothing(text_file, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in job.output.iterdir()}
 
 
-def test_output_of_something_else_is_refused(text_file, tmp_path):
+def test_output_of_another_job_is_refused(text_file, tmp_path):
     out = tmp_path / "out"
     prepare(text_file, out)
     with pytest.raises(DataError, match=r"prepared from 'text' with another split, chunk_tokens"):
@@ -119,49 +123,48 @@ def test_output_of_something_else_is_refused(text_file, tmp_path):
 def test_foreign_files_are_never_touched(text_file, tmp_path, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_bytes(b"mine")
-    with pytest.raises(DataError, match=f"not empty \\('{name}' is there\\)"):
+    with pytest.raises(DataError, match=f"not empty \\(it contains '{name}'\\)"):
         prepare(text_file, tmp_path / "out")
     assert contents(tmp_path / "out") == {name: b"mine"}
 
 
 @pytest.mark.parametrize("shards", [0, 1, 17])
-def test_interrupted_and_started_again(text_file, tmp_path, monkeypatch, shards):
-    prepare(text_file, tmp_path / "whole")
-    from hg_scale.data.preparation import shard_writer as module
+def test_interrupted_and_restarted(text_file, tmp_path, monkeypatch, shards):
+    prepare(text_file, tmp_path / "complete")
+    original, committed = atomic_write.commit, []
 
-    original, seen = module.commit, []
-
-    def failing(partial: Path, path: Path):
-        if len(seen) == shards:
+    def failing(partial: IO[bytes], path: Path) -> None:
+        if len(committed) == shards:
             raise KeyboardInterrupt
-        seen.append(path)
+        committed.append(path)
         original(partial, path)
 
-    monkeypatch.setattr(module, "commit", failing)
+    for module in (atomic_write, shard_writer):
+        monkeypatch.setattr(module, "commit", failing)
     with pytest.raises(KeyboardInterrupt):
         prepare(text_file, tmp_path / "out")
     assert not (tmp_path / "out" / "index.json").exists()
     for name, content in contents(tmp_path / "out").items():
-        assert not name.endswith(".tar") or content == (tmp_path / "whole" / name).read_bytes()
+        assert not name.endswith(".tar") or content == (tmp_path / "complete" / name).read_bytes()
     monkeypatch.undo()
-    (tmp_path / "out" / "train-00999.tar").touch()  # of an earlier try with smaller shards
+    (tmp_path / "out" / "train-00999.tar").touch()  # of an earlier run with smaller shards
     prepare(text_file, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "complete")
 
 
-def test_refusals(text_file, tmp_path):
+def test_user_errors_are_reported(text_file, tmp_path):
     folder = tmp_path / "in"
     make_folder(folder, files=2)
     empty = tmp_path / "empty"
     empty.touch()
     cases = [
         ({"input": tmp_path / "absent"}, "absent: no such file"),
-        ({"output": text_file}, "a file is there"),
-        ({"input": folder, "output": folder / "out"}, "lies inside --input"),
-        ({"input": folder, "split": (5, 5, 5)}, "give fractions"),
+        ({"output": text_file}, "is a file; choose a folder"),
+        ({"input": folder, "output": folder / "out"}, "is inside --input"),
+        ({"input": folder, "split": (5, 5, 5)}, "set it to fractions"),
         ({"include": ("*.py",)}, "are for a folder"),
         ({"split": (100_000, 3, 1)}, "100003 bytes of text, expected 100004; correct --split"),
-        ({"input": empty}, "there is no text in it"),
+        ({"input": empty}, "contains no text"),
     ]
     for options, message in cases:
         settings = {"input": text_file, "output": tmp_path / "out"} | options

@@ -18,7 +18,7 @@ def run(*arguments, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
-def test_prepares_and_says_when_done(text_file, tmp_path):
+def test_finished_output_is_reported(text_file, tmp_path):
     first = run("--input", text_file, "--output", "out", "--split", "90000,5000,5003", cwd=tmp_path)
     assert (first.returncode, first.stderr) == (0, "")
     assert "train               90,000 tokens" in first.stdout
@@ -29,18 +29,18 @@ def test_prepares_and_says_when_done(text_file, tmp_path):
     assert sum(split.tokens for split in read_index(tmp_path / "out").splits.values()) == len(TEXT)
 
 
-def test_text_after_a_split_in_bytes_is_told(text_file, tmp_path):
+def test_text_after_a_split_in_bytes_is_reported(text_file, tmp_path):
     result = run("--input", text_file, "--output", "out", "--split", "90000,5000,1", cwd=tmp_path)
     assert result.returncode == 0 and "5,002 bytes after these are in no split" in result.stdout
 
 
-def test_an_output_that_cannot_be_written(text_file, tmp_path):
+def test_an_unwritable_output_is_reported(text_file, tmp_path):
     result = run("--input", text_file, "--output", "/proc/absent", cwd=tmp_path)
     assert result.returncode == 2 and "choose another --output, and start" in result.stderr
-    assert "make room" not in result.stderr and "Traceback" not in result.stderr
+    assert "free some space" not in result.stderr and "Traceback" not in result.stderr
 
 
-def test_folder_with_patterns(tmp_path):
+def test_patterns_select_files_of_a_folder(tmp_path):
     make_folder(tmp_path / "in")
     result = run(
         "--input", "in", "--include", "a/*", "--include", "b/*", "--exclude", "*1.txt",
@@ -50,12 +50,12 @@ def test_folder_with_patterns(tmp_path):
     assert read_index(tmp_path / "out").source["files"] == 72
 
 
-def test_a_split_that_stays_empty_is_told(tmp_path):
+def test_an_empty_split_is_reported(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a").write_text("the only document")
     for split, lines in [("0.9,0.05,0.05", 2), ("1,0,0", 0)]:
         result = run("--input", "in", "--output", f"out-{lines}", "--split", split, cwd=tmp_path)
-        assert result.returncode == 0 and result.stdout.count("nothing fell into") == lines
+        assert result.returncode == 0 and result.stdout.count(" is empty: increase") == lines
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_split_that_stays_empty_is_told(tmp_path):
         (["--input", "text", "--output", "out", "--chunk-tokens", "0"], "above 0"),
     ],
 )
-def test_mistakes_exit_2_in_a_line(tmp_path, arguments, message):
+def test_user_errors_exit_with_2_and_one_line(tmp_path, arguments, message):
     (tmp_path / "text").write_bytes(TEXT[:1000])
     result = run(*arguments, cwd=tmp_path)
     assert result.returncode == 2

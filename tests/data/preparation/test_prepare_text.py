@@ -1,4 +1,4 @@
-"""data_prep/prepare_text.py as it is started: by itself, under mpirun, under srun; and killed."""
+"""data_prep/prepare_text.py as one process, under mpirun and srun, and killed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from tests.shared import ROOT
 
 SCRIPT = ROOT / "data_prep" / "prepare_text.py"
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
-CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_", "PMI"))}
+LAUNCHERS = ("SLURM_", "OMPI_", "PMI", "MV2_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
 
 
 def arguments(source: Path, output: Path, *more: object) -> list[str]:
@@ -44,11 +45,12 @@ def mpirun(size: int, command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def start_tasks(size: int, command: list[str], **variables: str) -> list[subprocess.Popen[str]]:
-    """As `srun` does: a process each, told its number in the environment."""
+    """Start a process per rank, with the variables of `srun`."""
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(size)}
     return [
         subprocess.Popen(
             command,
-            env=CLEAN | {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(size)} | variables,
+            env=CLEAN | step | {"SLURM_PROCID": str(rank)} | variables,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(size)
@@ -56,7 +58,7 @@ def start_tasks(size: int, command: list[str], **variables: str) -> list[subproc
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of each."""
+    """Return exit code, stdout and stderr of each process."""
     try:
         return [(p.returncode, *out) for p in processes for out in [p.communicate(timeout=240)]]
     finally:
@@ -66,7 +68,7 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 1.5 MB in three formats."""
+    """Return a folder with about 1.5 MB in three formats."""
     folder = tmp_path_factory.mktemp("source")
     texts = [prose(number % 700, seed=number) for number in range(600)]
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
@@ -79,7 +81,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(corpus: Path, model_file: Path, tmp_path_factory: pytest.TempPathFactory):
-    """What one process makes of it."""
+    """Return the files that one process prepares from it."""
     output = tmp_path_factory.mktemp("expected") / "out"
     done = run(arguments(corpus, output, "--tokenizer", model_file))
     assert (done.returncode, done.stderr) == (0, "")
@@ -88,7 +90,7 @@ def expected(corpus: Path, model_file: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_mpirun_makes_the_same(corpus, model_file, expected, tmp_path, size):
+def test_mpirun_writes_the_same_shards(corpus, model_file, expected, tmp_path, size):
     done = mpirun(size, arguments(corpus, tmp_path / "out", "--tokenizer", model_file))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("prepared in") == 1
@@ -96,7 +98,7 @@ def test_mpirun_makes_the_same(corpus, model_file, expected, tmp_path, size):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(expected)
 
 
-def test_srun_makes_the_same(corpus, model_file, expected, tmp_path):
+def test_srun_writes_the_same_shards(corpus, model_file, expected, tmp_path):
     command = arguments(corpus, tmp_path / "out", "--tokenizer", model_file)
     ended = finish(start_tasks(3, command))
     assert [code for code, _, _ in ended] == [0, 0, 0], ended
@@ -104,7 +106,7 @@ def test_srun_makes_the_same(corpus, model_file, expected, tmp_path):
     assert contents(tmp_path / "out") == expected
 
 
-def test_run_again_says_so(corpus, model_file, tmp_path, expected):
+def test_finished_output_is_reported(corpus, model_file, tmp_path, expected):
     command = arguments(corpus, tmp_path / "out", "--tokenizer", model_file)
     assert run(command).returncode == 0
     again = run(command)
@@ -115,8 +117,8 @@ def test_run_again_says_so(corpus, model_file, tmp_path, expected):
     assert contents(tmp_path / "out") == expected
 
 
-def test_writers_that_do_not_know_of_each_other(corpus, tmp_path):
-    """Each takes itself for the only one; one goes on, the others say so and end."""
+def test_separate_processes_do_not_write_to_one_folder(corpus, tmp_path):
+    """Started without a launcher, one process works, and the others report it and end."""
     command = arguments(corpus, tmp_path / "out")
     processes = [
         subprocess.Popen(
@@ -133,12 +135,12 @@ def test_writers_that_do_not_know_of_each_other(corpus, tmp_path):
             assert "prepared" in out
     assert any(code == 0 for code, _, _ in ended)
     assert run(command).returncode == 0
-    run_alone = tmp_path / "alone"
-    assert run(arguments(corpus, run_alone)).returncode == 0
-    assert contents(tmp_path / "out") == contents(run_alone)
+    alone = tmp_path / "alone"
+    assert run(arguments(corpus, alone)).returncode == 0
+    assert contents(tmp_path / "out") == contents(alone)
 
 
-def test_a_broken_file_ends_every_rank(corpus, tmp_path):
+def test_a_corrupt_file_ends_every_rank(corpus, tmp_path):
     source = tmp_path / "in"
     shutil.copytree(corpus, source)
     content = (source / "b.jsonl.gz").read_bytes()
@@ -146,34 +148,34 @@ def test_a_broken_file_ends_every_rank(corpus, tmp_path):
     ended = finish(start_tasks(3, arguments(source, tmp_path / "out")))
     for code, out, error in ended:
         assert (code, out) == (2, "")
-        assert "b.jsonl.gz: cannot be unpacked" in error and error.count("\n") == 1
+        assert "b.jsonl.gz: cannot be decompressed" in error and error.count("\n") == 1
     assert sum("stopped: rank" in error for _, _, error in ended) == 2
     (source / "b.jsonl.gz").write_bytes(content)
-    mended = run(arguments(source, tmp_path / "out"))
-    # Refused where another rank had done its part by then; else begun anew.
-    assert mended.returncode == 0 or "has another bytes" in mended.stderr, mended.stderr
+    fixed = run(arguments(source, tmp_path / "out"))
+    # Refused where another rank had finished a task by then; else started from scratch.
+    assert fixed.returncode == 0 or "has another bytes" in fixed.stderr, fixed.stderr
     shutil.rmtree(tmp_path / "out")
     assert run(arguments(source, tmp_path / "out")).returncode == 0
 
 
-def test_mpirun_ends_too(corpus, tmp_path):
+def test_a_corrupt_file_ends_mpirun(corpus, tmp_path):
     source = tmp_path / "in"
     shutil.copytree(corpus, source)
     (source / "b.jsonl.gz").write_bytes(b"\x1f\x8b nothing")
     done = mpirun(2, arguments(source, tmp_path / "out"))
     assert done.returncode != 0
-    assert "b.jsonl.gz: cannot be unpacked" in done.stderr and "Traceback" not in done.stderr
+    assert "b.jsonl.gz: cannot be decompressed" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_killed_rank_ends_the_others(corpus, tmp_path):
-    """Its silence is noticed, and one process alone goes on from there."""
+    """They notice that it no longer counts, and one process can resume the work."""
     command = arguments(corpus, tmp_path / "out", "--patience", 5, "--tokenizer", "bytes")
     first, second = start_tasks(2, command)
-    while second.poll() is None and not (tmp_path / "out" / "preparing" / "team").exists():
+    while second.poll() is None and not (tmp_path / "out" / "preparing" / "ranks").exists():
         time.sleep(0.005)
     second.kill()
     (code, _, error), _ = finish([first, second])
-    assert code == 2 and ("no sign of life for 5 s" in error or "has not come" in error)
+    assert code == 2 and ("no sign of life for 5 s" in error or "has not joined" in error)
     assert run(command).returncode == 0
     assert run(arguments(corpus, tmp_path / "alone")).returncode == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
@@ -182,8 +184,10 @@ def test_a_killed_rank_ends_the_others(corpus, tmp_path):
 def kill_and_finish(
     command: list[str], output: Path, expected: dict[str, bytes], after: float, size: int = 1
 ) -> bool:
-    """Kill a preparation by `size` processes after some seconds; whether all were still at work.
-    Then finish it with one."""
+    """Kill a preparation by `size` ranks after some seconds, then finish it with one process.
+
+    Returns whether all ranks were killed before they were done.
+    """
     processes = start_tasks(size, command)
     with contextlib.suppress(subprocess.TimeoutExpired):
         processes[0].wait(after)
@@ -203,7 +207,7 @@ def kill_and_finish(
 def kill_at(
     moments: int, seed: int, source: Path, model: Path, expected, folder: Path, size: int = 1
 ) -> None:
-    command = arguments(source, folder / "whole", "--tokenizer", model)
+    command = arguments(source, folder / "complete", "--tokenizer", model)
     start = time.monotonic()
     assert run(command).returncode == 0
     took = time.monotonic() - start
@@ -217,7 +221,7 @@ def kill_at(
     assert killed > moments // 4
 
 
-def test_killed_and_started_again(corpus, model_file, expected, tmp_path):
+def test_killed_and_restarted(corpus, model_file, expected, tmp_path):
     kill_at(4, 0, corpus, model_file, expected, tmp_path)
 
 
@@ -232,18 +236,18 @@ def test_killed_at_twenty_random_moments(corpus, model_file, expected, tmp_path,
     ("options", "message"),
     [
         (["--tokenizer", "absent.model"], "absent.model: cannot be read"),
-        (["--split", "1,2,3"], "cuts a single plain text"),
+        (["--split", "1,2,3"], "is for a single plain text"),
         (["--split", "0.5,0.5"], "three fractions"),
         (["--split", "nan,0,1"], "three fractions"),
-        (["--seed", "9" * 40], "expected a whole number of at most 63 bits"),
-        (["--chunk-tokens", "9" * 15], "there is not enough memory"),
+        (["--seed", "9" * 40], "expected an integer of at most 63 bits"),
+        (["--chunk-tokens", "9" * 15], "out of memory"),
         (["--document-separator", ""], "is empty"),
         (["--field", "body"], "has no field 'body' (it has: text)"),
         (["--include", "*.md"], "no file matches --include *.md"),
-        (["--output", "{source}/out"], "lies inside --input"),
+        (["--output", "{source}/out"], "is inside --input"),
     ],
 )
-def test_mistakes_exit_2_in_a_line(corpus, tmp_path, options, message):
+def test_user_errors_exit_with_2_and_one_line(corpus, tmp_path, options, message):
     options = [option.replace("{source}", str(corpus)) for option in options]
     done = run(arguments(corpus, tmp_path / "out", *options))
     assert done.returncode == 2 and done.stdout == ""
@@ -251,14 +255,14 @@ def test_mistakes_exit_2_in_a_line(corpus, tmp_path, options, message):
     assert not (tmp_path / "out" / "index.json").exists()
 
 
-def test_a_reader_that_leaves_early_is_no_error(corpus, tmp_path):
+def test_a_closed_stdout_is_not_an_error(corpus, tmp_path):
     command = " ".join(arguments(corpus, tmp_path / "out"))
     done = run(["bash", "-o", "pipefail", "-c", f"{command} | true"])
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "out" / "index.json").exists()
 
 
-def test_separator_as_typed(tmp_path):
+def test_escapes_in_the_separator(tmp_path):
     (tmp_path / "text").write_text("one\n\n\ntwo\nlines\n\n\nthree")
     command = arguments(tmp_path / "text", tmp_path / "out", "--document-separator", r"\n\n\n")
     done = run(command)

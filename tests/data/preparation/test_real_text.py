@@ -1,4 +1,4 @@
-"""enwik8, which stands beside the repository: what is prepared from it gives it back."""
+"""Text prepared from enwik8 (in the shared folder) decodes to enwik8."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def model(part: Path) -> Path:
 
 
 def windows_joined(index, name: str) -> bytes:
-    """The windows of a split, decoded one by one."""
+    """Return the windows of a split, decoded one by one."""
     tokenizer, texts = index.open_tokenizer(), []
     for _, labels in evaluation_windows(index, name, sequence_length=1000, rows=4):
         texts += [tokenizer.decode(row[row != IGNORED]) for row in labels]
     return b"".join(texts)
 
 
-def test_all_of_it_as_bytes(tmp_path):
+def test_all_of_enwik8_as_bytes(tmp_path):
     run("prepare_bytes.py", "--input", shared("data/enwik8.xz"), "--output", tmp_path / "out",
         "--split", "90000000,5000000,5000000")  # fmt: skip
     index = read_index(tmp_path / "out")

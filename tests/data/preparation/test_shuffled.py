@@ -1,4 +1,4 @@
-"""Shuffled shards in one process; many processes are tested in test_prepare_text.py."""
+"""Shuffled shards in one process; many ranks are tested in test_prepare_text.py."""
 
 import contextlib
 import json
@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pytest
 
+from hg_scale import atomic_write
 from hg_scale.data.errors import DataError
 from hg_scale.data.evaluation import split_text
 from hg_scale.data.index import read_index
+from hg_scale.data.preparation import shard_writer, spill
 from hg_scale.data.preparation import shuffled as module
-from hg_scale.data.preparation import spill
 from hg_scale.data.preparation.documents import TextFormat
 from hg_scale.data.preparation.shuffled import Job, prepare
 from hg_scale.data.preparation.text_corpus import TextCorpus
@@ -25,7 +26,7 @@ FRACTIONS = (0.8, 0.1, 0.1)
 
 
 def make_corpus(folder, documents=300):
-    """JSON lines and plain files. The documents, those with text."""
+    """Write JSON lines and plain files. Returns the documents that are not empty."""
     folder.mkdir()
     texts = [prose(number % 97, seed=number) for number in range(documents)]
     third = documents // 3
@@ -46,7 +47,7 @@ def run(source, output, tokenizer, **options):
 
 
 def documents_of(index, name, tokenizer):
-    """The documents of a split, in order."""
+    """Return the documents of a split, in order."""
     tokens = SplitReader(index, name).read(0, index.splits[name].tokens)
     ends = np.flatnonzero(tokens == tokenizer.eod) + 1
     assert ends[-1] == len(tokens)
@@ -72,15 +73,15 @@ def test_every_document_once_and_shuffled(tmp_path, tokenizer):
         begin = 0
         for shard in split.shards:
             ends = shard.document_ends()
-            assert ends[-1] == shard.tokens  # whole documents
+            assert ends[-1] == shard.tokens  # no document continues in the next shard
             assert shard.text_bytes == sum(map(len, documents[begin : begin + len(ends)]))
             begin += len(ends)
         assert len(split.shards) > 1
         found += documents
     assert sorted(found) == sorted(texts)
     train = documents_of(index, "train", tokenizer)
-    places = np.array([texts.index(text) for text in train])
-    assert abs(np.abs(places - np.arange(len(places))).mean() / len(texts) - 1 / 3) < 0.06
+    order = np.array([texts.index(text) for text in train])
+    assert abs(np.abs(order - np.arange(len(order))).mean() / len(texts) - 1 / 3) < 0.06
     assert 0.7 < len(train) / len(texts) < 0.9
     sizes = [shard.text_bytes for shard in index.splits["train"].shards]
     assert max(sizes) < 2 * min(sizes)
@@ -88,7 +89,7 @@ def test_every_document_once_and_shuffled(tmp_path, tokenizer):
     assert not (tmp_path / "out" / "preparing").exists()
 
 
-def test_another_seed_another_order_but_the_same_documents(tmp_path):
+def test_another_seed_gives_another_order_of_the_same_documents(tmp_path):
     texts = make_corpus(tmp_path / "in", 60)
     tokenizer = ByteTokenizer(documents=True)
     orders = []
@@ -100,7 +101,7 @@ def test_another_seed_another_order_but_the_same_documents(tmp_path):
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == sorted(texts)
 
 
-def test_memory_decides_nothing(tmp_path, monkeypatch):
+def test_shards_do_not_depend_on_the_memory(tmp_path, monkeypatch):
     make_corpus(tmp_path / "in")
     tokenizer = ByteTokenizer(documents=True)
     run(tmp_path / "in", tmp_path / "one", tokenizer)
@@ -109,7 +110,7 @@ def test_memory_decides_nothing(tmp_path, monkeypatch):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_equal_documents_land_in_the_same_split(tmp_path):
+def test_equal_documents_are_in_the_same_split(tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("a.jsonl", "b.jsonl"):
         lines = [json.dumps({"text": f"document {number}"}) + "\n" for number in range(200)]
@@ -132,7 +133,7 @@ def test_splits_by_folder(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_one_text_is_cut_by_position(tmp_path, model_file, suffix):
+def test_one_text_is_split_by_position(tmp_path, model_file, suffix):
     import gzip
 
     text = prose(90_000).encode()[:400_001] + b"\xff\xe2\x96\x81"
@@ -153,7 +154,7 @@ def test_one_text_is_cut_by_position(tmp_path, model_file, suffix):
         run(path, tmp_path / "no", tokenizer, fractions=None, sizes=(400_000, 6, 0))
 
 
-def test_a_model_that_keeps_less_still_counts_the_source(tmp_path):
+def test_text_bytes_are_those_of_the_source_with_a_lossy_tokenizer(tmp_path):
     model = SentencePieceTokenizer.read(shared("data/spm/google_test_model.model"), documents=True)
     texts = make_corpus(tmp_path / "in", 60)
     index, _ = run(tmp_path / "in", tmp_path / "out", model)
@@ -167,48 +168,46 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """A source, and what is prepared from it."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory):
+    """Return a source, and what an uninterrupted run prepares from it."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     make_corpus(folder / "in", 90)
-    run(folder / "in", folder / "whole", ByteTokenizer(documents=True))
-    return folder / "in", contents(folder / "whole")
+    run(folder / "in", folder / "out", ByteTokenizer(documents=True))
+    return folder / "in", contents(folder / "out")
 
 
 @pytest.mark.parametrize("moment", [*range(0, 30, 3), 40, 60])
-def test_ended_anywhere_and_started_again(tmp_path, monkeypatch, undisturbed, moment):
-    """At every file that is given its name: the same bytes, and nothing done twice."""
-    source, expected = undisturbed
+def test_killed_at_any_file_and_restarted(tmp_path, monkeypatch, uninterrupted, moment):
+    """The restarted run writes the same bytes and does no work twice."""
+    source, expected = uninterrupted
     tokenizer = ByteTokenizer(documents=True)
-    from hg_scale.data.preparation import shard_writer
-
-    original, named = shard_writer.commit, []
+    original, committed = atomic_write.commit, []
 
     def failing(partial, path):
-        if len(named) == moment:
+        if len(committed) == moment:
             raise Killed
         original(partial, path)
-        named.append(path.name)
+        committed.append(path.name)
 
     with monkeypatch.context() as patch:
-        for where in (shard_writer, spill):
+        for where in (atomic_write, shard_writer, spill):
             patch.setattr(where, "commit", failing)
         with contextlib.suppress(Killed):
             run(source, tmp_path / "out", tokenizer)
     for path in (tmp_path / "out").glob("*.tar"):
         assert path.read_bytes() == expected[path.name]
-    done = {name for name in named if name.endswith((".npy", ".tar.json"))}
+    done = {name for name in committed if name.endswith((".npy", ".tar.json"))}
     moment = 10**9
     with monkeypatch.context() as patch:
-        named.clear()
-        for where in (shard_writer, spill):
+        committed.clear()
+        for where in (atomic_write, shard_writer, spill):
             patch.setattr(where, "commit", failing)
         run(source, tmp_path / "out", tokenizer)
-    assert not done & set(named)
+    assert not done & set(committed)
     assert contents(tmp_path / "out") == expected
 
 
-def test_run_again_and_other_options(tmp_path):
+def test_finished_output_is_used_again_or_refused(tmp_path):
     make_corpus(tmp_path / "in", 30)
     tokenizer, out = ByteTokenizer(documents=True), tmp_path / "out"
     index, _ = run(tmp_path / "in", out, tokenizer)
@@ -224,7 +223,7 @@ def test_run_again_and_other_options(tmp_path):
         run(tmp_path / "in", out, tokenizer)
 
 
-def test_a_source_that_changed_is_not_gone_on_with(tmp_path, monkeypatch):
+def test_a_changed_source_is_not_resumed(tmp_path, monkeypatch):
     make_corpus(tmp_path / "in", 30)
     tokenizer, out = ByteTokenizer(documents=True), tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(DataError, match="stop here"):
@@ -232,23 +231,23 @@ def test_a_source_that_changed_is_not_gone_on_with(tmp_path, monkeypatch):
         run(tmp_path / "in", out, tokenizer)
     text = (tmp_path / "in" / "001.txt").read_text()
     (tmp_path / "in" / "001.txt").write_text(text[::-1])
-    with pytest.raises(DataError, match="another times of the files; give the same input"):
+    with pytest.raises(DataError, match="another times of the files; use the same input"):
         run(tmp_path / "in", out, tokenizer)
 
 
-def test_a_first_mistake_leaves_nothing_behind(tmp_path):
+def test_an_error_before_any_work_leaves_nothing_behind(tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jsonl").write_text('{"text": "one"}\nnot JSON\n')
     make_corpus(tmp_path / "in", 30)
     tokenizer, out = ByteTokenizer(documents=True), tmp_path / "out"
-    with pytest.raises(DataError, match="mend or remove it$"):
+    with pytest.raises(DataError, match="fix or remove it$"):
         run(tmp_path / "bad", out, tokenizer)
     assert not out.exists()
     assert run(tmp_path / "in", out, tokenizer)[1]
 
 
-def test_what_others_left_unfinished_is_no_hindrance(tmp_path):
-    """As several processes leave it, where one met a mistake before a part was done."""
+def test_an_unfinished_job_without_finished_work_is_replaced(tmp_path):
+    """Several ranks leave such files where one fails before any task is done."""
     make_corpus(tmp_path / "in", 30)
     tokenizer, out = ByteTokenizer(documents=True), tmp_path / "out"
     (out / "preparing" / "text").mkdir(parents=True)
@@ -260,15 +259,17 @@ def test_what_others_left_unfinished_is_no_hindrance(tmp_path):
     assert contents(out) == contents(tmp_path / "again")
 
 
-def test_a_later_mistake_says_how_to_start_over(tmp_path, monkeypatch):
+def test_an_error_after_some_work_tells_how_to_start_over(tmp_path, monkeypatch):
     from hg_scale.data.preparation import corpus
 
-    monkeypatch.setattr(corpus, "_LEAST_TASK", 1)
+    monkeypatch.setattr(corpus, "_MIN_TASK_BYTES", 1)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text('{"text": "one"}\n' * 99)
     (tmp_path / "in" / "b.jsonl").write_text("not JSON\n")
     tokenizer, out = ByteTokenizer(documents=True), tmp_path / "out"
-    with pytest.raises(DataError, match="mend or remove it. A part is done in .*out: remove it"):
+    with pytest.raises(
+        DataError, match="fix or remove it. Part of the work is done in .*out: remove"
+    ):
         run(tmp_path / "in", out, tokenizer)
 
 
@@ -277,19 +278,23 @@ def test_foreign_files_are_never_touched(tmp_path, name):
     make_corpus(tmp_path / "in", 30)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_bytes(b"mine")
-    with pytest.raises(DataError, match=f"not empty \\('{name}' is there\\)"):
+    with pytest.raises(DataError, match=f"not empty \\(it contains '{name}'\\)"):
         run(tmp_path / "in", tmp_path / "out", ByteTokenizer(documents=True))
     assert contents(tmp_path / "out") == {name: b"mine"}
 
 
-def test_refusals(tmp_path):
+def test_unsuitable_inputs_are_refused(tmp_path):
     tokenizer = ByteTokenizer(documents=True)
     (tmp_path / "text").write_text("one")
     (tmp_path / "empty.jsonl").write_text("\n")
     cases = [
         (tmp_path / "text", {}, "a plain text file is one document.*--document-separator"),
-        (tmp_path / "empty.jsonl", {}, "there is nothing in it"),
-        (tmp_path / "empty.jsonl", {"fractions": None, "sizes": (1, 1, 1)}, "cuts a single plain"),
+        (tmp_path / "empty.jsonl", {}, "contains no documents"),
+        (
+            tmp_path / "empty.jsonl",
+            {"fractions": None, "sizes": (1, 1, 1)},
+            "is for a single plain",
+        ),
         (tmp_path / "absent", {}, "absent: no such file or folder"),
     ]
     for source, options, message in cases:
@@ -298,19 +303,18 @@ def test_refusals(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.txt.gz", "a.parquet"])
-def test_what_is_never_empty(tmp_path, name):
-    """A transfer that was never begun is not taken for a file without documents."""
+def test_empty_files_of_formats_that_never_are_empty_are_refused(tmp_path, name):
+    """An unfinished copy is not taken for a file without documents."""
     make_corpus(tmp_path / "in", 30)
     (tmp_path / "in" / name).touch()
-    with pytest.raises(DataError, match=f"{name}: is empty, .*fetch it again"):
+    with pytest.raises(DataError, match=f"{name}: is empty, .*download it again"):
         run(tmp_path / "in", tmp_path / "out", ByteTokenizer(documents=True))
     (tmp_path / "in" / name).unlink()
     (tmp_path / "in" / "empty.jsonl").touch()
     assert run(tmp_path / "in", tmp_path / "out", ByteTokenizer(documents=True))[1]
 
 
-def test_a_document_longer_than_a_shard(tmp_path, tokenizer):
-    """It stays whole, in a shard as long as it is."""
+def test_a_document_longer_than_a_shard_is_not_split(tmp_path, tokenizer):
     texts = make_corpus(tmp_path / "in", 90)
     (tmp_path / "in" / "long.txt").write_text(prose(12_000, seed=99))
     texts.append((tmp_path / "in" / "long.txt").read_bytes())
@@ -320,7 +324,7 @@ def test_a_document_longer_than_a_shard(tmp_path, tokenizer):
     assert sizes[-1] >= len(texts[-1]) > 4 * sizes[-2]
 
 
-def test_separated_documents(tmp_path):
+def test_documents_between_separators(tmp_path):
     (tmp_path / "text").write_text("one<end>two<end><end>three\n<end>")
     tokenizer = ByteTokenizer(documents=True)
     index, _ = run(tmp_path / "text", tmp_path / "out", tokenizer, fractions=(1.0, 0.0, 0.0),
@@ -330,7 +334,7 @@ def test_separated_documents(tmp_path):
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7, 50])
-def test_cuts_are_even_and_none_is_empty(parts):
+def test_shard_ranges_have_equal_size_and_are_not_empty(parts):
     random = np.random.default_rng(parts)
     size = random.integers(0, 100, 4096) * (random.random(4096) < 0.2)
     spans = module._cut(size, parts)

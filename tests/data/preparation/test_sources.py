@@ -8,7 +8,7 @@ from hg_scale.data.errors import DataError
 from hg_scale.data.preparation.sources import (
     file_digest,
     find_files,
-    is_packed,
+    is_compressed,
     read_blocks,
     text_length,
 )
@@ -23,7 +23,7 @@ TEXT = b"one two three\n" * 200_000  # 2.8 MB, three blocks
 
 
 @pytest.mark.parametrize(("suffix", "pack"), [("", bytes), *PACKERS])
-def test_packed_files_read_as_text(tmp_path, suffix, pack):
+def test_compressed_files_read_as_text(tmp_path, suffix, pack):
     path = tmp_path / f"text{suffix}"
     path.write_bytes(pack(TEXT))
     blocks = list(read_blocks(path))
@@ -32,8 +32,8 @@ def test_packed_files_read_as_text(tmp_path, suffix, pack):
 
 
 @pytest.mark.parametrize(("suffix", "pack"), PACKERS)
-def test_files_packed_in_parts(tmp_path, suffix, pack):
-    """As parallel packers write them, and `cat` of packed files."""
+def test_concatenated_compressed_files(tmp_path, suffix, pack):
+    """As parallel compressors write them, and `cat` of compressed files."""
     path = tmp_path / f"text{suffix}"
     path.write_bytes(
         pack(TEXT[:1_500_000]) + pack(TEXT[1_500_000:1_500_003]) + pack(TEXT[1_500_003:])
@@ -42,11 +42,11 @@ def test_files_packed_in_parts(tmp_path, suffix, pack):
 
 
 @pytest.mark.parametrize(("suffix", "pack"), PACKERS)
-def test_broken_packed_files(tmp_path, suffix, pack):
+def test_corrupt_compressed_files_are_reported(tmp_path, suffix, pack):
     path = tmp_path / f"text{suffix}"
-    for content in (pack(TEXT)[:-20], b"not packed", pack(TEXT)[:300] + b"?" * 300):
+    for content in (pack(TEXT)[:-20], b"not compressed", pack(TEXT)[:300] + b"?" * 300):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=rf"text\{suffix}: cannot be unpacked") as caught:
+        with pytest.raises(DataError, match=rf"text\{suffix}: cannot be decompressed") as caught:
             list(read_blocks(path))
         assert "\n" not in str(caught.value)
 
@@ -55,20 +55,20 @@ def test_broken_packed_files(tmp_path, suffix, pack):
 def test_suffixes_in_any_case(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(dict(PACKERS)[path.suffix.lower()](TEXT))
-    assert is_packed(path) and b"".join(read_blocks(path)) == TEXT
+    assert is_compressed(path) and b"".join(read_blocks(path)) == TEXT
 
 
 @pytest.mark.parametrize("name", ["b.jsonl.bz2", "b.txt.ZSTD", "b.lz4", "b.7z", "b.tar"])
-def test_other_packing_is_refused(tmp_path, name):
-    """It would become a document of what a packer writes."""
+def test_unsupported_compression_is_refused(tmp_path, name):
+    """It would become a document of compressed bytes."""
     for file in ("a.jsonl", name):
         (tmp_path / file).write_bytes(b"{}")
-    with pytest.raises(DataError, match=f"{name}: .* files are not read; unpack it, or pack it"):
+    with pytest.raises(DataError, match=f"{name}: .* files are not supported; decompress it"):
         find_files(tmp_path, ["*"], [])
     assert find_files(tmp_path, ["*"], ["b.*"]) == ["a.jsonl"]
 
 
-def test_unreadable_file(tmp_path):
+def test_unreadable_files_are_reported(tmp_path):
     for read in (file_digest, lambda path: list(read_blocks(path))):
         with pytest.raises(DataError, match="absent: cannot be read"):
             read(tmp_path / "absent")
@@ -87,13 +87,13 @@ def test_files_are_sorted_and_filtered(tmp_path):
         find_files(tmp_path, ["*.c"], ["x"])
 
 
-def test_links_to_nowhere_are_told(tmp_path):
-    """As a download's cache has them that was not finished."""
+def test_broken_links_are_reported(tmp_path):
+    """The cache of an unfinished download contains such links."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").symlink_to(tmp_path / "blob")
     (tmp_path / "in" / "b.txt").touch()
     with pytest.raises(
-        DataError, match=r"a\.txt: a link to '.*blob', which is not there; fetch it"
+        DataError, match=r"a\.txt: links to '.*blob', which does not exist; download it"
     ):
         find_files(tmp_path / "in", ["*"], [])
     assert find_files(tmp_path / "in", ["*"], ["a.*"]) == ["b.txt"]

@@ -8,7 +8,7 @@ from hg_scale.data.preparation.spill import Spill, SpillWriter, table_path, text
 
 @pytest.mark.parametrize("run_bytes", [1, 1000, 1 << 20])
 def test_documents_come_sorted_by_key(tmp_path, monkeypatch, run_bytes):
-    """Also where keys are equal (by the order of the source), whatever fits into memory."""
+    """With equal keys in the order of the source, and independent of the memory for a run."""
     monkeypatch.setattr(module, "RUN_BYTES", run_bytes)
     random = np.random.default_rng(0)
     everything = []
@@ -30,12 +30,12 @@ def test_documents_come_sorted_by_key(tmp_path, monkeypatch, run_bytes):
         inside = [content for key, content in expected if low <= key < high]
         assert [bytes(content) for content in spill.documents(low, high)] == inside
     size, number = spill.count(6)
-    for place in range(64):
-        here = [content for key, content in everything if key >> 58 == place]
-        assert (size[place], number[place]) == (sum(map(len, here)), len(here))
+    for value in range(64):
+        inside = [content for key, content in everything if key >> 58 == value]
+        assert (size[value], number[value]) == (sum(map(len, inside)), len(inside))
 
 
-def test_a_task_is_there_when_it_is_whole(tmp_path):
+def test_the_files_of_a_task_appear_when_it_is_complete(tmp_path):
     with pytest.raises(KeyError), SpillWriter(tmp_path, 0) as spill:
         spill.add(1, b"text")
         raise KeyError
@@ -45,9 +45,9 @@ def test_a_task_is_there_when_it_is_whole(tmp_path):
     assert sorted(tmp_path.iterdir()) == [table_path(tmp_path, 0), text_path(tmp_path, 0)]
 
 
-def test_damaged_text_is_noticed(tmp_path):
+def test_truncated_text_is_noticed(tmp_path):
     with SpillWriter(tmp_path, 0) as spill:
         spill.add(1, b"text")
     text_path(tmp_path, 0).write_bytes(b"te")
-    with pytest.raises(DataError, match=r"00000\.text: ends early"):
+    with pytest.raises(DataError, match=r"00000\.text: is truncated"):
         list(Spill(tmp_path, 1).documents(0, 9))

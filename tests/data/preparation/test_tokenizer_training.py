@@ -31,8 +31,7 @@ def source(tmp_path_factory):
 
 
 @pytest.mark.timeout(120)
-def test_a_model_larger_than_a_pipe(tmp_path):
-    """It comes from another process, which must not wait for a reader for ever."""
+def test_a_large_model_comes_back_from_the_child_process(tmp_path):
     random = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = ["".join(random.choice(letters, 9)) for _ in range(12_000)]
@@ -43,7 +42,7 @@ def test_a_model_larger_than_a_pipe(tmp_path):
 
 
 @pytest.mark.parametrize("model", ["unigram", "bpe"])
-def test_same_input_same_model_and_every_text_comes_back(source, tmp_path, model):
+def test_same_input_same_model_which_reproduces_every_text(source, tmp_path, model):
     form = TextFormat("body")
     trained = train(source, tmp_path / "one", model=model, format=form)
     train(source, tmp_path / "two", model=model, format=form)
@@ -58,7 +57,7 @@ def test_same_input_same_model_and_every_text_comes_back(source, tmp_path, model
     assert trained.sample_bytes == size and trained.sample_tokens < size / 2
 
 
-def test_a_part_is_drawn_by_the_seed(source, tmp_path):
+def test_the_sample_depends_on_the_seed(source, tmp_path):
     form = TextFormat("body")
     sizes = []
     for seed, name in [(0, "a"), (0, "b"), (1, "c")]:
@@ -72,23 +71,23 @@ def test_a_part_is_drawn_by_the_seed(source, tmp_path):
 
 @pytest.mark.parametrize(
     ("size", "message"),
-    [(50_000, "the sample gives at most [0-9]+ pieces"), (200, "alone take [0-9]+ pieces|refused")],
+    [(50_000, "the sample gives at most [0-9]+ pieces"), (200, "alone take [0-9]+ pieces|failed")],
 )
-def test_sizes_that_do_not_suit(source, tmp_path, size, message):
+def test_unsuitable_vocabulary_sizes_are_reported(source, tmp_path, size, message):
     with pytest.raises(DataError, match=message) as caught:
         train(source, tmp_path / "m", size=size, model="unigram", format=TextFormat("body"))
     assert "\n" not in str(caught.value) and not (tmp_path / "m").exists()
 
 
-def test_mistakes_exit_2_in_a_line(source, tmp_path):
+def test_user_errors_exit_with_2_and_one_line(source, tmp_path):
     (tmp_path / "there").touch()
     script = str(ROOT / "data_prep" / "train_tokenizer.py")
     for options, message in [
-        (["--output", tmp_path / "there"], "is there already"),
-        (["--output", tmp_path / "no" / "m"], "there is no folder"),
+        (["--output", tmp_path / "there"], "already exists"),
+        (["--output", tmp_path / "no" / "m"], "no such folder"),
         (["--output", tmp_path / "m"], "has no field 'text' (it has: body)"),
         (["--output", tmp_path / "m", "--input", tmp_path / "x"], "no such file or folder"),
-        (["--output", tmp_path / "m", "--input", tmp_path / "there"], "there is no text in it"),
+        (["--output", tmp_path / "m", "--input", tmp_path / "there"], "contains no text"),
     ]:
         command = [sys.executable, script, "--input", source, "--vocab-size", "600", *options]
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)

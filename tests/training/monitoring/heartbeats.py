@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hg_scale.training.monitoring.heartbeat import HeartbeatRecord, replace_json
+from hg_scale.atomic_write import write_json
+from hg_scale.training.monitoring.heartbeat import HeartbeatRecord
 
 NOW = 1_000_000.0
 HEALTHY: dict[str, Any] = {
@@ -28,4 +29,4 @@ def write_beats(run: Path, beats: dict[int, HeartbeatRecord]) -> None:
     """Write the heartbeat files as the ranks do."""
     (run / "ranks").mkdir(parents=True, exist_ok=True)
     for rank, beat in beats.items():
-        replace_json(run / "ranks" / f"rank-{rank:05}.json", asdict(beat))
+        write_json(run / "ranks" / f"rank-{rank:05}.json", asdict(beat))

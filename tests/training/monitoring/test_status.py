@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from hg_scale.atomic_write import write_json
 from hg_scale.commands.main import main
 from hg_scale.errors import UserError
 from hg_scale.training.failures import write_end
 from hg_scale.training.monitoring import status
-from hg_scale.training.monitoring.heartbeat import pid_namespace, replace_json
+from hg_scale.training.monitoring.heartbeat import pid_namespace
 from hg_scale.training.monitoring.status import read_status
 from tests.training.monitoring.heartbeats import NOW, make_beats, write_beats
 from tests.training.test_check import save
@@ -205,11 +206,11 @@ def test_slow_ranks_and_the_report_of_the_watchdog(run: Path) -> None:
     row = {"rank": 0, "data_seconds": 0.0, "forward_seconds": 0.25, "ratio": 1.0}
     slow = {"rank": 1, "data_seconds": 0.125, "forward_seconds": 0.25, "ratio": 1.5}
     table = {"step": 120, "threshold": 1.3, "ranks": [row, slow]}
-    replace_json(run / "ranks" / "stragglers.json", table)
+    write_json(run / "ranks" / "stragglers.json", table)
     assert read_status(run, NOW).lines["slow ranks"] == (
         "rank 1 (n1) 1.50 x the median (data 0.125 s, forward 0.25 s per step), at step 120"
     )
-    replace_json(run / "ranks" / "stragglers.json", {**table, "threshold": 2.0})
+    write_json(run / "ranks" / "stragglers.json", {**table, "threshold": 2.0})
     assert read_status(run, NOW).lines["slow ranks"] == (
         "none; rank 1 (n1) takes 1.50 x the median, at step 120"
     )
@@ -228,7 +229,7 @@ def test_a_finished_run_and_a_corrupt_checkpoint(run: Path) -> None:
     write_beats(run, make_beats({"step": 130, "phase": "end", "ended": True}))
     assert read_status(run, NOW).lines["state"] == "not running: trained to the last step"
     (save(run, 130) / "rank-00000.safetensors").unlink()
-    assert "none of the checkpoints here is whole" in read_status(run, NOW).lines["checkpoint"]
+    assert "none of the checkpoints is complete" in read_status(run, NOW).lines["checkpoint"]
 
 
 def test_the_command_prints_the_status(

@@ -114,7 +114,7 @@ def test_pipeline_stages_are_timed_but_not_compared(
     run = tmp_path / "run"
     sets = ("--set", "parallel.pipeline=2", "--set", "training.steps=3")
     done = train_in(worlds, 2, tmp_path, "--config", str(config), "--run", str(run), *sets)
-    assert done.code == 0, done.told
+    assert done.code == 0, done.output
     steps = [record for record in records(run) if "loss" in record]
     assert [(r["slowest_rank"], r["slowest_ratio"]) for r in steps] == [(0, 1.0)] * 3
     table = json.loads((run / "ranks" / "stragglers.json").read_text())

@@ -1,4 +1,4 @@
-// Reads the curves under the pointer. Without it the page shows all the same but these figures.
+// Shows the values of the curves under the pointer; everything else works without it.
 "use strict";
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const round = (v) => {
@@ -25,20 +25,20 @@ for (const frame of document.querySelectorAll(".frame")) {
   const move = (event) => {
     const plot = [...frame.querySelectorAll(".plot")].find((p) => getComputedStyle(p).display !== "none");
     const box = hit.getBoundingClientRect(), part = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
-    const axis = plot.dataset.axis, key = plot.dataset.chart, subject = figures.subjects[key];
+    const axis = plot.dataset.axis, key = plot.dataset.chart, spec = figures.specs[key];
     const scale = +plot.dataset.scale, x = part * plot.dataset.high, table = document.createElement("table");
     figures.runs.forEach((run, number) => {
       const i = nearest(run.x[axis], x), j = nearest(run.vx[axis], x);
       const over = i < 0 || x - run.x[axis][i] > 0.03 * plot.dataset.high; // the run ended before
       const value = over ? null : run.y[key][i];
-      const seen = !subject.validation || j < 0 ? null : run.vy[subject.validation][j];
+      const seen = !spec.validation || j < 0 ? null : run.vy[spec.validation][j];
       if (value === null && seen === null) return;
       const row = table.insertRow(), name = row.insertCell(), swatch = document.createElement("span");
       swatch.className = "swatch run" + (number % 8);
       name.append(swatch, figures.names[number]);
-      row.insertCell().textContent = value === null ? "" : round(value * subject.factor);
-      if (subject.validation)
-        row.insertCell().textContent = seen === null ? "" : "validation " + round(seen * subject.factor) + " at " + (axis === "hours" ? (run.vx[axis][j] * scale).toFixed(1) : round(run.vx[axis][j]));
+      row.insertCell().textContent = value === null ? "" : round(value * spec.factor);
+      if (spec.validation)
+        row.insertCell().textContent = seen === null ? "" : "validation " + round(seen * spec.factor) + " at " + (axis === "hours" ? (run.vx[axis][j] * scale).toFixed(1) : round(run.vx[axis][j]));
     });
     tip.replaceChildren((scale > 1 ? "minutes" : names[axis]) + " " + (axis === "hours" ? (x * scale).toFixed(1) : round(x)), table);
     line.hidden = tip.hidden = false;

@@ -1,8 +1,8 @@
-"""The contract with DeepSpeed: what of its private state is read, and that it is still there.
+"""The contract with DeepSpeed: the private state that the adapter uses still exists.
 
-When one of these fails after an update, DeepSpeed has moved that attribute; `deepspeed_state.py`,
-`training/engine.py` and `parallel/pipeline.py` are the files to mend. Its gradients, which
-`training/gradients.py` finds, are held by `tests/training/test_skipped_steps.py`.
+When one of these fails after an update, DeepSpeed has moved that attribute:
+`parallel/deepspeed_adapter.py` is the file to fix. Where gradients are kept is tested by
+`tests/training/test_skipped_steps.py`.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ def engine_of(tree: dict[str, Any]) -> Any:
     return make_engine(config, mesh, parts, torch.device("cpu"))
 
 
-def inspect(tree: dict[str, Any], stage: int) -> dict[str, Any]:
-    """The optimizer's class, what is missing of the contract, and what the fragments cover."""
-    from hg_scale.checkpoint.deepspeed_state import local_states, optimizer_step
+def check_contract(tree: dict[str, Any], stage: int) -> dict[str, Any]:
+    """The optimizer's class, the missing attributes, and how much the fragments cover."""
+    from hg_scale.checkpoint.local_state import local_states, optimizer_step
+    from hg_scale.parallel.deepspeed_adapter import StageModule
 
     engine = engine_of(tree)
     deep = engine.deepspeed
@@ -58,7 +59,7 @@ def inspect(tree: dict[str, Any], stage: int) -> dict[str, Any]:
             owner = getattr(owner, name)
         return owner
 
-    # What training/engine.py and parallel/pipeline.py call, set or override.
+    # What the adapter and training/engine.py call, set or override.
     for name in (
         "skipped_steps",
         "get_global_grad_norm",
@@ -71,8 +72,11 @@ def inspect(tree: dict[str, Any], stage: int) -> dict[str, Any]:
         need(deep, "_aggregate_total_loss")
         for name in ("slice_group", "dp_group", "pp_group", "get_pipe_parallel_group"):
             need(deep.module, f"_grid.{name}")
-        for name in ("_partition_layers", "_build", "_set_bounds", "get_tied_weights_and_groups"):
-            need(type(deep.module).__mro__[1], name)
+        overridden = ("_partition_layers", "_build", "get_tied_weights_and_groups")
+        for name in ("_set_bounds", "_local_start", "_local_stop", "forward_funcs"):
+            need(deep.module, name)
+        for name in overridden:
+            need(StageModule.__base__, name)
     else:
         need(deep, "data_parallel_group")
     need(deep, "basic_optimizer.param_groups")
@@ -88,9 +92,9 @@ def inspect(tree: dict[str, Any], stage: int) -> dict[str, Any]:
                 need(parameter, f"_hp_mapping.{name}")
             for name in ("start", "numel"):
                 need(parameter, f"_hp_mapping.lp_fragment_address.{name}")
-    held = 0
+    covered = 0
     for local in [] if missing else local_states(deep, engine.slices):
-        held += local.fragment.length
+        covered += local.fragment.length
         for kind, tensor in local.tensors.items():
             if (tensor.dtype, tensor.shape) != (torch.float32, (local.fragment.length,)):
                 missing.append(f"{kind}: flat fp32 of {local.fragment.length}")
@@ -99,22 +103,22 @@ def inspect(tree: dict[str, Any], stage: int) -> dict[str, Any]:
     return {
         "optimizer": type(deep.optimizer).__name__,
         "missing": missing,
-        "held": held,
+        "covered": covered,
         "step": optimizer_step(deep),
     }
 
 
 @pytest.mark.parametrize(("tensor", "pipeline", "stage", "precision"), ENGINES)
-def test_the_contract(
+def test_private_state_of_deepspeed_exists(
     worlds: Worlds, tensor: int, pipeline: int, stage: int, precision: str
 ) -> None:
     tree = layout(PAPER, tensor, pipeline, stage, precision)
     tree["optimizer"] = {**tree["optimizer"], "name": "adamw"}
-    found = worlds.run(2, inspect, tree, stage)
+    found = worlds.run(2, check_contract, tree, stage)
     assert [rank["missing"] for rank in found] == [[], []]
     chosen = ENGINES[tensor, pipeline, stage, precision]
     assert {rank["optimizer"] for rank in found} == {chosen}
     assert {rank["step"] for rank in found} == {0}
-    assert all(rank["held"] for rank in found)
+    assert all(rank["covered"] for rank in found)
     if stage > 0 and pipeline == 1:  # the two data-parallel ranks share the work evenly
-        assert abs(found[0]["held"] - found[1]["held"]) < 100
+        assert abs(found[0]["covered"] - found[1]["covered"]) < 100

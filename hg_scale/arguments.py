@@ -1,0 +1,33 @@
+"""Types and options shared by the command lines of training, `hg-scale` and data_prep/."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def positive_int(text: str) -> int:
+    """Parse an integer above 0, as an argparse `type`."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer above 0")
+    return int(text)
+
+
+def add_override_option(parser: argparse.ArgumentParser) -> None:
+    """Add --set KEY=VALUE, which overrides a key of the configuration."""
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
+        help="override a key, as in model.d_model=256; repeatable",
+    )  # fmt: skip
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the trained model to read (positional) and --precision."""
+    parser.add_argument(
+        "model", type=Path, metavar="RUN_OR_CHECKPOINT_OR_EXPORT",
+        help="a run folder (its newest checkpoint), a checkpoint folder, or an export",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32",
+        help="precision of weights and activations (default: fp32)",
+    )  # fmt: skip
