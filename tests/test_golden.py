@@ -23,31 +23,31 @@ from tests.reference_model import Case, Reference, make_file, stored_weights
 from tests.shared import ROOT, SHARED, shared
 from tests.world import Worlds
 
-ATTEND, SPREAD = "attention+avg", "attention+repeat"
+ATTEND, REPEAT = "attention+avg", "attention+repeat"
 CASES = {
     "flat": Case("3@1", None, None, length=19, vocab=33, batch=3),
-    "one position": Case("1@1 1@1 1@1", ATTEND, SPREAD, length=1, batch=1),
-    "three levels": Case("1@1 1@2 2@4 1@12 2@4 1@2 1@1", ATTEND, SPREAD),
+    "one position": Case("1@1 1@1 1@1", ATTEND, REPEAT, length=1, batch=1),
+    "three levels": Case("1@1 1@2 2@4 1@12 2@4 1@2 1@1", ATTEND, REPEAT),
     "three levels, linear": Case("1@1 1@2 1@4 1@8 1@4 1@2 1@1", "linear", "linear", length=32),
     "three levels, attention": Case(
         "1@1 1@2 1@4 1@8 1@4 1@2 1@1", "attention+linear", "attention+linear", length=16
     ),
-    "unequal ends": Case("3@1 2@3 1@1", ATTEND, SPREAD),
-    "empty stacks": Case("0@1 0@2 1@4 0@2 2@1", ATTEND, SPREAD),
-    "no block at all": Case("0@1 0@2 0@1", ATTEND, SPREAD),
+    "unequal ends": Case("3@1 2@3 1@1", ATTEND, REPEAT),
+    "empty stacks": Case("0@1 0@2 1@4 0@2 2@1", ATTEND, REPEAT),
+    "no block at all": Case("0@1 0@2 0@1", ATTEND, REPEAT),
     "attention+linear down": Case("1@1 1@3 1@1", "attention+linear", "repeat"),
     "attention+linear up": Case("1@1 1@3 1@1", "avg", "attention+linear"),
     "attention+none": Case("1@1 1@2 1@6 1@2 1@1", ATTEND, "attention+none"),
     "linear to attention+none": Case("1@1 1@4 1@1", "linear", "attention+none"),
     "linear to repeat": Case("1@1 1@2 1@4 1@2 1@1", "linear", "repeat"),
     "average to linear": Case("1@1 1@2 1@4 1@2 1@1", "avg", "linear"),
-    "k = 1": Case("1@1 1@1 1@1", ATTEND, SPREAD, length=17),
-    "k = 1 inside": Case("1@1 1@2 1@2 1@2 1@1", ATTEND, SPREAD),
+    "k = 1": Case("1@1 1@1 1@1", ATTEND, REPEAT, length=17),
+    "k = 1 inside": Case("1@1 1@2 1@2 1@2 1@1", ATTEND, REPEAT),
     "k = 1 above": Case("1@1 1@1 1@3 1@1 1@1", "attention+linear", "attention+linear"),
-    "one head": Case("1@1 1@4 1@1", ATTEND, SPREAD, heads=1),
-    "two heads, odd vocabulary": Case("1@1 1@4 1@1", ATTEND, SPREAD, heads=2, vocab=97),
+    "one head": Case("1@1 1@4 1@1", ATTEND, REPEAT, heads=1),
+    "two heads, odd vocabulary": Case("1@1 1@4 1@1", ATTEND, REPEAT, heads=2, vocab=97),
     "eight heads, wider": Case(
-        "1@1 2@4 1@1", ATTEND, SPREAD, heads=8, d_model=64, d_ff=96, vocab=257, length=48
+        "1@1 2@4 1@1", ATTEND, REPEAT, heads=8, d_model=64, d_ff=96, vocab=257, length=48
     ),
 }
 """Lengths are multiples of the total factor: the format has no others."""
