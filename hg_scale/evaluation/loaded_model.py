@@ -22,7 +22,7 @@ from hg_scale.convert.export import load_export
 from hg_scale.convert.export_source import ExportSource
 from hg_scale.convert.open import is_export
 from hg_scale.data.index import Index, read_index
-from hg_scale.data.protocol import WindowProtocol
+from hg_scale.data.protocol import SlidingWindows
 from hg_scale.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerIdentity, load_tokenizer
 from hg_scale.errors import UserError
 from hg_scale.evaluation.generation import TEMPERATURE, GenerationConfig, generate_texts
@@ -126,7 +126,7 @@ class LoadedModel:
         data = text.encode() if isinstance(text, str) else text
         if not data:
             raise UserError("text: is empty; expected at least one byte to score")
-        protocol = WindowProtocol(length, stride)
+        protocol = SlidingWindows(length, stride)
         score = score_text(self.model, self.tokenizer, data, protocol, batch_size=batch_size)
         return score.bits_per_byte
 
