@@ -9,7 +9,7 @@ from hg_scale.config.arithmetic import divisors, nearest, nearest_multiples
 from hg_scale.config.errors import Problem
 from hg_scale.config.schema import Config, ModelConfig
 
-SCORES_LIMIT = 8192  # positions; beyond it, B x H x L x L scores take over 0.25 GB a head in fp32
+SCORES_LIMIT = 8192  # positions; beyond it, B x H x L x L scores take over 0.25 GB per head in fp32
 FACTORS_LIMIT = 10_000  # combinations of shorten factors, all of which a dry run counts
 
 _BY_LEVEL = (

@@ -15,7 +15,7 @@ from hg_scale.config import ConfigError, load_config, parse_config
 # (dotted key at the start of the message, what the message contains, the invalid tree)
 INVALID: list[tuple[str, str, dict[str, Any]]] = [
     # wrong type
-    ("model.d_model", "whole|integer", {"model": {"d_model": "512"}}),
+    ("model.d_model", "integer", {"model": {"d_model": "512"}}),
     ("model.d_model", "integer", {"model": {"d_model": 51.5}}),
     ("model.heads", "integer", {"model": {"heads": None}}),
     ("model.heads", "integer", {"model": {"heads": [8, "8"]}}),
