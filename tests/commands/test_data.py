@@ -58,7 +58,7 @@ def test_inspect_prints_the_contents(shards, capsys):
         for number in (len(split.shards), split.tokens, split.text_bytes, split.documents):
             assert f"{number:,} " in out
     assert "bytes, 257 ids, id 256 ends a document; lossless" in out
-    assert "hg_scale 0.1.0" in out and "source: field" in out and str(shards) in out
+    assert index.tool_version in out and "source: field" in out and str(shards) in out
 
 
 def test_inspect_reports_a_lossy_tokenizer(source, tmp_path, capsys):
