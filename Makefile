@@ -1,5 +1,5 @@
 # make setup       .venv with everything, at the versions of constraints.txt
-# make quickstart  train a small Hourglass on real text and see what it reached (about 8 minutes)
+# make quickstart  train a small Hourglass on real text and see what it reached (about 6 minutes)
 # make test        lint, types and the tests
 # make test-cluster  those that need Slurm, a browser or kills
 # make test-all    also those that take minutes each

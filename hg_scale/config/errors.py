@@ -13,7 +13,7 @@ from hg_scale.exit_codes import CONFIG_ERROR
 _ABSENT = object()
 
 
-def short_value(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a value as JSON; lists and objects are truncated to fit on a line."""
     text = json.dumps(value, default=str)
     truncated = isinstance(value, list | dict) and len(text) > 80
@@ -36,7 +36,7 @@ class Problem:
     def __str__(self) -> str:
         if self.value is _ABSENT:
             return f"{self.key}: {self.message}"
-        return f"{self.key} = {short_value(self.value)}: {self.message}"
+        return f"{self.key} = {format_value(self.value)}: {self.message}"
 
 
 class ConfigError(UserError):

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from hg_scale.config.checks import cross_checks
 from hg_scale.config.data_section import SourceConfig
-from hg_scale.config.errors import ConfigError, Problem, short_value
+from hg_scale.config.errors import ConfigError, Problem, format_value
 from hg_scale.config.read import FILE_KEYS, apply_override, read_tree
 from hg_scale.config.schema import Config
 
@@ -81,7 +81,7 @@ def _overlap(a: str, b: str) -> bool:
 def _add_values(problem: Problem, config: Config) -> Problem:
     """Append the keys that a problem depends on, unless the message has their path and value."""
     tree = config.model_dump()
-    values = {key: short_value(_lookup(tree, key.split("."))) for key in problem.depends_on}
+    values = {key: format_value(_lookup(tree, key.split("."))) for key in problem.depends_on}
     missing = [
         f"{key} = {value}"
         for key, value in values.items()
@@ -163,7 +163,7 @@ def _hint(path: _Path, value: Any) -> str:
     parts = [part for part in key.split(".") if part]
     if len(parts) > 1 and parts[0] in siblings:
         nested = functools.reduce(lambda inner, part: {part: inner}, reversed(parts), value)
-        return f"write an object, {short_value(nested)}; dots work with --set only"
+        return f"write an object, {format_value(nested)}; dots work with --set only"
     word = parts[-1].lower() if parts else ""
     elsewhere = [
         ".".join((*path, name)) if path else f"{name} at the top of the file"
@@ -212,7 +212,7 @@ def _describe_entry(item: dict[str, Any], depth: int) -> str:
     where = f"entry {number + 1}, {key}"
     if item["type"] == "missing":
         return f"{where}: missing"
-    where += f" = {short_value(item['input'])}"
+    where += f" = {format_value(item['input'])}"
     if item["type"] == "extra_forbidden":
         known = keys_of(SourceConfig)
         nearest = difflib.get_close_matches(key.lower(), known, 1, 0.5)

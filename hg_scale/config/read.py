@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hg_scale.config.errors import ConfigError, Problem, short_value
+from hg_scale.config.errors import ConfigError, Problem, format_value
 
 FILE_KEYS = ("extends", "$schema")  # keys of a file that are not keys of a configuration
 
@@ -140,7 +140,7 @@ def _checked(value: Any, location: _Location) -> Any:
             location, f"an integer of {len(value)} digits; at most {_MAX_DIGITS} are allowed"
         )
     if isinstance(value, str) and _INVALID_TEXT.search(value):
-        raise _error_at(location, f"NUL or a lone surrogate in {short_value(value)}")
+        raise _error_at(location, f"NUL or a lone surrogate in {format_value(value)}")
     if isinstance(value, _Pairs):
         tree: dict[str, Any] = {}
         for key, inner in value:

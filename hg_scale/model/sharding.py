@@ -26,10 +26,10 @@ class TensorShard:
 
 
 _UNSHARDED = TensorShard()
-P = TypeVar("P", bound=Tensor)
+_P = TypeVar("_P", bound=Tensor)
 
 
-def mark_shard(parameter: P, shard: TensorShard) -> P:
+def mark_shard(parameter: _P, shard: TensorShard) -> _P:
     """Record on a parameter which slice it is, for this package and as Megatron does.
 
     DeepSpeed reads `tensor_model_parallel` to count replicated parameters once in norms.

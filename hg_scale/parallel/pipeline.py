@@ -22,7 +22,7 @@ from hg_scale.model.layers import PlainLayers
 from hg_scale.model.plan import boundary_shapes, layer_plan
 from hg_scale.parallel.deepspeed_adapter import StageModule
 from hg_scale.parallel.mesh import Mesh, compare_group
-from hg_scale.parallel.stages import Cut
+from hg_scale.parallel.stages import PipelineCut
 
 
 class HourglassPipeline(StageModule):
@@ -37,7 +37,7 @@ class HourglassPipeline(StageModule):
         model: ModelConfig,
         parts: PlainLayers,
         mesh: Mesh,
-        cut: Cut,
+        cut: PipelineCut,
         micro_batch_size: int,
         recompute: list[bool] | None = None,
         *,

@@ -19,7 +19,7 @@ FLOPS_PER_BYTE = 989e12 / 50e9
 
 
 @dataclass(frozen=True)
-class Cut:
+class PipelineCut:
     """Layers and costs of the pipeline stages: stage s has layers `parts[s]:parts[s + 1]`.
 
     Per training sequence and stage: `flops` of training; `traffic`, elements received in the
@@ -42,7 +42,7 @@ class Cut:
         return idle / (micro_batches + idle)
 
 
-def cut_pipeline(model: ModelConfig, stages: int, bytes_per_element: int = 2) -> Cut:
+def cut_pipeline(model: ModelConfig, stages: int, bytes_per_element: int = 2) -> PipelineCut:
     """Return the cut that minimises the cost of the slowest stage, then the traffic.
 
     Every stage gets at least one block. Raises ValueError with fewer blocks than stages.
@@ -85,7 +85,7 @@ def cut_pipeline(model: ModelConfig, stages: int, bytes_per_element: int = 2) ->
     parts = [0]
     for row in reversed(rows):
         parts.append(row[parts[-1]][2])
-    return Cut(
+    return PipelineCut(
         tuple(parts),
         tuple(sum(flops[a:b]) for a, b in pairwise(parts)),
         tuple(traffic[a] for a in parts[:-1]),

@@ -36,7 +36,7 @@ from hg_scale.parallel.deepspeed_adapter import (
 )
 from hg_scale.parallel.extensions import load_extensions
 from hg_scale.parallel.mesh import Mesh
-from hg_scale.parallel.stages import Cut, cut_pipeline
+from hg_scale.parallel.stages import PipelineCut, cut_pipeline
 from hg_scale.training.agreement import run_on_all_ranks
 from hg_scale.training.guard import Guard, name_culprits
 from hg_scale.training.optimizer import make_optimizer, set_learning_rate
@@ -150,7 +150,7 @@ class Engine(ABC):
         return slice(first, first + self.local_batch_size)
 
     @property
-    def cut(self) -> Cut | None:
+    def cut(self) -> PipelineCut | None:
         """The pipeline cut; None with one stage."""
         return getattr(self.model, "cut", None)
 

@@ -107,7 +107,7 @@ def test_a_full_disk_loses_one_checkpoint(
     (line,) = lines(found.output, "not saved")
     assert line.startswith("warning (rank 0): step 4 not saved: rank ")
     assert "No space left on device" in line
-    assert line.endswith("; older checkpoints are kept, the run goes on")
+    assert line.endswith("; older checkpoints are kept, the run continues")
     assert sorted(checkpoints_in(checkpoints)) == [2, 6]
     for path in checkpoints_in(checkpoints).values():
         verify(path)

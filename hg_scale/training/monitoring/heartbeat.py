@@ -2,7 +2,7 @@
 
 The training loop only sets its current position, which costs microseconds. The files are read by
 the watchdog when a step hangs, and by `hg-scale status` on any machine. If they cannot be written,
-the run goes on without them. Imports no torch.
+the run continues without them. Imports no torch.
 """
 
 from __future__ import annotations

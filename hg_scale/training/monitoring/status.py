@@ -20,7 +20,7 @@ from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import find_latest
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import meaning
-from hg_scale.training.console import format_duration, short_number
+from hg_scale.training.console import format_duration, format_rate
 from hg_scale.training.monitoring.heartbeat import PERIOD, STALE, HeartbeatRecord, read_heartbeats
 from hg_scale.training.monitoring.stalled_ranks import describe_stalled
 
@@ -182,7 +182,7 @@ def _progress(steps: list[dict[str, Any]], total: int | None) -> dict[str, str]:
     if last.get("loss") is not None:
         lines["loss"] = f"{last['loss']:.4f}, {last['bits_per_byte']:.4f} bits per byte"
     if last.get("tokens_per_second"):
-        lines["speed"] = f"{short_number(last['tokens_per_second'])} tokens/s"
+        lines["speed"] = f"{format_rate(last['tokens_per_second'])} tokens/s"
         lines["speed"] += f", MFU {last['mfu']:.1%}" if last.get("mfu") is not None else ""
     seconds = [r["step_seconds"] for r in steps[-20:] if r.get("step_seconds")]
     if total and seconds and last["step"] < total:
