@@ -32,7 +32,7 @@ import webdataset
 from hg_scale.data.blocks import make_readers
 from hg_scale.data.index import Index, read_index
 from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
-from hg_scale.data.schedule import DataSchedule, DataSource
+from hg_scale.data.sequence_schedule import DataSchedule, DataSource
 from hg_scale.data.shards import RetryPolicy
 from hg_scale.data.stream import TrainingStream
 

@@ -13,7 +13,7 @@ from hg_scale.data.blocks import BlockReader, BlockRequest
 from hg_scale.data.errors import DataError
 from hg_scale.data.order import MAX_BLOCK, MAX_STREAMS, Int64Array, ShuffleBlock
 from hg_scale.data.prefetch import BlockKey, BlockLoader
-from hg_scale.data.schedule import DataSchedule, SequenceLocations
+from hg_scale.data.sequence_schedule import DataSchedule, SequenceLocations
 from hg_scale.data.shards import LoadedTokens, ShardFile
 from hg_scale.data.tokenizer import token_dtype
 

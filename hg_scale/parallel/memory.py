@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from hg_scale.config.schema import Config
 from hg_scale.model.costs import layer_costs
-from hg_scale.parallel.stages import cut_pipeline
+from hg_scale.parallel.pipeline_cut import cut_pipeline
 
 
 def rank_parameters(config: Config) -> int:

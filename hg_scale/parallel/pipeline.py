@@ -22,7 +22,7 @@ from hg_scale.model.layers import PlainLayers
 from hg_scale.model.plan import boundary_shapes, layer_plan
 from hg_scale.parallel.deepspeed_adapter import StageModule
 from hg_scale.parallel.mesh import Mesh, compare_group
-from hg_scale.parallel.stages import PipelineCut
+from hg_scale.parallel.pipeline_cut import PipelineCut
 
 
 class HourglassPipeline(StageModule):

@@ -21,7 +21,7 @@ from hg_scale.config.errors import ConfigError, Problem
 from hg_scale.config.schema import Config
 from hg_scale.data.blocks import make_readers
 from hg_scale.data.errors import DataError
-from hg_scale.data.schedule import DataSchedule, DataSource, DataState
+from hg_scale.data.sequence_schedule import DataSchedule, DataSource, DataState
 from hg_scale.data.stream import NO_TOKEN, Batch, TrainingStream, batch_indices
 from hg_scale.parallel.mesh import Mesh
 from hg_scale.training.agreement import error_flag, raise_flagged, stop_all

@@ -11,7 +11,7 @@ from hg_scale.config.errors import ConfigError, Problem
 from hg_scale.config.schema import Config
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import Index, is_local, read_index
-from hg_scale.data.schedule import DataSource
+from hg_scale.data.sequence_schedule import DataSource
 from hg_scale.data.shards import RetryPolicy
 from hg_scale.data.tokenizer import ByteTokenizer
 

@@ -31,12 +31,14 @@ from hg_scale.parallel.deepspeed_adapter import (
     local_gradients,
     replace_gradient_clipping,
     replace_loss_reduction,
+    set_skipped_steps,
     skip_optimizer_step,
+    skipped_steps,
     wrap_optimizer_step,
 )
 from hg_scale.parallel.extensions import load_extensions
 from hg_scale.parallel.mesh import Mesh
-from hg_scale.parallel.stages import PipelineCut, cut_pipeline
+from hg_scale.parallel.pipeline_cut import PipelineCut, cut_pipeline
 from hg_scale.training.agreement import run_on_all_ranks
 from hg_scale.training.guard import Guard, name_culprits
 from hg_scale.training.optimizer import make_optimizer, set_learning_rate
@@ -196,13 +198,13 @@ class Engine(ABC):
         reason = self.guard.judge(self._loss, finite)
         if reason:
             reason = name_culprits(reason, self._mean_loss(), self.deepspeed, self.slices)
-        skipped = self.deepspeed.skipped_steps
+        skipped = skipped_steps(self.deepspeed)
         with skip_optimizer_step(self.optimizer) if reason else nullcontext():
             take_step()
-        if self.deepspeed.skipped_steps > skipped and not reason:
+        if skipped_steps(self.deepspeed) > skipped and not reason:
             reason = "the gradient norm overflows float32"
         self._skip_reason = reason
-        self.deepspeed.skipped_steps = skipped + bool(reason)
+        set_skipped_steps(self.deepspeed, skipped + bool(reason))
         self.guard.record(self._step, self._loss, bool(reason))
 
     def _all_reduce_step_stats(self) -> bool:

@@ -115,7 +115,7 @@ def find_resume_checkpoint(
 ) -> Path | None:
     """The run's newest complete checkpoint, else `checkpoint.start_from`, else None.
 
-    known: why checkpoints are corrupt whose names and sizes look right. Appends what to print to
+    known: why checkpoints are corrupt whose names and sizes are valid. Appends what to print to
     `lines`. Raises CheckpointError if every checkpoint of the run is corrupt, ConfigError if
     `start_from` is no complete checkpoint or either holds another model.
     """

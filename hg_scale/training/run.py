@@ -17,7 +17,7 @@ import torch.distributed as dist
 from hg_scale.checkpoint.run_tokenizer import save_run_tokenizer
 from hg_scale.config.schema import Config
 from hg_scale.data.errors import DataError
-from hg_scale.data.schedule import DataSource
+from hg_scale.data.sequence_schedule import DataSource
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import DONE, FAILED, REQUEUE
 from hg_scale.model.costs import parameter_count

@@ -16,7 +16,7 @@ from hg_scale.config.schema import Config
 from hg_scale.data.errors import DataError
 from hg_scale.data.evaluation import evaluation_batches, split_bytes
 from hg_scale.data.index import Index
-from hg_scale.data.schedule import DataSource
+from hg_scale.data.sequence_schedule import DataSource
 from hg_scale.data.shards import SplitReader
 from hg_scale.parallel.mesh import Mesh
 from hg_scale.training.agreement import raise_on_all_ranks

@@ -15,7 +15,7 @@ from hg_scale.data.index import Index
 from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
 from hg_scale.data.preparation.tokenizer_training import TokenizerTraining, train_tokenizer
 from hg_scale.data.progress import ProgressBar
-from hg_scale.data.schedule import DataSchedule, DataSource, DataState
+from hg_scale.data.sequence_schedule import DataSchedule, DataSource, DataState
 from hg_scale.data.shards import RetryPolicy
 from hg_scale.data.stream import TrainingStream
 

@@ -10,7 +10,7 @@ from hg_scale.data.blocks import make_readers
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import read_index
 from hg_scale.data.order import MAX_STREAMS
-from hg_scale.data.schedule import DataState
+from hg_scale.data.sequence_schedule import DataState
 from hg_scale.data.shards import RetryPolicy
 from tests.data.conftest import TEXT, global_batches, prepare, schedule, stream
 from tests.data.servers import serve

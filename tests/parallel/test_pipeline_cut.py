@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.costs import TRAINING_FACTOR, layer_costs
 from hg_scale.model.plan import boundary_shapes, layer_plan
-from hg_scale.parallel.stages import cut_pipeline
+from hg_scale.parallel.pipeline_cut import cut_pipeline
 
 
 def model(hierarchy: str, **changes: object) -> ModelConfig:

@@ -6,7 +6,7 @@ import pytest
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import Index
-from hg_scale.data.schedule import DataSource, DataState
+from hg_scale.data.sequence_schedule import DataSource, DataState
 from tests.data.conftest import TEXT, global_batches, prepare, schedule
 
 TEXTS = [np.random.default_rng(10 + i).bytes(size) for i, size in enumerate((40_000, 9_000))]
