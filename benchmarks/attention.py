@@ -1,8 +1,8 @@
-"""Causal attention on a CPU: ours by blocks of queries against torch's fused kernel, in one run.
+"""Causal attention on a CPU: `banded.attention` against torch's fused kernel.
 
     python benchmarks/attention.py [--threads 1]
 
-Forward and backward, medians of runs in turn; a window goes to the fused kernel as a mask.
+Forward and backward, medians of interleaved runs; the fused kernel gets a window as a mask.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=9)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(
-        f"{options.threads} threads, torch {torch.__version__}; milliseconds, fused / ours = ratio"
-    )
+    print(f"{options.threads} threads, torch {torch.__version__}; ms, fused / banded = ratio")
     for shape in SHAPES:
         for dtype in (torch.bfloat16, torch.float32):
             inputs = [torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(3)]
@@ -55,9 +53,9 @@ def main() -> None:
                         elapsed = seconds(attend, inputs, window)
                         if run:
                             times[which].append(1e3 * elapsed)
-                theirs, ours = (median(t) for t in times)
+                fused_ms, banded_ms = (median(t) for t in times)
                 name = f"{tuple(shape)} {str(dtype).removeprefix('torch.')} window {window}"
-                print(f"{name:45} {theirs:7.1f} / {ours:7.1f} = {theirs / ours:.2f}")
+                print(f"{name:45} {fused_ms:7.1f} / {banded_ms:7.1f} = {fused_ms / banded_ms:.2f}")
 
 
 if __name__ == "__main__":

@@ -39,9 +39,9 @@ from hg_scale.config.schema import Config, ModelConfig
 from hg_scale.convert.export import export
 from hg_scale.convert.health import find_problems
 from hg_scale.convert.open import open_checkpoint, open_source
-from hg_scale.convert.source import parameter_shapes
 from hg_scale.convert.to_checkpoint import to_checkpoint
 from hg_scale.convert.universal import tensor_parallel_dims, to_deepspeed
+from hg_scale.model.hourglass import parameter_shapes
 
 TENSOR = DATA = 2
 

@@ -1,11 +1,11 @@
-"""Time to write a token: an Hourglass with its cache, a flat model with its own, recomputation.
+"""Time per generated token: Hourglass and flat model with cache, and recomputation.
 
     python benchmarks/generate.py [--threads 2]
 
-One run, models in turn, medians over rounds; one text at a time, fp32, random weights. `paper` is
-the paper's kind (attention resampling, relative positions), `preset` that of the presets in
-configs/ (linear resampling, rotary). `public` is hourglass-transformer-pytorch 0.0.6, where it is
-installed; it has no cache.
+Medians over rounds with interleaved models; batch size 1, fp32, random weights. `paper`: attention
+resampling and relative positions, as in the paper; `preset`: linear resampling and rotary
+positions, as in configs/. `public`: hourglass-transformer-pytorch 0.0.6 if installed; it has no
+cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from hg_scale.config.schema import ModelConfig
 from hg_scale.model.costs import cache_bytes
 from hg_scale.model.decoding import Decoder
 from hg_scale.model.hourglass import Hourglass
-from hg_scale.model.initialization import initialize_weights
 
 KINDS = {
     "paper": {"positions": "relative", "shared_position_bias": True},
@@ -31,26 +30,25 @@ KINDS = {
     },
 }  # fmt: skip
 HOURGLASS, FLAT = "2@1 8@3 2@1", "12@1"
-STEPS = 12  # of a round: a multiple of the factor
+STEPS = 12  # per round: a multiple of the factor
 
 
 def make(hierarchy: str, kind: str, **changes: object) -> Hourglass:
-    """A model of width 512 on bytes."""
+    """Make a model of width 512 on bytes."""
     config = ModelConfig(hierarchy=hierarchy, **{**KINDS[kind], **changes})  # type: ignore[arg-type]
-    model = Hourglass(config)
-    initialize_weights(list(model.named_parameters()), config, seed=1)
-    return model.eval()
+    return Hourglass(config).eval()
 
 
-def decoding(model: Hourglass, position: int, length: int) -> Callable[[], object]:
-    """A function that writes one token, from `position` on."""
+def decode_with_cache(model: Hourglass, position: int, length: int) -> Callable[[], object]:
+    """Return a function that generates one token, starting at `position`."""
     decoder = Decoder(model, length)
     token = torch.tensor([7])
     decoder.prefill(torch.randint(0, 256, (1, position)))
     return lambda: decoder.step(token)
 
 
-def recomputing(model: torch.nn.Module, position: int) -> Callable[[], object]:
+def recompute(model: torch.nn.Module, position: int) -> Callable[[], object]:
+    """Return a function that runs the model on `position` tokens."""
     ids = torch.randint(0, 256, (1, position))
 
     def run() -> object:
@@ -60,8 +58,8 @@ def recomputing(model: torch.nn.Module, position: int) -> Callable[[], object]:
     return run
 
 
-def public(length: int) -> torch.nn.Module | None:
-    """The public package's model of the same shape."""
+def public_model(length: int) -> torch.nn.Module | None:
+    """Return the public package's model of the same shape; None if it is not installed."""
     try:
         from hourglass_transformer_pytorch import HourglassTransformerLM
     except ImportError:
@@ -75,7 +73,7 @@ def public(length: int) -> torch.nn.Module | None:
 def milliseconds(
     candidates: dict[str, tuple[Callable[[], object], int]], rounds: int
 ) -> dict[str, float]:
-    """Median over rounds of a call's mean time; candidates: (function, calls a round)."""
+    """Return medians over rounds of the mean time per call; candidates: (function, calls)."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds + 1):  # the first is a warm-up
         for name, (call, count) in candidates.items():
@@ -94,37 +92,37 @@ def main() -> None:
     parser.add_argument("--kind", choices=list(KINDS), action="append")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"{options.threads} threads, torch {torch.__version__}; milliseconds a token, batch 1")
+    print(f"{options.threads} threads, torch {torch.__version__}; ms per token, batch size 1")
     for kind in options.kind or KINDS:
         compare(kind, options.rounds)
 
 
 def compare(kind: str, rounds: int) -> None:
     near, far = 400, 4000
-    whole = near - near % 3  # the public package fails at lengths that 3 does not divide
+    divisible = near - near % 3  # the public package fails at lengths that 3 does not divide
     short, flat = make(HOURGLASS, kind), make(FLAT, kind)
     windows = make(HOURGLASS, kind, window=[512, None])
     length = far + STEPS * (rounds + 2)
     candidates = {}
     for name, model in ((HOURGLASS, short), ("same, windows of 512", windows), (FLAT, flat)):
         for position in (near, far):
-            step = decoding(model, position, length if position == far else 1000)
+            step = decode_with_cache(model, position, length if position == far else 1000)
             candidates[f"{name} cached at {position:,}"] = step, STEPS
-    candidates[f"{HOURGLASS} recomputed at {whole}"] = recomputing(short, whole), 1
-    other = public(whole)
+    candidates[f"{HOURGLASS} recomputed at {divisible}"] = recompute(short, divisible), 1
+    other = public_model(divisible)
     if other is not None:
-        candidates[f"public recomputed at {whole}"] = recomputing(other, whole), 1
+        candidates[f"public recomputed at {divisible}"] = recompute(other, divisible), 1
     times = milliseconds(candidates, rounds)
     print(f"\n{kind}", flush=True)
     for name, ms in times.items():
         print(f"  {name:40} {ms:8.2f}   {1e3 / ms:7.1f} tokens/s")
-    ours = times[f"{HOURGLASS} cached at {near:,}"]
+    baseline = times[f"{HOURGLASS} cached at {near:,}"]
     for name in times:
         if name != f"{HOURGLASS} cached at {near:,}":
-            print(f"  {name} takes {times[name] / ours:.2f} times {HOURGLASS} cached at {near}")
+            print(f"  {name} takes {times[name] / baseline:.2f} times {HOURGLASS} cached at {near}")
     for name in (HOURGLASS, "same, windows of 512", FLAT):
         at = [times[f"{name} cached at {p:,}"] for p in (far, near)]
-        print(f"  {name}: {at[0] / at[1]:.2f} times as long a token at {far:,} as at {near}")
+        print(f"  {name}: {at[0] / at[1]:.2f} times as long per token at {far:,} as at {near}")
     for model in (short, windows, flat):
         size = cache_bytes(model.config, far) / 1e6
         print(f"  cache of {model.config.hierarchy}, {model.config.window}: {size:.1f} MB")

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.costs import forward_flops
 from hg_scale.model.hourglass import Hourglass
-from hg_scale.model.initialization import initialize_weights
 
 
 class PlainBlock(nn.Module):
@@ -101,7 +100,6 @@ def main() -> None:
     for precision in options.precision:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         ours = Hourglass(config)
-        initialize_weights(list(ours.named_parameters()), config, seed=1)
         plain = PlainGPT(256, options.length, d, heads, 4 * d, config.parsed.blocks)
         steps = [stepper(m.to(device, dtype), ids)[1] for m in (ours, plain)]
         times: list[list[float]] = [[], []]

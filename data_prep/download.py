@@ -38,7 +38,7 @@ def main() -> int:
         what = "downloaded" if fetched else "already exists"
         print(f"{path}: {what}, {path.stat().st_size:,} bytes, {corpus.algorithm} is correct")
 
-    return command_line.run("download", work)
+    return command_line.run_preparation("download", work)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def main() -> int:
         if written and job.by_size and (rest := text_length(job.input) - sum(job.split)):
             print(f"  {rest:,} bytes after these are in no split: --split does not cover them")
 
-    return command_line.run("prepare_bytes", work)
+    return command_line.run_preparation("prepare_bytes", work)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def main() -> int:
             command_line.report(job.output, index, written, time.perf_counter() - start)
             print(f"  set sequence_length to {index.document_tokens}, the length of an image")
 
-    return command_line.run("prepare_images", work, launch)
+    return command_line.run_preparation("prepare_images", work, launch)
 
 
 if __name__ == "__main__":

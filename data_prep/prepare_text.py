@@ -108,7 +108,7 @@ def main() -> int:
         if index is not None:
             command_line.report(job.output, index, written, time.perf_counter() - start)
 
-    return command_line.run("prepare_text", work, launch)
+    return command_line.run_preparation("prepare_text", work, launch)
 
 
 if __name__ == "__main__":

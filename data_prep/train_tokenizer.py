@@ -59,7 +59,7 @@ def main() -> int:
             f"{trained.sample_bytes / 1e6:.1f} MB, {rate:.2f} bytes per token"
         )
 
-    return command_line.run("train_tokenizer", work)
+    return command_line.run_preparation("train_tokenizer", work)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The root of all faults that a person can mend."""
+"""The base class of all errors that a user can fix."""
 
 from hg_scale.exit_codes import FAILED
 
 
 class UserError(Exception):
-    """Said in one line (or one line a fault), without a traceback; training ends with its code."""
+    """Reported in one line (or one per error) without a traceback; training exits with its code."""
 
     exit_code = FAILED

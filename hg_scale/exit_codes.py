@@ -1,29 +1,29 @@
-"""What the exit code of a training run means to whatever started it.
+"""Exit codes of a training run.
 
-`slurm/common.sh` acts on these codes and `docs/slurm.md` explains them; a test holds all three
-together. Imports nothing, so that anything may import it.
+`slurm/common.sh` acts on these codes and `docs/slurm.md` explains them; a test compares all three.
+Imports nothing, so that any module may import it.
 
-All ranks agree before they end with one of them. `srun` hands the batch script the highest code of
-all ranks, and a killed rank counts as 128 and its signal: whatever is above 128 is a lost rank.
+All ranks agree on one of the codes before they exit. `srun` returns the highest code of all ranks,
+and a killed rank counts as 128 plus its signal: a code above 128 is a lost rank.
 """
 
 DONE = 0
-"""Trained to the last step that was asked for, and saved."""
+"""Trained to the last requested step, and saved."""
 
 FAILED = 1
-"""A fault that a person has to look at, told in one line. Not requeued."""
+"""An error that a user has to fix, reported in one line. Not requeued."""
 
 CONFIG_ERROR = 2
-"""A configuration or command line that cannot be used. Never requeued."""
+"""An invalid configuration or command line. Never requeued."""
 
 REQUEUE = 75
-"""Saved before the end (preemption, time limit): start me again. `EX_TEMPFAIL` of sysexits.h."""
+"""Saved before the end (preemption, time limit); to be restarted. EX_TEMPFAIL of sysexits.h."""
 
 LOST = 76
-"""A rank, node, GPU or link was lost, or a step hung: start me again from the last checkpoint."""
+"""A rank, node, GPU or link was lost, or a step hung; to be restarted from the last checkpoint."""
 
 GAVE_UP = 77
-"""Trying again would not help, as after too many steps that are not finite. Not requeued."""
+"""A restart would not help, as after too many non-finite steps. Not requeued."""
 
 MEANINGS = {
     DONE: "done",
@@ -36,8 +36,8 @@ MEANINGS = {
 
 
 def meaning(code: int) -> str:
-    """A code in words; what a signal ended counts as lost."""
-    if code > 192:  # beyond all signals: of srun's own
+    """Describe an exit code; a process that a signal ended counts as lost."""
+    if code > 192:  # above 128 plus any signal: srun's own code
         return MEANINGS[LOST]
     if code > 128:
         return f"{MEANINGS[LOST]} (signal {code - 128})"
@@ -45,5 +45,5 @@ def meaning(code: int) -> str:
 
 
 def starts_again(code: int) -> bool:
-    """Whether the launcher requeues a job that ended so."""
+    """Whether the Slurm launcher requeues a job with this exit code."""
     return code in (REQUEUE, LOST) or code > 128

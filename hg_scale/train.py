@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
 
             check_inputs(config, folder, remote=False)
     except UserError as error:
-        return launch.refuse(error)
+        return launch.report(error)
     if layout and launch.rank == 0:
         print(elastic_line(config, layout, launch.world_size))
     if launch.local_rank == 0 and (problem := affinity_problem()):

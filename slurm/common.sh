@@ -1,27 +1,27 @@
 # shellcheck shell=bash
-# What the launchers of this folder share: where things are, what the ranks' environment says, one
-# training job from its checks to its end. Sourced by them, never run.
+# Shared by the launchers of this folder: paths, the environment of the ranks, and one training job
+# from its checks to its end. Sourced by them, never run.
 #
-# Everything that needs a command of Slurm's happens here, in the batch script on the first node.
-# Ranks get it through their environment, so they may run in containers that have no Slurm.
+# Everything that needs a Slurm command happens here, in the batch script on the first node. Ranks
+# get the results through their environment, so they may run in containers without Slurm.
 
-set -uo pipefail # not -e: exit codes are looked at
+set -uo pipefail # not -e: exit codes are handled
 
-hg_launcher=$1 # how this file was sourced: . common.sh LAUNCHER ARGUMENTS...
+hg_launcher=$1 # sourced as: . common.sh LAUNCHER ARGUMENTS...
 shift
 hg_arguments=("$@")
 
 hg_say() { printf '%s  %s\n' "$(date '+%F %T')" "$*"; }
 hg_die() { hg_say "$@" >&2; exit 2; } # 2 is a configuration error, which is never requeued
 
-# --- where things are -----------------------------------------------------------------------------
+# --- paths ----------------------------------------------------------------------------------------
 
-HG_CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)          # what this job runs
+HG_CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)          # the code that this job runs
 HG_ROOT=$(cat "$HG_CODE/copied-from" 2>/dev/null || echo "$HG_CODE") # the repository
 
 HG_SRUN=()      # site.sh: further options of every srun
-HG_CONTAINER=() # site.sh: words before python, such as (apptainer exec --nv image.sif)
-set +u # what a site sources, as conda's scripts, reads variables that are not set
+HG_CONTAINER=() # site.sh: command before python, such as (apptainer exec --nv image.sif)
+set +u # scripts that a site sources, such as conda's, read variables that are not set
 # shellcheck source=slurm/site.sh
 . "${HG_SITE:-$HG_CODE/slurm/site.sh}" || hg_die "cannot read the site's settings"
 set -u
@@ -31,92 +31,92 @@ if [[ -z ${HG_PYTHON:-} ]]; then
   [[ -x $HG_PYTHON ]] || HG_PYTHON=python3
 fi
 if ! command -v srun >/dev/null || [[ -z ${SLURM_JOB_ID:-} ]]; then
-  hg_die "this is a job for Slurm: sbatch slurm/$hg_launcher"
+  hg_die "not in a Slurm job; submit it with: sbatch slurm/$hg_launcher"
 fi
 
-# A file as seen from the folder of the sbatch; if there is none, from the repository.
+# The path of a file relative to the folder of the sbatch or, if missing there, to the repository.
 hg_file() {
   if [[ -e $1 || ! -e $HG_ROOT/$1 ]]; then realpath -m -- "$1"; else realpath -- "$HG_ROOT/$1"; fi
 }
 
-# --- what the ranks' environment says -------------------------------------------------------------
+# --- environment of the ranks ---------------------------------------------------------------------
 
-# A copy of the code is first on the path, before an editable installation of the repository.
+# The copy of the code precedes an editable installation of the repository.
 export PYTHONPATH=$HG_CODE${PYTHONPATH:+:$PYTHONPATH}
 
-# srun of Slurm 22.05 and later does not take over the batch script's --cpus-per-task.
+# srun of Slurm 22.05 and later ignores the batch script's --cpus-per-task.
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
-# Compiled kernels on the node's own disk: on a shared one, ranks of many nodes wait for each other's
-# locks, sometimes for ever.
+# Compiled kernels on the node's local disk: on a shared one, ranks of many nodes wait for each
+# other's locks, sometimes forever.
 hg_cache=${HG_SCRATCH:-/tmp}/hg_scale-$(id -u)
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$hg_cache/torch_extensions}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$hg_cache/triton}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$hg_cache/inductor}
 
-# Where the ranks meet: the first node, by the address that Slurm itself uses for it, and a port of
-# this job's own, below those that the system gives to outgoing connections.
-hg_nodes() { scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n "$1"; } # the first so many
+# Rendezvous of the ranks: the address that Slurm uses for the first node, and a port that depends
+# on the job, below the ephemeral ports of outgoing connections.
+hg_nodes() { scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n "$1"; } # the first $1 nodes
 hg_first=$(hg_nodes 1)
 MASTER_ADDR=$(scontrol show node "$hg_first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 export MASTER_ADDR=${MASTER_ADDR:-$hg_first}
 export MASTER_PORT=$((10000 + (SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 20000))
 
-# The job as scontrol knows it: the number of an array's last element is also that of all of them.
+# The job's id for scontrol: the id of an array's last element is also that of the whole array.
 hg_job=$SLURM_JOB_ID
 [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || hg_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 hg_field() { scontrol show job "$hg_job" | sed -n "/\b$1=/{s/.*\b$1=\(${2:-[^ ]*}\).*/\1/p;q}"; }
 
-# When Slurm ends the job, in seconds since 1970; empty without a limit.
+# End of the job's time limit, in seconds since 1970; empty without a limit.
 HG_END_TIME=$(date -d "$(hg_field EndTime)" +%s 2>/dev/null)
 export HG_END_TIME
 
-# Tasks of the job. SLURM_NTASKS may speak of the nodes asked for (--nodes=4-8), not of those given.
+# Tasks of the job. SLURM_NTASKS may count requested nodes (--nodes=4-8), not allocated ones.
 hg_tasks=${SLURM_NTASKS:-1}
 [[ -z ${SLURM_NTASKS_PER_NODE:-} ]] || hg_tasks=$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE))
 
-# An error of srun's own, as a node that does not answer, is a lost node: exit_codes.py.
+# Errors of srun itself, such as a node that does not respond, count as a lost node: exit_codes.py.
 export SLURM_EXIT_ERROR=76
 
-# hg_srun TASKS WORDS...: python WORDS as TASKS tasks of the job, or as one on the first node.
+# hg_srun TASKS ARGUMENTS...: run python ARGUMENTS as TASKS tasks; a single one on the first node.
 hg_srun() {
   hg_step "$@"
-  "${hg_words[@]}"
+  "${hg_command[@]}"
 }
 
-# The same as words, in hg_words, for those who start it themselves.
+# Only set hg_command to the srun command, for callers that start it themselves.
 hg_step() {
   local tasks=$1 options=(--kill-on-bad-exit=0)
   shift
   if ((tasks == 1)); then
     options+=(--nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$hg_first")
   else
-    # Ranks that agree end together. Those left behind by one that is gone get two minutes, and are
-    # not killed at once, which would hide the code that the others mean to give.
+    # When a rank is lost, the others get two minutes to exit. Killing them at once would hide the
+    # exit code on which they agree.
     options+=(--ntasks="$tasks" --wait="${HG_WAIT:-120}")
     if ((tasks == hg_tasks)); then
       options+=(--distribution=block)
-    else # on the first nodes, and those full
+    else # fill the first nodes
       local each=$((hg_tasks / SLURM_JOB_NUM_NODES)) nodes
       nodes=$(((tasks + each - 1) / each))
       options+=(--nodes="$nodes" --nodelist="$(hg_nodes "$nodes" | paste -sd,)")
       options+=(--ntasks-per-node="$each" --distribution=plane="$each")
     fi
   fi
-  hg_words=(srun "${options[@]}" "${HG_SRUN[@]}" "${HG_CONTAINER[@]}" "$HG_PYTHON" "$@")
+  hg_command=(srun "${options[@]}" "${HG_SRUN[@]}" "${HG_CONTAINER[@]}" "$HG_PYTHON" "$@")
 }
 
 # --- a training job -------------------------------------------------------------------------------
 
-# hg_train CONFIG RUN ARGUMENTS...: check, train, and end as the exit code says.
+# hg_train CONFIG RUN ARGUMENTS...: check, train, and requeue or end according to the exit code.
 hg_train() {
-  local config run code told tasks own
+  local config run code output tasks own
   config=$(hg_file "$1")
   run=$(realpath -m -- "${2:-runs/$(basename "$1" .json)}")
   shift 2
   [[ " $* " != *\ --run[\ =]* && " $* " != *\ --config[\ =]* ]] ||
     hg_die "--run and --config are set as variables: RUN=... CONFIG=... sbatch slurm/$hg_launcher"
-  mkdir -p "$run/logs" || hg_die "cannot make the run folder $run; set RUN to another"
+  mkdir -p "$run/logs" || hg_die "cannot create the run folder $run; set RUN to another"
   [[ -e $HG_CODE/copied-from ]] || hg_copy_code "$run"
   config=$(hg_copy_config "$config")
   hg_journal "$run" start \
@@ -125,33 +125,33 @@ hg_train() {
     "$SLURM_JOB_NODELIST, run folder $run, code $HG_CODE"
   local gpus=$((SLURM_JOB_NUM_NODES * ${SLURM_GPUS_ON_NODE:-0}))
   if ((gpus && gpus != hg_tasks)); then
-    hg_say "warning: $gpus GPUs but $hg_tasks tasks, one a GPU is meant: see --ntasks-per-node"
+    hg_say "warning: $gpus GPUs but $hg_tasks tasks; set --ntasks-per-node to one task per GPU"
   fi
   [[ ${SLURM_RESTART_COUNT:-0} != 0 ]] || rm -f "$run/restarts"
 
   local train=("$HG_CODE/hg_scale/train.py" --config "$config" --run "$run" "$@")
-  told=$(hg_srun 1 "${train[@]}" --check --world-size "$hg_tasks")
+  output=$(hg_srun 1 "${train[@]}" --check --world-size "$hg_tasks")
   code=$?
-  [[ -z $told ]] || echo "$told"
+  [[ -z $output ]] || echo "$output"
   if ((code == 0)); then
-    # Fewer than there are, where parallel.elastic found that only these fit.
-    tasks=$(sed -n '$s/^\([0-9]*\) processes = .*/\1/p' <<<"$told")
+    # With parallel.elastic, possibly fewer tasks than the job has.
+    tasks=$(sed -n '$s/^\([0-9]*\) processes = .*/\1/p' <<<"$output")
     rm -f "$run"/ranks/*.end
-    # Signals are for the ranks, to which Slurm sends them too; this script outlives them, to requeue.
+    # Slurm signals the ranks too, which act on it; this script only has to survive, to requeue.
     trap : TERM USR1 USR2
     hg_step "${tasks:-$hg_tasks}" "${train[@]}"
-    "${hg_words[@]}" &
+    "${hg_command[@]}" &
     hg_wait $!
     code=$?
-    # A fault of a rank's own counts for more than the loss that it was to the others.
+    # An error of one rank takes precedence over the lost connection that it causes on the others.
     own=$(cat "$run"/ranks/*.end 2>/dev/null | sed -n 's/.*"code": \([0-9]*\).*/\1/p' | head -n 1)
     ((code == 0)) || code=${own:-$code}
   fi
   hg_end "$run" "$code"
 }
 
-# Copy the code into the run folder, once a job, and go on there: an edit of the repository does not
-# change a job that is requeued. A new job takes the code of its day.
+# Copy the code into the run folder, once per job, and continue there: an edit of the repository
+# changes new jobs, not a requeued one.
 hg_copy_code() {
   local copies=${HG_COPIES:-$1/code} copy partial
   copy=$(realpath -m -- "$copies/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}")
@@ -167,8 +167,8 @@ hg_copy_code() {
   exec bash "$copy/slurm/$hg_launcher" "${hg_arguments[@]}"
 }
 
-# The copy of a configuration. One outside the repository is copied when it is first met, unless it
-# extends others: then it is read where it stands.
+# The copy of a configuration. One outside the repository is copied at its first use, unless it
+# extends others: then it is read from its own path.
 hg_copy_config() {
   local copy=$HG_CODE/${1##*/}
   if [[ $1 == "$HG_ROOT"/* && -e $HG_CODE/${1#"$HG_ROOT"/} ]]; then
@@ -176,12 +176,12 @@ hg_copy_config() {
   elif [[ ! -e $1 ]] || grep -q '"extends"' "$1"; then
     copy=$1
   elif [[ ! -e $copy ]]; then
-    cp "$1" "$copy.$SLURM_JOB_ID" && mv "$copy.$SLURM_JOB_ID" "$copy" # whole for other elements
+    cp "$1" "$copy.$SLURM_JOB_ID" && mv "$copy.$SLURM_JOB_ID" "$copy" # atomic, for other elements
   fi
   echo "$copy"
 }
 
-# The exit code of a child, through any number of signals.
+# Wait for a child through any number of signals; return its exit code.
 hg_wait() {
   local code again
   wait "$1"
@@ -190,13 +190,13 @@ hg_wait() {
     wait "$1"
     code=$?
   done
-  wait "$1" 2>/dev/null # it may have ended between a signal and the question
+  wait "$1" 2>/dev/null # it may have ended between a signal and kill -0
   again=$?
   ((again == 127)) || code=$again
   return "$code"
 }
 
-# --- how it ends: the codes of hg_scale/exit_codes.py ---------------------------------------------
+# --- end of a job: the codes of hg_scale/exit_codes.py --------------------------------------------
 
 hg_end() {
   local run=$1 code=$2
@@ -207,7 +207,7 @@ hg_end() {
     76) hg_requeue "$run" 76 "lost a rank or a node" ;;
     77) hg_finish "$run" 77 "gave up: not requeued" ;;
     *)
-      if ((code > 192)); then # of srun's own, as 255 where a node took the step with it
+      if ((code > 192)); then # of srun itself, such as 255 when a node ends the step
         hg_requeue "$run" "$code" "lost a rank or a node"
       elif ((code > 128)); then
         hg_requeue "$run" "$code" "a rank was ended by signal $((code - 128))"
@@ -225,34 +225,34 @@ hg_finish() {
   exit "$2"
 }
 
-# Start again from the last checkpoint, unless that was tried too often without getting further. A
-# preemption is nobody's fault, and does not count.
+# Restart from the last checkpoint, unless too many restarts brought no new checkpoint. Preemptions
+# do not count.
 hg_requeue() {
-  local run=$1 code=$2 why=$3 step last=none count=0 state
+  local run=$1 code=$2 reason=$3 step last=none count=0 state
   step=$(find "$run/checkpoints" -mindepth 2 -maxdepth 2 -path '*/step-*/manifest.json' 2>/dev/null |
     sort | tail -n 1)
   step=$(basename "$(dirname "${step:-none/none}")")
   [[ ! -e $run/restarts ]] || read -r last count <"$run/restarts"
-  # Slurm requeues by itself what it preempts or loses a node of; what was cancelled stays so.
+  # Slurm itself requeues a job that it preempts or that loses a node; a cancelled job stays so.
   state=$(hg_field JobState)
   if [[ $state != RUNNING ]]; then
-    hg_finish "$run" "$code" "$why; the job is $state, which Slurm sees to"
+    hg_finish "$run" "$code" "$reason; the job is $state, which Slurm handles"
   fi
-  if [[ $(hg_field PreemptTime) != *:* ]]; then # no time of day: None, or not told
+  if [[ $(hg_field PreemptTime) != *:* ]]; then # no time of day: None, or missing
     if [[ $step == "$last" ]]; then count=$((count + 1)); else count=1; fi
     if ((count > ${HG_MAX_RESTARTS:-3})); then
-      hg_finish "$run" 77 "$why; started $count times without getting past checkpoint $step: gave up"
+      hg_finish "$run" 77 "$reason; started $count times without getting past checkpoint $step: gave up"
     fi
     echo "$step $count" >"$run/restarts"
   fi
   hg_journal "$run" end "\"code\": $code, \"requeued\": true"
-  hg_say "exit code $code: $why; requeued, goes on from checkpoint $step"
+  hg_say "exit code $code: $reason; requeued, resumes from checkpoint $step"
   scontrol requeue "$hg_job" ||
-    hg_finish "$run" "$code" "this cluster does not requeue; go on with: sbatch slurm/$hg_launcher"
+    hg_finish "$run" "$code" "this cluster does not requeue; resume with: sbatch slurm/$hg_launcher"
   exit "$code"
 }
 
-# hg_journal RUN EVENT FIELDS: a line of the run folder's jobs.jsonl, which `hg-scale status` reads.
+# hg_journal RUN EVENT FIELDS: append a line to the run folder's jobs.jsonl, for `hg-scale status`.
 hg_journal() {
   local log
   log=$(hg_field StdOut '.*')

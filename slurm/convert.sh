@@ -1,7 +1,7 @@
 #!/bin/bash
 # Export a checkpoint as a plain model: sbatch slurm/convert.sh CHECKPOINT OUTPUT [OPTIONS]
 #
-# The words are those of `hg-scale convert export`. It needs memory, and no GPU.
+# The arguments are those of `hg-scale convert export`. Needs memory but no GPU.
 #
 # Variables: those of slurm/site.sh.
 #SBATCH --job-name=hg-convert
@@ -13,7 +13,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-# Slurm runs a spooled copy of this file; common.sh is beside the original, which the job names.
+# Slurm runs a spooled copy of this file; common.sh is next to the original, whose path the job has.
 here=$(dirname "$0")
 [[ -e $here/common.sh ]] || here=$(scontrol show job "$SLURM_JOB_ID" |
   sed -n '/^ *Command=/{s///;s|/[^/]*\.sh\( .*\)\{0,1\}$||;p;q}')

@@ -1,8 +1,8 @@
 #!/bin/bash
-# Score a run, checkpoint by checkpoint, on held-out text: sbatch slurm/evaluate.sh RUN_OR_CHECKPOINT [OPTIONS]
+# Score every checkpoint of a run on held-out text: sbatch slurm/evaluate.sh RUN_OR_CHECKPOINT [OPTIONS]
 #
-# The words are those of `hg-scale evaluate`, as in: runs/hg_1b --split test --precision bf16
-# Of a run folder all checkpoints are scored, a line each; of a checkpoint or an export that one.
+# The arguments are those of `hg-scale evaluate`, such as: runs/hg_1b --split test --precision bf16
+# For a run folder all checkpoints are scored, one line each.
 #
 # Variables: those of slurm/site.sh.
 #SBATCH --job-name=hg-evaluate
@@ -15,7 +15,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-# Slurm runs a spooled copy of this file; common.sh is beside the original, which the job names.
+# Slurm runs a spooled copy of this file; common.sh is next to the original, whose path the job has.
 here=$(dirname "$0")
 [[ -e $here/common.sh ]] || here=$(scontrol show job "$SLURM_JOB_ID" |
   sed -n '/^ *Command=/{s///;s|/[^/]*\.sh\( .*\)\{0,1\}$||;p;q}')

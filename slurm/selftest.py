@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Is all well on this machine? A few minutes, and a table for the README.
+"""Test this machine in a few minutes, and print a table for the README.
 
     sbatch slurm/selftest.sh --golden FOLDER
     python slurm/selftest.py --processes 2
 
-Golden files of the reference implementation (on the CPU), the same curve in every layout that the
-number of processes allows, a run that is killed and goes on in another layout, and the rate of an
-all-reduce. Exits 1 where one of them is not as it must be.
+Checks golden files of the reference implementation (on the CPU), equal curves in all layouts that
+the number of processes allows, a run that is killed and resumed in another layout, and the
+bandwidth of an all-reduce. Exits with 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ SIZES = {
 }
 BOUNDS = {"bf16": 1e-2, "fp32": 1e-4}  # relative, as in tests/training/test_layouts.py
 MEGABYTES = 256
-PATIENCE = 300.0  # seconds that a run may take
+RUN_TIMEOUT = 300.0  # seconds
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Of the runs that are compared."""
+    """Parallel layout of a run."""
 
     tensor: int
     pipeline: int
@@ -55,27 +55,27 @@ class Layout:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table."""
+    """Result of a check: a row of the table."""
 
-    what: str
-    where: str
-    state: str
+    check: str
+    layout: str
+    result: str
     ok: bool
 
 
 def layouts(processes: int) -> list[Layout]:
-    """One of each kind that so many processes allow; the first is data parallelism alone."""
-    found = [Layout(1, 1, processes, 1)]
+    """Return one layout of each kind for `processes`; the first is pure data parallelism."""
+    kinds = [Layout(1, 1, processes, 1)]
     if processes % 2 == 0:
         half = processes // 2
-        found += [Layout(1, 1, processes, 3), Layout(2, 1, half, 1), Layout(1, 2, half, 1)]
+        kinds += [Layout(1, 1, processes, 3), Layout(2, 1, half, 1), Layout(1, 2, half, 1)]
     if processes % 4 == 0:
-        found += [Layout(2, 2, processes // 4, 1), Layout(4, 1, processes // 4, 2)]
-    return found
+        kinds += [Layout(2, 2, processes // 4, 1), Layout(4, 1, processes // 4, 2)]
+    return kinds
 
 
 class SelfTest:
-    """The parts, each a row or several."""
+    """The checks; each returns or yields rows."""
 
     def __init__(self, folder: Path, processes: int, precision: str, device: str) -> None:
         self.folder, self.processes = folder, processes
@@ -84,11 +84,11 @@ class SelfTest:
         self.reference: list[dict[str, Any]] = []
 
     def prepare(self) -> None:
-        """This package's own sources as a corpus, and a configuration."""
+        """Write a corpus of this package's sources, and a configuration."""
         corpus = self.folder / "corpus"
         script = str(ROOT / "data_prep" / "prepare_bytes.py")
-        words = ["--input", str(ROOT / "hg_scale"), "--include", "*.py", "--output", str(corpus)]
-        subprocess.run([sys.executable, script, *words], check=True, timeout=300)
+        options = ["--input", str(ROOT / "hg_scale"), "--include", "*.py", "--output", str(corpus)]
+        subprocess.run([sys.executable, script, *options], check=True, timeout=300)
         tree = {
             "model": MODEL | SIZES[self.device],
             "data": {"path": str(corpus)},
@@ -104,21 +104,21 @@ class SelfTest:
         self.config.write_text(json.dumps(tree))
 
     def golden(self, folder: Path | None) -> Iterator[Row]:
-        """The reference implementation's numbers."""
+        """Compare with the logits of the reference implementation."""
         files = sorted(folder.glob("*.npz")) if folder else []
-        what = "golden files of the reference implementation"
+        check = "golden files of the reference implementation"
         if not files:
-            yield Row(what, "CPU", "skipped: --golden names no folder of .npz files", True)
+            yield Row(check, "CPU", "skipped: --golden names no folder of .npz files", True)
             return
         script = str(ROOT / "tests" / "golden.py")
         for tensor in (1, 2):
-            words = [sys.executable, script, *map(str, files), "--tensor-parallel", str(tensor)]
-            done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
-            state = f"{len(files)} files within 1e-5" if done.returncode == 0 else done.stdout
-            yield Row(what, f"CPU, TP {tensor}", state, done.returncode == 0)
+            command = [sys.executable, script, *map(str, files), "--tensor-parallel", str(tensor)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+            result = f"{len(files)} files within 1e-5" if done.returncode == 0 else done.stdout
+            yield Row(check, f"CPU, TP {tensor}", result, done.returncode == 0)
 
     def same_curves(self) -> Iterator[Row]:
-        """Every layout against the first."""
+        """Compare the curve of every layout with that of the first."""
         for number, layout in enumerate(layouts(self.processes)):
             run = self.folder / f"layout-{number}"
             code = self.start(run, layout).wait()
@@ -136,7 +136,7 @@ class SelfTest:
             yield self.compare("same curve", str(layout), records, f", {rate:,.0f} tokens/s")
 
     def kill_and_resume(self) -> Row:
-        """A run that loses all its processes at once, and goes on in another layout."""
+        """Kill all processes of a run at once, and resume it in another layout."""
         run, kinds = self.folder / "killed", layouts(self.processes)
         ranks = self.start(run, kinds[0])
         while len(curve(run)) < KILL_AFTER and ranks.running():
@@ -144,88 +144,88 @@ class SelfTest:
         ranks.kill()
         reached = len(curve(run))
         code = self.start(run, kinds[-1]).wait()
-        where = f"{kinds[0]} -> {kinds[-1]}"
+        layout = f"{kinds[0]} -> {kinds[-1]}"
         if code:
             return Row(
                 "killed, resumed",
-                where,
+                layout,
                 f"exit code {code}: {last_line(run / 'terminal.log')}",
                 False,
             )
-        return self.compare("killed, resumed", where, curve(run), f", killed after step {reached}")
+        return self.compare("killed, resumed", layout, curve(run), f", killed after step {reached}")
 
-    def compare(self, what: str, where: str, records: list[dict[str, Any]], more: str) -> Row:
-        """Losses against those of the first run."""
-        ours = [r["loss"] for r in records]
-        theirs = [r["loss"] for r in self.reference]
-        if len(ours) != len(theirs):
-            return Row(what, where, f"{len(ours)} steps, expected {len(theirs)}", False)
-        worst = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
+    def compare(self, check: str, layout: str, records: list[dict[str, Any]], note: str) -> Row:
+        """Compare the losses with those of the first run."""
+        losses = [r["loss"] for r in records]
+        expected = [r["loss"] for r in self.reference]
+        if len(losses) != len(expected):
+            return Row(check, layout, f"{len(losses)} steps, expected {len(expected)}", False)
+        largest = max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
         bound = BOUNDS[self.precision]
-        verdict = f"largest relative difference of a loss {worst:.1e} (bound {bound:.0e}){more}"
-        return Row(what, f"{where}, {self.precision}", verdict, worst <= bound)
+        result = f"largest relative difference of a loss {largest:.1e} (bound {bound:.0e}){note}"
+        return Row(check, f"{layout}, {self.precision}", result, largest <= bound)
 
     def bandwidth(self) -> Row:
-        """An all-reduce of all processes."""
-        what, where = f"all-reduce of {MEGABYTES} MiB", f"{self.processes} processes"
+        """Measure an all-reduce over all processes."""
+        check, layout = f"all-reduce of {MEGABYTES} MiB", f"{self.processes} processes"
         log = self.folder / "bandwidth.log"
         code = Ranks(self.processes, log, __file__, "--bandwidth").wait()
-        return Row(what, where, last_line(log), code == 0)
+        return Row(check, layout, last_line(log), code == 0)
 
     def start(self, run: Path, layout: Layout) -> Ranks:
-        """Train."""
-        sets = {
+        """Start training in a layout."""
+        overrides = {
             "parallel.tensor": layout.tensor,
             "parallel.pipeline": layout.pipeline,
             "parallel.zero_stage": layout.zero_stage,
         }
-        words = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
+        options = [word for key, value in overrides.items() for word in ("--set", f"{key}={value}")]
         run.mkdir(exist_ok=True)
         script = str(ROOT / "hg_scale" / "train.py")
-        place = ("--config", str(self.config), "--run", str(run))
-        return Ranks(self.processes, run / "terminal.log", script, *place, *words)
+        options += ["--config", str(self.config), "--run", str(run)]
+        return Ranks(self.processes, run / "terminal.log", script, *options)
 
 
 class Ranks:
-    """`python WORDS` as the ranks of a world on this machine.
+    """`python ARGUMENTS` as the ranks of a world on this machine, which can be killed all at once.
 
-    Not by torchrun, whose death its ranks outlive: these can be killed all at once.
+    Not started by torchrun, since its ranks would survive it.
     """
 
-    def __init__(self, size: int, log: Path, *words: str) -> None:
+    def __init__(self, size: int, log: Path, *arguments: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self._late = time.monotonic() + PATIENCE
+        self._deadline = time.monotonic() + RUN_TIMEOUT
         world = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         with log.open("ab") as output:
             self._processes = [
                 subprocess.Popen(
-                    [sys.executable, *words], stdout=output, stderr=output,
-                    env=os.environ | world | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    [sys.executable, *arguments], stdout=output, stderr=output,
+                    env=os.environ | world | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 )
                 for rank in range(size)
             ]  # fmt: skip
 
     def running(self) -> bool:
-        """Whether none has ended, and it has not taken too long."""
-        late = time.monotonic() > self._late
-        return not late and all(process.poll() is None for process in self._processes)
+        """Whether no rank has ended and the timeout has not passed."""
+        in_time = time.monotonic() <= self._deadline
+        return in_time and all(process.poll() is None for process in self._processes)
 
     def wait(self) -> int:
-        """The highest exit code; what is left a while after the first end is killed."""
+        """Return the highest exit code; kill ranks that run a minute longer than the first."""
         while self.running():
             time.sleep(0.05)
-        until = time.monotonic() + 60
+        deadline = time.monotonic() + 60
         for process in self._processes:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, until - time.monotonic()))
+                process.wait(max(0.0, deadline - time.monotonic()))
         self.kill()
         return max(abs(process.returncode) for process in self._processes)
 
     def kill(self) -> None:
-        """All of them, at once."""
+        """Kill all ranks."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -233,19 +233,19 @@ class Ranks:
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
-    """The logged steps of a run so far."""
+    """Return the records of a run's logged steps so far."""
     file = run / "metrics.jsonl"
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
     return [record for record in map(json.loads, lines) if "loss" in record]
 
 
 def last_line(log: Path) -> str:
-    """What was said last."""
-    return (log.read_text(errors="replace").strip().splitlines() or ["nothing was said"])[-1]
+    """Return the last line of a log."""
+    return (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
 
 
 def measure_bandwidth() -> None:
-    """On every rank: the rate of an all-reduce, from the best of five."""
+    """Measure an all-reduce, the best of five; runs on every rank."""
     import torch
     import torch.distributed as dist
 
@@ -259,18 +259,18 @@ def measure_bandwidth() -> None:
         dist.barrier()
         start = time.perf_counter()
         dist.all_reduce(data)
-        float(data[0])  # the device has finished
+        float(data[0])  # wait for the device
         seconds.append(time.perf_counter() - start)
         data.fill_(1)
     size = dist.get_world_size()
     rate = data.numel() * 4 / min(seconds[1:]) / 1e9
     if dist.get_rank() == 0:
-        print(f"{rate:.3g} GB/s, {rate * 2 * (size - 1) / size:.3g} GB/s a link ({device.type})")
+        print(f"{rate:.3g} GB/s, {rate * 2 * (size - 1) / size:.3g} GB/s per link ({device.type})")
     dist.destroy_process_group()
 
 
 def machine() -> str:
-    """What the table is about."""
+    """Describe the machine that was tested."""
     import torch
 
     count = torch.cuda.device_count()
@@ -282,22 +282,22 @@ def machine() -> str:
 
 
 def main() -> int:
-    """Run all parts; 1 where one is not as it must be."""
+    """Run all checks; return 1 if one fails."""
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--processes", type=int, default=torch.cuda.device_count() or 2, metavar="N",
-        help="how many to train with (default: one a GPU, or 2)")  # fmt: skip
+        help="processes to train with (default: one per GPU, or 2)")  # fmt: skip
     add("--golden", type=Path, metavar="FOLDER", help="golden files, *.npz")
     add("--precision", choices=sorted(BOUNDS), default="bf16" if torch.cuda.is_available() else
-        "fp32", help="what to train in (default: bf16 on GPUs, fp32 on CPUs)")  # fmt: skip
+        "fp32", help="training precision (default: bf16 on GPUs, fp32 on CPUs)")  # fmt: skip
     add("--bandwidth", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bandwidth:
         measure_bandwidth()
         return 0
-    os.environ["PYTHONPATH"] = str(ROOT)  # for all that is started here
+    os.environ["PYTHONPATH"] = str(ROOT)  # for all subprocesses
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -307,20 +307,21 @@ def main() -> int:
         test.prepare()
         rows: list[Row] = []
 
-        def done(row: Row) -> None:
+        def add_row(row: Row) -> None:
             rows.append(row)
-            print(f"{'ok' if row.ok else 'FAILED':6}  {row.what}: {row.where}: {row.state}",
+            print(f"{'ok' if row.ok else 'FAILED':6}  {row.check}: {row.layout}: {row.result}",
                   flush=True)  # fmt: skip
 
         for row in test.golden(options.golden):
-            done(row)
+            add_row(row)
         for row in test.same_curves():
-            done(row)
-        done(test.kill_and_resume())
-        done(test.bandwidth())
-    print(f"\n{machine()}\n\n| what | where | state |\n| --- | --- | --- |")
+            add_row(row)
+        add_row(test.kill_and_resume())
+        add_row(test.bandwidth())
+    print(f"\n{machine()}\n\n| check | layout | result |\n| --- | --- | --- |")
     for row in rows:
-        print(f"| {row.what} | {row.where} | {row.state if row.ok else 'FAILED: ' + row.state} |")
+        result = row.result if row.ok else f"FAILED: {row.result}"
+        print(f"| {row.check} | {row.layout} | {result} |")
     return int(not all(row.ok for row in rows))
 
 

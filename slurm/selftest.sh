@@ -1,8 +1,9 @@
 #!/bin/bash
-# Ten minutes that show whether all is well on one node of GPUs: sbatch slurm/selftest.sh [OPTIONS]
+# Test a node of GPUs in ten minutes: sbatch slurm/selftest.sh [OPTIONS]
 #
-# Runs the golden files (--golden FOLDER), equality of layouts, a save, a kill, a resume in another
-# layout, and a bandwidth check, and prints a table for the README. OPTIONS: slurm/selftest.py --help.
+# Checks the golden files (--golden FOLDER), equal curves of all layouts, a kill and a resume in
+# another layout, and the bandwidth, and prints a table for the README. For OPTIONS see
+# slurm/selftest.py --help.
 #
 # Variables: those of slurm/site.sh.
 #SBATCH --job-name=hg-selftest
@@ -16,7 +17,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-# Slurm runs a spooled copy of this file; common.sh is beside the original, which the job names.
+# Slurm runs a spooled copy of this file; common.sh is next to the original, whose path the job has.
 here=$(dirname "$0")
 [[ -e $here/common.sh ]] || here=$(scontrol show job "$SLURM_JOB_ID" |
   sed -n '/^ *Command=/{s///;s|/[^/]*\.sh\( .*\)\{0,1\}$||;p;q}')

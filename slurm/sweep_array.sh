@@ -1,17 +1,17 @@
 #!/bin/bash
-# Train every line of a file of overrides, an array element each:
+# Train one run per line of a file of overrides, as elements of an array:
 #
 #   POINTS=sweep.txt CONFIG=configs/hg_1b.json sbatch --array=1-4%2 slurm/sweep_array.sh [ARGUMENTS]
 #
-# A line is KEY=VALUE words, quoted as in a shell: optimizer.learning_rate=3e-4 'model.hierarchy=6@1'.
-# Empty lines and those that begin with # do not count. A point's run folder is named after its line,
-# so lines may be added and moved. Submit again, and points that finished with the same ARGUMENTS are
-# skipped; others go on.
+# A line has KEY=VALUE words, quoted as in a shell: optimizer.learning_rate=3e-4 'model.hierarchy=6@1'.
+# Empty lines and those that begin with # do not count. The run folder of a point is named after its
+# line, so lines may be added and moved. When submitted again, points that finished with the same
+# ARGUMENTS are skipped and others resume.
 #
 # Variables, beside those of slurm/site.sh:
 #   POINTS  the file of overrides
 #   CONFIG  configuration (default: configs/hg_1b.json)
-#   SWEEP   folder of the run folders (default: runs/ and the name of POINTS)
+#   SWEEP   parent of the run folders (default: runs/ and the name of POINTS)
 #SBATCH --job-name=hg-sweep
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -25,7 +25,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A-%a.log
 
-# Slurm runs a spooled copy of this file; common.sh is beside the original, which the job names.
+# Slurm runs a spooled copy of this file; common.sh is next to the original, whose path the job has.
 here=$(dirname "$0")
 [[ -e $here/common.sh ]] || here=$(scontrol show job "$SLURM_JOB_ID" |
   sed -n '/^ *Command=/{s///;s|/[^/]*\.sh\( .*\)\{0,1\}$||;p;q}')
@@ -44,7 +44,7 @@ mapfile -t words <<<"$unquoted"
 
 export SWEEP=${SWEEP:-runs/$(basename "${POINTS%.*}")}
 name=$(tr -c 'A-Za-z0-9.=,@_\n-' _ <<<"${words[*]}")
-# Two lines must not share a folder, nor may its name be longer than file systems take.
+# Two lines must not share a folder, nor may its name be too long for a file system.
 [[ $name == "${words[*]// /_}" && ${#name} -le 120 ]] ||
   name=${name:0:100}-$(cksum <<<"${words[*]}" | cut -d ' ' -f 1)
 if [[ -e $SWEEP/$name/finished && $(<"$SWEEP/$name/finished") == "$*" ]]; then

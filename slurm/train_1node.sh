@@ -7,7 +7,7 @@
 #   CONFIG  configuration (default: configs/hg_1b.json)
 #   RUN     run folder (default: runs/ and the configuration's name)
 #
-# As slurm/train_64gpu.sh in everything else.
+# Otherwise like slurm/train_64gpu.sh.
 #SBATCH --job-name=hg-train
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -21,7 +21,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-# Slurm runs a spooled copy of this file; common.sh is beside the original, which the job names.
+# Slurm runs a spooled copy of this file; common.sh is next to the original, whose path the job has.
 here=$(dirname "$0")
 [[ -e $here/common.sh ]] || here=$(scontrol show job "$SLURM_JOB_ID" |
   sed -n '/^ *Command=/{s///;s|/[^/]*\.sh\( .*\)\{0,1\}$||;p;q}')

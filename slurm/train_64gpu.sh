@@ -5,10 +5,10 @@
 #
 # Variables, beside those of slurm/site.sh:
 #   CONFIG  configuration (default: configs/hg_1b.json)
-#   RUN     run folder, which all nodes see (default: runs/ and the configuration's name)
+#   RUN     run folder on a shared disk (default: runs/ and the configuration's name)
 #
-# Submitted again with the same run folder, it goes on from the last checkpoint. It is requeued where
-# that helps: docs/slurm.md. Options of sbatch override the lines below.
+# When submitted again with the same run folder, it resumes from the last checkpoint. It requeues
+# itself if that helps: docs/slurm.md. Options of sbatch override the lines below.
 #SBATCH --job-name=hg-train
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
@@ -22,7 +22,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-# Slurm runs a spooled copy of this file; common.sh is beside the original, which the job names.
+# Slurm runs a spooled copy of this file; common.sh is next to the original, whose path the job has.
 here=$(dirname "$0")
 [[ -e $here/common.sh ]] || here=$(scontrol show job "$SLURM_JOB_ID" |
   sed -n '/^ *Command=/{s///;s|/[^/]*\.sh\( .*\)\{0,1\}$||;p;q}')

@@ -2,9 +2,9 @@
 
     python tests/golden.py FILE [FILE ...] [--tensor-parallel 2]
 
-Prints the largest difference of the logits of each file and, where one is past the bound, the first
-activation that differs; a line, too, for what is no file of this format. Exits 1 when any file is
-past the bound or cannot be read.
+Prints a line for each file: the largest difference of the logits, and if it exceeds the bound the
+first activation that differs; or why the file cannot be read. Exits with 1 if any file exceeds the
+bound or cannot be read.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BOUND = 1e-5  # absolute, on logits in float32
 
 @dataclass(frozen=True)
 class Golden:
-    """What is in a file; weights under our names, ids (B, L) shifted already."""
+    """The contents of a file: weights under our names, ids (B, L) already shifted."""
 
     model: ModelConfig
     weights: dict[str, Float32Array]
@@ -55,7 +55,7 @@ class Golden:
 
 
 def read_golden(path: Path, tensor: int = 1) -> Golden:
-    """Read a file, for a model in `tensor` slices. Raises CheckpointError naming what is amiss."""
+    """Read a file for `tensor` ranks. Raises CheckpointError naming the invalid entry."""
     entries = read_golden_arrays(path, "config", "input/tokens_shifted", "output/logits")
     model = reference_config(str(entries["config"]), tensor)
     weights = strip_prefix(entries, "weight/")
@@ -72,26 +72,26 @@ def read_golden(path: Path, tensor: int = 1) -> Golden:
         expected = (*ids.shape, model.vocab_size)
         raise CheckpointError(f"output/logits: expected {expected}, got {describe_array(logits)}")
     ids = torch.from_numpy(ids.astype(np.int64))
-    ours = reference_weights(weights, model)
-    return Golden(model, ours, ids, logits, strip_prefix(entries, "act/"))
+    converted = reference_weights(weights, model)
+    return Golden(model, converted, ids, logits, strip_prefix(entries, "act/"))
 
 
 def load_model(golden: Golden, layers: PlainLayers | None = None) -> Hourglass:
-    """The model of a golden file with its weights (this rank's slices of them)."""
-    hourglass = Hourglass(golden.model, layers)
+    """Return the model of a golden file with its weights, or this rank's slices of them."""
+    hourglass = Hourglass(golden.model, layers, seed=None)
     parameters = dict(hourglass.named_parameters())
     assert parameters.keys() == golden.weights.keys()
     with torch.no_grad():
         for name, parameter in parameters.items():
-            whole = torch.from_numpy(np.ascontiguousarray(golden.weights[name], np.float32))
-            parameter.copy_(shard_of(parameter).take(whole))
+            weight = torch.from_numpy(np.ascontiguousarray(golden.weights[name], np.float32))
+            parameter.copy_(shard_of(parameter).slice_of(weight))
     return hourglass
 
 
 def differences(path: Path, layers: PlainLayers | None = None) -> tuple[float, str]:
-    """Largest difference of the logits, and the first activation that is off, in words.
+    """Return the largest difference of the logits, and a text on the activations.
 
-    Raises CheckpointError where the file is not of the format.
+    Raises CheckpointError if the file does not have the format.
     """
     golden = read_golden(path, layers.size if layers else 1)
     hourglass = load_model(golden, layers)
@@ -105,47 +105,47 @@ def differences(path: Path, layers: PlainLayers | None = None) -> tuple[float, s
             seen[_activation(plan.name)] = state.x
     logits = _gather(state.x, hourglass.parts)[..., : model.vocab_size]
     worst = _difference("output/logits", logits, golden.logits)
-    off = {
+    errors = {
         name: _difference(f"act/{name}", value, golden.activations[name])
         for name, value in seen.items()
         if name in golden.activations
     }
-    return worst, _first_off(off, failed=not worst <= BOUND)
+    return worst, _first_difference(errors, failed=not worst <= BOUND)
 
 
-def _difference(name: str, ours: torch.Tensor, theirs: Float32Array) -> float:
-    if ours.shape != theirs.shape or theirs.dtype.kind not in "fiu":
-        expected = f"numbers {tuple(ours.shape)}"
-        raise CheckpointError(f"{name}: expected {expected}, got {describe_array(theirs)}")
-    return float(np.abs(ours.numpy() - theirs).max())
+def _difference(name: str, computed: torch.Tensor, golden: Float32Array) -> float:
+    if computed.shape != golden.shape or golden.dtype.kind not in "fiu":
+        expected = f"numbers {tuple(computed.shape)}"
+        raise CheckpointError(f"{name}: expected {expected}, got {describe_array(golden)}")
+    return float(np.abs(computed.numpy() - golden).max())
 
 
-def _first_off(off: dict[str, float], failed: bool) -> str:
-    """The first activation that differs, in the order of the forward pass; "" where none does.
+def _first_difference(errors: dict[str, float], failed: bool) -> str:
+    """Name the first activation that differs, in the order of the forward pass; "" if none does.
 
-    Where the logits are right it counts from twice the bound: rounding moves an activation by more
-    than a logit.
+    If the logits are equal, activations may differ by twice the bound, since rounding changes them
+    more than logits.
     """
     bound = BOUND if failed else 2 * BOUND
-    for name, difference in off.items():
+    for name, difference in errors.items():
         if not difference <= bound:
-            return f"first activation off: {name} by {difference:.2e}"
+            return f"first activation that differs: {name} by {difference:.2e}"
     if failed:
-        return "no activation off" if off else "no activation in the file"
+        return "no activation differs" if errors else "no activation in the file"
     return ""
 
 
 def _upsampled(layer, state: Activations, context: Context, level: int) -> dict[str, torch.Tensor]:
-    """The output of an Upsample before its norm, which the golden files hold."""
-    caught = []
-    handle = layer.norm.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    """Return the output of an Upsample before its norm, as in the golden files."""
+    captured = []
+    handle = layer.norm.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
     layer(state, context)
     handle.remove()
-    return {f"level{level}/upsample": caught[0]}
+    return {f"level{level}/upsample": captured[0]}
 
 
 def _activation(name: str) -> str:
-    """The golden files' name of what a layer of ours returns."""
+    """Return the golden files' name for the output of a layer."""
     name = name.replace(".", "/")
     if name.endswith("/upsample"):
         return name.removesuffix("upsample") + "out"
@@ -161,7 +161,7 @@ def _gather(logits: torch.Tensor, layers: PlainLayers) -> torch.Tensor:
 
 
 def compare(paths: list[Path], layers: PlainLayers | None = None, report: bool = True) -> int:
-    """Print a line a file; the number of files past the bound, or not of the format."""
+    """Print a line for each file; return how many exceed the bound or lack the format."""
     failed = 0
     for path in paths:
         try:
@@ -170,7 +170,7 @@ def compare(paths: list[Path], layers: PlainLayers | None = None, report: bool =
             ok, line = False, str(error)
         else:
             ok = worst <= BOUND
-            verdict = "ok" if ok else f"PAST THE BOUND {BOUND:.0e}"
+            verdict = "ok" if ok else f"EXCEEDS THE BOUND {BOUND:.0e}"
             line = f"largest difference of the logits {worst:.2e}  {verdict}  {first}".rstrip()
         failed += not ok
         if report:

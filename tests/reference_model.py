@@ -1,9 +1,8 @@
-"""The reference model in numpy, and files made with it in the format of the golden ones.
+"""The reference model in numpy, and new files in the format of the golden ones.
 
-Written from the text of the golden files' README alone, in float64, and kept apart from our code:
-it imports none of it and shares neither names nor tricks with it. Attention is a plain sum over
-pairs. What the README leaves to the reader of a file (sizes, which weights there are) comes from
-asking for each weight by name and shape: from a file, or drawn at random.
+Implemented in float64 from the README of the golden files alone, independently of the package: it
+imports nothing of it and shares neither names nor tricks with it. Attention is a plain sum over
+pairs. Weights are requested by name and shape, from a file or drawn at random.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ NORM_EPS, MASK_VALUE = 1e-6, -1e9
 
 @dataclass(frozen=True)
 class Case:
-    """What a golden file's `config` says of the model and its input."""
+    """The model and the input that a golden file's `config` describes."""
 
     hierarchy: str
     pooling: str | None = "avg"
@@ -40,12 +39,12 @@ class Case:
 
     @classmethod
     def of(cls, config: str) -> Case:
-        """The case of a file."""
-        said = json.loads(config)
-        return cls(**{name: said[name] for name in cls.__dataclass_fields__})
+        """Read a `config` entry."""
+        keys = json.loads(config)
+        return cls(**{name: keys[name] for name in cls.__dataclass_fields__})
 
     def config(self, name: str) -> str:
-        """The `config` entry of a file."""
+        """Return the `config` entry of a file."""
         rest = {"dropout": 0.0, "mode": "eval", "norm_eps": NORM_EPS, "mask_value": MASK_VALUE}
         kind = {"activation": "gelu_tanh", "attention": "relative"}
         return json.dumps({"case": name} | asdict(self) | rest | kind)
@@ -60,8 +59,8 @@ class Case:
 # Weights
 
 
-def given(weights: Mapping[str, Any]) -> Weight:
-    """Weights of a file, whose names begin with `weight/`."""
+def stored_weights(weights: Mapping[str, Any]) -> Weight:
+    """Return the weights of a file, whose names start with `weight/`."""
 
     def weight(name: str, shape: tuple[int, ...]) -> Array:
         value = np.asarray(weights[f"weight/{name}"], np.float64)
@@ -71,12 +70,12 @@ def given(weights: Mapping[str, Any]) -> Weight:
     return weight
 
 
-def drawn(seed: int, kept: dict[str, NDArray[np.float32]]) -> Weight:
-    """Random multiples of 1/512, kept under their names; no norm scale is 1, no bias 0."""
+def random_weights(seed: int, weights: dict[str, NDArray[np.float32]]) -> Weight:
+    """Draw multiples of 1/512 and add them to `weights`; no norm scale is 1, no bias 0."""
     random = np.random.default_rng(seed)
 
     def weight(name: str, shape: tuple[int, ...]) -> Array:
-        if f"weight/{name}" not in kept:
+        if f"weight/{name}" not in weights:
             kind = name.rpartition("/")[2]
             sign = random.choice([-1.0, 1.0], shape)
             if kind in ("kernel", "table"):
@@ -85,8 +84,8 @@ def drawn(seed: int, kept: dict[str, NDArray[np.float32]]) -> Weight:
                 value = 1 + sign * random.uniform(0.1, 0.4, shape)
             else:  # a bias
                 value = sign * random.uniform(0.03, 0.25 if kind == "bias" else 0.6, shape)
-            kept[f"weight/{name}"] = (np.round(value * 512) / 512).astype(np.float32)
-        return kept[f"weight/{name}"].astype(np.float64)
+            weights[f"weight/{name}"] = (np.round(value * 512) / 512).astype(np.float32)
+        return weights[f"weight/{name}"].astype(np.float64)
 
     return weight
 
@@ -109,25 +108,25 @@ def distances(kind: str, n: int, m: int, k: int, p: int) -> tuple[NDArray[np.int
 
 
 class Reference:
-    """One forward pass; activations are kept under their names in the files."""
+    """One forward pass; `activations` collects them under their names in the files."""
 
     def __init__(self, case: Case, weight: Weight) -> None:
         self.case, self.weight, self.d = case, weight, case.d_model
         self.activations: dict[str, Array] = {}
 
     def run(self, shifted: NDArray[np.int32]) -> Array:
-        """Ids (B, L), shifted already -> logits (B, L, vocab)."""
+        """Return the logits (B, L, vocab) of ids (B, L) that are already shifted."""
         entries, vocab = self.case.entries, self.case.vocab
         x = self.weight("embed/table", (vocab, self.d))[shifted]
-        self.keep("embed", x)
-        x = self.keep("pre", self.stack("pre", x, entries[0][0], 1))
+        self.record("embed", x)
+        x = self.record("pre", self.stack("pre", x, entries[0][0], 1))
         if len(entries) > 1:
             levels = entries[1 : 1 + len(entries[1:-1]) // 2 + 1]
             x = self.level(0, levels, x, 1)
-            x = self.keep("post", self.stack("post", x, entries[-1][0], 1))
+            x = self.record("post", self.stack("post", x, entries[-1][0], 1))
         return self.dense("head", x, vocab)
 
-    def keep(self, name: str, x: Array) -> Array:
+    def record(self, name: str, x: Array) -> Array:
         self.activations[f"act/{name}"] = x
         return x
 
@@ -146,7 +145,7 @@ class Reference:
         return self.dense(f"{name}/ff2", hidden, self.d)
 
     def attention(self, name: str, kind: str, queries: Array, source: Array, k: int, p: int):  # type: ignore[no-untyped-def]
-        """Attention of `queries` (B, n, d) over `source` (B, m, d), pair by pair."""
+        """Attend from `queries` (B, n, d) to `source` (B, m, d), pair by pair."""
         heads, d_h = self.case.heads, self.d // self.case.heads
         n, m = queries.shape[1], source.shape[1]
         split = (heads, d_h)
@@ -176,20 +175,20 @@ class Reference:
         return self.norm(f"{name}/final_norm", x)
 
     def level(self, j: int, levels: list[tuple[int, int]], x: Array, p: int) -> Array:
-        """Level j, whose blocks and factor come first in `levels`, entered at factor p."""
+        """Run level j, the first (blocks, factor) in `levels`, entered at factor p."""
         (blocks, f), *inside = levels
-        k, here = f // p, f"level{j}"
+        k, name = f // p, f"level{j}"
         zeros = np.zeros((x.shape[0], k - 1, self.d))
         s = np.concatenate([zeros, x[:, : x.shape[1] - (k - 1)]], 1)
-        z = self.keep(f"{here}/shorten", self.shorten(f"{here}/shorten", s, k, p))
+        z = self.record(f"{name}/shorten", self.shorten(f"{name}/shorten", s, k, p))
         if inside:
-            z = self.keep(f"{here}/pre", self.stack(f"{here}/pre", z, blocks, f))
+            z = self.record(f"{name}/pre", self.stack(f"{name}/pre", z, blocks, f))
             z = self.level(j + 1, inside, z, f)
-            z = self.keep(f"{here}/post", self.stack(f"{here}/post", z, blocks, f))
+            z = self.record(f"{name}/post", self.stack(f"{name}/post", z, blocks, f))
         else:
-            z = self.keep(f"{here}/stack", self.stack(f"{here}/stack", z, blocks, f))
-        y = self.keep(f"{here}/upsample", self.upsample(f"{here}/upsample", z, x, k))
-        return self.keep(f"{here}/out", x + self.norm(f"{here}/upsample_norm", y))
+            z = self.record(f"{name}/stack", self.stack(f"{name}/stack", z, blocks, f))
+        y = self.record(f"{name}/upsample", self.upsample(f"{name}/upsample", z, x, k))
+        return self.record(f"{name}/out", x + self.norm(f"{name}/upsample_norm", y))
 
     def shorten(self, name: str, s: Array, k: int, p: int) -> Array:
         attention, _, kind = str(self.case.pooling).rpartition("+")
@@ -231,13 +230,13 @@ class Reference:
 
 
 def make_file(path: Path, case: Case, seed: int = 1) -> Path:
-    """A file in the golden format: random weights and ids, and what the model makes of them."""
+    """Write a file in the golden format: random weights and ids, and the model's outputs."""
     weights: dict[str, NDArray[np.float32]] = {}
     tokens = np.random.default_rng(seed).integers(0, case.vocab, (case.batch, case.length))
     tokens = tokens.astype(np.int32)
     tokens[:, 1:2] = 0  # an ordinary id
     shifted = np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
-    reference = Reference(case, drawn(seed, weights))
+    reference = Reference(case, random_weights(seed, weights))
     logits = reference.run(shifted).astype(np.float32)
     activations = {name: x.astype(np.float32) for name, x in reference.activations.items()}
     inputs = {"input/tokens": tokens, "input/tokens_shifted": shifted, "output/logits": logits}

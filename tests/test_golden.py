@@ -1,7 +1,7 @@
-"""The reference implementation's numbers, whole and in tensor-parallel slices.
+"""The model equals the reference implementation, unsharded and in tensor-parallel slices.
 
-The golden files themselves where they are at hand, and always new ones of their format, made by a
-second, independent reading of its text (`reference_model.py`).
+Uses the published golden files if they are available, and always new ones in their format, made by
+a second implementation of their specification (`reference_model.py`).
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ import pytest
 from hg_scale.checkpoint.errors import CheckpointError
 from tests import golden
 from tests.golden import BOUND, differences
-from tests.reference_model import Case, Reference, given, make_file
+from tests.reference_model import Case, Reference, make_file, stored_weights
 from tests.shared import ROOT, SHARED, shared
 from tests.world import Worlds
 
-ATTEND, SPREAD = "attention+avg", "attention+repeat"
+ATTEND, REPEAT = "attention+avg", "attention+repeat"
 CASES = {
     "flat": Case("3@1", None, None, length=19, vocab=33, batch=3),
-    "one position": Case("1@1 1@1 1@1", ATTEND, SPREAD, length=1, batch=1),
-    "three levels": Case("1@1 1@2 2@4 1@12 2@4 1@2 1@1", ATTEND, SPREAD),
+    "one position": Case("1@1 1@1 1@1", ATTEND, REPEAT, length=1, batch=1),
+    "three levels": Case("1@1 1@2 2@4 1@12 2@4 1@2 1@1", ATTEND, REPEAT),
     "three levels, linear": Case("1@1 1@2 1@4 1@8 1@4 1@2 1@1", "linear", "linear", length=32),
     "three levels, attention": Case(
         "1@1 1@2 1@4 1@8 1@4 1@2 1@1", "attention+linear", "attention+linear", length=16
     ),
-    "unequal ends": Case("3@1 2@3 1@1", ATTEND, SPREAD),
-    "empty stacks": Case("0@1 0@2 1@4 0@2 2@1", ATTEND, SPREAD),
-    "no block at all": Case("0@1 0@2 0@1", ATTEND, SPREAD),
+    "unequal ends": Case("3@1 2@3 1@1", ATTEND, REPEAT),
+    "empty stacks": Case("0@1 0@2 1@4 0@2 2@1", ATTEND, REPEAT),
+    "no block at all": Case("0@1 0@2 0@1", ATTEND, REPEAT),
     "attention+linear down": Case("1@1 1@3 1@1", "attention+linear", "repeat"),
     "attention+linear up": Case("1@1 1@3 1@1", "avg", "attention+linear"),
     "attention+none": Case("1@1 1@2 1@6 1@2 1@1", ATTEND, "attention+none"),
     "linear to attention+none": Case("1@1 1@4 1@1", "linear", "attention+none"),
     "linear to repeat": Case("1@1 1@2 1@4 1@2 1@1", "linear", "repeat"),
     "average to linear": Case("1@1 1@2 1@4 1@2 1@1", "avg", "linear"),
-    "k = 1": Case("1@1 1@1 1@1", ATTEND, SPREAD, length=17),
-    "k = 1 inside": Case("1@1 1@2 1@2 1@2 1@1", ATTEND, SPREAD),
+    "k = 1": Case("1@1 1@1 1@1", ATTEND, REPEAT, length=17),
+    "k = 1 inside": Case("1@1 1@2 1@2 1@2 1@1", ATTEND, REPEAT),
     "k = 1 above": Case("1@1 1@1 1@3 1@1 1@1", "attention+linear", "attention+linear"),
-    "one head": Case("1@1 1@4 1@1", ATTEND, SPREAD, heads=1),
-    "two heads, odd vocabulary": Case("1@1 1@4 1@1", ATTEND, SPREAD, heads=2, vocab=97),
+    "one head": Case("1@1 1@4 1@1", ATTEND, REPEAT, heads=1),
+    "two heads, odd vocabulary": Case("1@1 1@4 1@1", ATTEND, REPEAT, heads=2, vocab=97),
     "eight heads, wider": Case(
-        "1@1 2@4 1@1", ATTEND, SPREAD, heads=8, d_model=64, d_ff=96, vocab=257, length=48
+        "1@1 2@4 1@1", ATTEND, REPEAT, heads=8, d_model=64, d_ff=96, vocab=257, length=48
     ),
 }
-"""Lengths are multiples of the deepest factor: the format knows no others."""
-SLICED = [name for name, case in CASES.items() if case.heads % 2 == 0]
+"""Lengths are multiples of the total factor: the format has no others."""
+SHARDABLE = [name for name, case in CASES.items() if case.heads % 2 == 0]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A file of each case."""
+    """Make a file of each case."""
     folder = tmp_path_factory.mktemp("golden")
     return {
         name: make_file(folder / f"{number}.npz", case, seed=number)
@@ -68,13 +68,13 @@ def assert_within(worst: float, first: str) -> None:
     assert worst <= BOUND and not first, f"{worst:.2e} {first}"
 
 
-def test_the_second_reading_equals_the_given_files() -> None:
-    """From their weights, every logit and activation: what it makes is worth comparing with."""
+def test_second_implementation_equals_the_published_files() -> None:
+    """It computes every logit and activation from their weights, so its new files are valid."""
     files = sorted(shared("golden").glob("*.npz"))
     assert len(files) >= 5
     for path in files:
         file = np.load(path, allow_pickle=False)
-        reference = Reference(Case.of(str(file["config"])), given(file))
+        reference = Reference(Case.of(str(file["config"])), stored_weights(file))
         computed = {"output/logits": reference.run(file["input/tokens_shifted"])}
         computed |= reference.activations
         assert computed.keys() == {k for k in file.files if k.startswith(("act/", "output/"))}
@@ -82,7 +82,7 @@ def test_the_second_reading_equals_the_given_files() -> None:
             np.testing.assert_allclose(value, file[name], rtol=0, atol=BOUND, err_msg=name)
 
 
-def test_the_given_files() -> None:
+def test_published_files() -> None:
     for file in sorted(shared("golden").glob("*.npz")):
         assert_within(*differences(file))
 
@@ -92,8 +92,8 @@ def test_new_files(made: dict[str, Path], name: str) -> None:
     assert_within(*differences(made[name]))
 
 
-def in_slices(paths: list[Path], bad: list[Path]) -> tuple[list[tuple[float, str]], int]:
-    """The differences of files in slices over this world, and how many of the bad ones fail."""
+def compare_sharded(paths: list[Path], bad: list[Path]) -> tuple[list[tuple[float, str]], int]:
+    """Return the differences of files, sharded over this world, and how many bad ones fail."""
     import torch.distributed as dist
 
     from hg_scale.parallel import megatron
@@ -106,24 +106,24 @@ def in_slices(paths: list[Path], bad: list[Path]) -> tuple[list[tuple[float, str
 def test_new_files_in_tensor_parallel_slices(
     worlds: Worlds, made: dict[str, Path], tmp_path: Path
 ) -> None:
-    """And no rank waits for another where a file is off, cannot be sliced, or is not there."""
+    """And no rank hangs if a file differs, cannot be sharded, or is missing."""
     off = changed(made["flat"], tmp_path, nudge("head/bias"))
     bad = [off, made["one head"], tmp_path / "missing"]
-    for results, failed in worlds.run(2, in_slices, [made[name] for name in SLICED], bad):
+    for results, failed in worlds.run(2, compare_sharded, [made[name] for name in SHARDABLE], bad):
         for result in results:
             assert_within(*result)
         assert failed == len(bad)
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *files: Path, tensor: int = 1) -> int:
-    """The command in this process; its exit code."""
+    """Run the command in this process; return its exit code."""
     arguments = ["golden.py", *map(str, files), "--tensor-parallel", str(tensor)]
     monkeypatch.setattr(sys, "argv", arguments)
     return golden.main()
 
 
 def changed(path: Path, folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    """A copy of a file with its entries changed."""
+    """Copy a file with changed entries."""
     with np.load(path) as file:
         entries: dict[str, Any] = dict(file)
     change(entries)
@@ -133,7 +133,7 @@ def changed(path: Path, folder: Path, change: Callable[[dict[str, Any]], Any]) -
 
 
 def nudge(name: str) -> Callable[[dict[str, Any]], None]:
-    """A change of one weight, by 1/64 up and down."""
+    """Return a change of one weight, by 1/64 up and down."""
 
     def change(entries: dict[str, Any]) -> None:
         value = entries[f"weight/{name}"]
@@ -144,7 +144,7 @@ def nudge(name: str) -> Callable[[dict[str, Any]], None]:
 
 
 def set_config(**keys: Any) -> Callable[[dict[str, Any]], None]:
-    """A change of the `config` entry; None removes a key."""
+    """Return a change of the `config` entry; None removes a key."""
 
     def change(entries: dict[str, Any]) -> None:
         config = {**json.loads(str(entries["config"])), **keys}
@@ -154,13 +154,13 @@ def set_config(**keys: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def test_the_command_names_the_first_activation_that_differs(
+def test_command_names_the_first_activation_that_differs(
     made: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Whatever weight is changed, and however deep it lies."""
+    """For a change of a weight at any level."""
     good = made["three levels"]
     expected = {
         "embed/table": "embed",
@@ -177,8 +177,11 @@ def test_the_command_names_the_first_activation_that_differs(
     first, *lines, logits, last = capsys.readouterr().out.splitlines()
     assert first.endswith("  ok") and last == first
     for line, name in zip(lines, expected.values(), strict=True):
-        assert "PAST THE BOUND 1e-05" in line and f"first activation off: {name} by" in line
-    assert logits.endswith("PAST THE BOUND 1e-05  no activation off")
+        assert (
+            "EXCEEDS THE BOUND 1e-05" in line
+            and f"first activation that differs: {name} by" in line
+        )
+    assert logits.endswith("EXCEEDS THE BOUND 1e-05  no activation differs")
     assert command(monkeypatch, good, made["k = 1"]) == 0
 
 
@@ -216,7 +219,7 @@ def put(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
         (put("act/post", [1.0]), r"act/post: expected numbers \(2, 24, 32\), got float64 \(1,\)"),
     ],
 )
-def test_what_is_amiss_in_a_file_is_named(
+def test_error_names_the_invalid_entry(
     made: dict[str, Path], tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
     path = changed(made["attention+linear up"], tmp_path, change)
@@ -225,7 +228,7 @@ def test_what_is_amiss_in_a_file_is_named(
     assert "\n" not in str(caught.value)
 
 
-def test_no_golden_file_at_all_is_one_line(
+def test_other_files_are_reported_in_one_line(
     made: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -252,9 +255,9 @@ def test_no_golden_file_at_all_is_one_line(
         golden.read_golden(one_head, tensor=2)
 
 
-def test_the_command_under_tensor_parallelism(made: dict[str, Path]) -> None:
-    given_files = sorted((SHARED / "golden").glob("*.npz"))
-    files = [str(made["three levels"]), *map(str, given_files)]
+def test_command_under_tensor_parallelism(made: dict[str, Path]) -> None:
+    published = sorted((SHARED / "golden").glob("*.npz"))
+    files = [str(made["three levels"]), *map(str, published)]
     command = [sys.executable, "tests/golden.py", *files, "--tensor-parallel", "2"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr

@@ -82,7 +82,7 @@ def test_dry_run_uses_the_layout_of_training(config: Path) -> None:
     overrides = [word for key in sets for word in ("--set", key)]
     done = train("--config", str(config), "--dry-run", "--world-size", "3", *overrides)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("parallel.elastic: going on with 3 of 3 processes: --set ")
+    assert done.stdout.startswith("parallel.elastic: continuing with 3 of 3 processes: --set ")
     assert "layout: 3 processes = tensor 1 x pipeline " in done.stdout
     done = train("--config", str(config), "--dry-run", "--world-size", "3", *overrides[:-2])
     assert done.returncode == 2

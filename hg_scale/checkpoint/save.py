@@ -109,7 +109,10 @@ def write_checkpoint(
 
 
 def _run_on_all_ranks(work: Callable[[], _T], what: str, group: Group) -> _T:
-    """Run `work` on each rank; if it fails on any, raise CheckpointError naming it on all."""
+    """Run `work` on each rank; if it fails on any, raise CheckpointError naming it on all.
+
+    Unlike `training.agreement` it gathers the messages, over the group of the writing threads.
+    """
     result, error_line = None, None
     try:
         result = work()

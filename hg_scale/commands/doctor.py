@@ -1,11 +1,11 @@
-"""Say whether this machine is fit to train."""
+"""`hg-scale doctor`: check this machine before training."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-HELP = "look at this machine: versions, driver, network, limits, disk; each line ok, or what to do"
+HELP = "check this machine: versions, driver, network, limits, disk; with remedies"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """1 where something is wrong."""
+    """Print all findings; return 1 if one is wrong."""
     from rich.console import Console
     from rich.text import Text
 

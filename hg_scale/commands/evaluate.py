@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hg_scale.arguments import add_model_options
-from hg_scale.commands.memory import told_in_a_line
-from hg_scale.commands.writable import refuse_unwritable
+from hg_scale.commands.user_errors import refuse_unwritable, report_out_of_memory
 from hg_scale.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hg_scale.data.protocol import WindowProtocol
+    from hg_scale.data.protocol import SlidingWindows
     from hg_scale.evaluation.scoring import Score
     from hg_scale.evaluation.task import EvaluationSetup
 
@@ -50,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="also write the results to this file")
 
 
-@told_in_a_line()
+@report_out_of_memory()
 def run(options: argparse.Namespace) -> int:
     _check(options)
     models = _complete_checkpoints(options.model) if options.all else [options.model]
@@ -152,7 +151,7 @@ def results_dict(setup: EvaluationSetup, score: Score, precision: str) -> dict[s
     return results
 
 
-def position_edges(protocol: WindowProtocol) -> list[int]:
+def position_edges(protocol: SlidingWindows) -> list[int]:
     """Return the edges of the position ranges shown: 0, 1, 2, 4, 8, ... up to the window length.
 
     With sliding windows the last `stride` positions are a range of their own: positions before

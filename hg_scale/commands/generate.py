@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hg_scale.arguments import add_model_options
-from hg_scale.commands.memory import told_in_a_line
-from hg_scale.commands.writable import refuse_unwritable
+from hg_scale.commands.user_errors import refuse_unwritable, report_out_of_memory
 from hg_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--data", metavar="SHARDS", help="prepared corpus (default: the run's)")
 
 
-@told_in_a_line()
+@report_out_of_memory()
 def run(options: argparse.Namespace) -> int:
     _check(options)
 

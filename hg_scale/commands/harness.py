@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 
 from hg_scale.arguments import add_model_options
-from hg_scale.commands.memory import told_in_a_line
-from hg_scale.commands.writable import refuse_unwritable
+from hg_scale.commands.user_errors import refuse_unwritable, report_out_of_memory
 from hg_scale.errors import UserError
 
 HELP = "run tasks of lm-eval on a run, a checkpoint or an export"
@@ -27,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="also write the results to this file")
 
 
-@told_in_a_line()
+@report_out_of_memory()
 def run(options: argparse.Namespace) -> int:
     names = _parse_tasks(options)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hg_scale.commands.writable import refuse_unwritable
+from hg_scale.commands.user_errors import refuse_unwritable
 from hg_scale.errors import UserError
 
 HELP = "write an HTML report of a run, or a comparison of several"

@@ -1,27 +1,27 @@
-"""Say how a run is doing."""
+"""`hg-scale status RUN`: show the state of a run from its folder."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-HELP = "how a run is doing: alive or not, step, loss, speed, checkpoint, restarts, last errors"
+HELP = "show the state of a run: alive or not, step, loss, speed, checkpoint, restarts, errors"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--errors", type=int, default=5, metavar="N",
-                        help="how many lines of the log to show (default: 5)")  # fmt: skip
+                        help="error lines to show at most (default: 5)")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from hg_scale.training.monitoring.status import status_of
+    from hg_scale.training.monitoring.status import read_status
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
     for number, folder in enumerate(options.runs):
-        status = status_of(folder, last_errors=options.errors)
+        status = read_status(folder, last_errors=options.errors)
         if number:
             console.print()
         console.print(str(folder), style="bold")

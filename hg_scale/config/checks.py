@@ -1,21 +1,20 @@
-"""Checks that involve more than one key. Each problem says which values would do."""
+"""Checks that involve more than one key. Each message names values that are valid."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from math import lcm
 
-from hg_scale.config.arithmetic import divisors, near_multiples, nearest
+from hg_scale.config.arithmetic import divisors, nearest, nearest_multiples
+from hg_scale.config.constants import SWIGLU_CHUNKS
 from hg_scale.config.deepspeed import deepspeed_problems
 from hg_scale.config.errors import Problem
-from hg_scale.config.model_checks import model_problems, whole_lists
+from hg_scale.config.model_checks import lists_match_levels, model_problems
 from hg_scale.config.schema import Config
-
-SWIGLU_CHUNKS = 64  # gate and up rows alternate in this many chunks, so tensor slices are whole
 
 
 def cross_checks(config: Config, world_size: int | None = None) -> list[Problem]:
-    """All faults of combinations; `world_size` is checked where it is known."""
+    """Return all problems of key combinations; `world_size`: None skips the checks against it."""
     return [
         *model_problems(config),
         *_tensor_parallel(config),
@@ -24,6 +23,8 @@ def cross_checks(config: Config, world_size: int | None = None) -> list[Problem]
         *_data(config),
         *_checkpoint(config),
         *_schedule(config),
+        *_schedule_kind(config),
+        *_optimizer(config),
         *deepspeed_problems(config),
     ]
 
@@ -33,14 +34,14 @@ def _tensor_parallel(config: Config) -> Iterator[Problem]:
     if size == 1:
         return
     for path in ("model.d_ff", "model.d_model"):
-        if not whole_lists(config, path):
+        if not lists_match_levels(config, path):
             continue
         for level, value in enumerate(model.by_level(path.removeprefix("model."))):
             if value % size:
                 yield Problem(
                     path,
                     f"must be a multiple of parallel.tensor {size} at every level, got {value} at "
-                    f"level {level}; nearest: {near_multiples(value, size)}",
+                    f"level {level}; nearest: {nearest_multiples(value, size)}",
                     getattr(model, path.removeprefix("model.")),
                     ("parallel.tensor",),
                 )
@@ -48,7 +49,7 @@ def _tensor_parallel(config: Config) -> Iterator[Problem]:
         sizes = ", ".join(map(str, divisors(SWIGLU_CHUNKS)))
         yield Problem(
             "parallel.tensor",
-            f"gate and up of swiglu can be cut for {sizes} only; use one of them, or gelu",
+            f"swiglu can be sharded over {sizes} ranks only; use one of these, or gelu",
             size,
             ("model.activation",),
         )
@@ -64,18 +65,18 @@ def _tensor_parallel(config: Config) -> Iterator[Problem]:
 
 def _batches(config: Config, world_size: int | None) -> Iterator[Problem]:
     training, parallel = config.training, config.parallel
-    fit = parallel.tensor * parallel.pipeline
-    ranks = world_size // fit if world_size and world_size % fit == 0 else 1
+    model_parallel = parallel.tensor * parallel.pipeline
+    divides = world_size and world_size % model_parallel == 0
+    ranks = world_size // model_parallel if world_size and divides else 1
     batch, micro = training.global_batch_size, training.micro_batch_size
-    others = ("training.micro_batch_size", "parallel.tensor", "parallel.pipeline")
     if batch % (micro * ranks) == 0:
         return
     spread = f" x {ranks} data-parallel ranks" if ranks > 1 else ""
-    each = batch // ranks if batch % ranks == 0 else 0  # rows a rank
-    legal = nearest(divisors(each), micro, 6)
-    remedy = f"nearest global batches: {near_multiples(batch, micro * ranks)}"
-    if legal:
-        remedy += f"; legal micro batches for {batch}: {', '.join(map(str, legal))}"
+    per_rank = batch // ranks if batch % ranks == 0 else 0
+    valid = nearest(divisors(per_rank), micro, 6)
+    remedy = f"nearest global batches: {nearest_multiples(batch, micro * ranks)}"
+    if valid:
+        remedy += f"; valid micro-batches for {batch}: {', '.join(map(str, valid))}"
     if ranks > 1 and batch % micro == 0:
         sizes = nearest(divisors(batch // micro), ranks, 12)
         remedy += f"; data-parallel sizes that fit: {', '.join(map(str, sizes))}"
@@ -83,7 +84,7 @@ def _batches(config: Config, world_size: int | None) -> Iterator[Problem]:
         "training.global_batch_size",
         f"must be a multiple of micro_batch_size {micro}{spread} = {micro * ranks}; {remedy}",
         batch,
-        others,
+        ("training.micro_batch_size", "parallel.tensor", "parallel.pipeline"),
     )
 
 
@@ -93,16 +94,16 @@ def _parallel(config: Config, world_size: int | None) -> Iterator[Problem]:
     if stages > 1 and parallel.zero_stage >= 2:
         yield Problem(
             "parallel.zero_stage",
-            "a pipeline keeps whole gradients while micro-batches are in flight, and ZeRO 2 and 3 "
-            "would scatter them after each one (DeepSpeed refuses it); use 1, or pipeline = 1",
+            "a pipeline accumulates unsharded gradients over its micro-batches, and ZeRO 2 and 3 "
+            "shard them after each one (DeepSpeed refuses it); use 1, or pipeline = 1",
             parallel.zero_stage,
             ("parallel.pipeline",),
         )
     if training.precision == "bf16" and parallel.zero_stage == 0:
         yield Problem(
             "parallel.zero_stage",
-            "bf16 needs stage 1 or more: with 0 DeepSpeed runs other optimizers, one with a wrong "
-            "Adam step; stage 1 on one rank is the same",
+            "bf16 needs stage 1 or more: with 0 DeepSpeed uses other optimizers, one with a wrong "
+            "Adam step; stage 1 on one rank is equivalent",
             0,
             ("training.precision",),
         )
@@ -114,13 +115,13 @@ def _parallel(config: Config, world_size: int | None) -> Iterator[Problem]:
             stages,
             ("model.hierarchy",),
         )
-    fit = parallel.tensor * stages
-    if world_size and world_size % fit:
-        near = near_multiples(world_size, fit)
+    model_parallel = parallel.tensor * stages
+    if world_size and world_size % model_parallel:
+        near = nearest_multiples(world_size, model_parallel)
         yield Problem(
             "parallel.tensor",
             f"{world_size} processes cannot be split into tensor {parallel.tensor} x pipeline "
-            f"{stages} x data; start a multiple of {fit}, such as {near}",
+            f"{stages} x data; start a multiple of {model_parallel}, such as {near}",
             parallel.tensor,
             ("parallel.pipeline",),
         )
@@ -129,12 +130,12 @@ def _parallel(config: Config, world_size: int | None) -> Iterator[Problem]:
 def _data(config: Config) -> Iterator[Problem]:
     data = config.data
     if data.path is not None and data.sources is not None:
-        yield Problem("data.path", "is set beside data.sources; keep one of the two", data.path)
+        yield Problem("data.path", "is set besides data.sources; remove one of the two", data.path)
     labels = [source.label for source in data.sources or []]
     for label in dict.fromkeys(label for label in labels if labels.count(label) > 1):
         yield Problem(
             "data.sources",
-            f"{labels.count(label)} sources are called {label!r}; give each a `name` of its own",
+            f"{labels.count(label)} sources have the name {label!r}; set a unique `name` for each",
         )
 
 
@@ -143,7 +144,7 @@ def _checkpoint(config: Config) -> Iterator[Problem]:
     if checkpoint.keep_every and not checkpoint.keep_last:
         yield Problem(
             "checkpoint.keep_every",
-            "names exceptions from checkpoint.keep_last, which is 0 and keeps all; set both",
+            "adds to checkpoint.keep_last, which is 0 and keeps all; set both",
             checkpoint.keep_every,
             ("checkpoint.keep_last",),
         )
@@ -151,7 +152,7 @@ def _checkpoint(config: Config) -> Iterator[Problem]:
         yield Problem(
             "checkpoint.keep_every",
             f"must be a multiple of checkpoint.every {checkpoint.every}, or few checkpoints fall "
-            f"on it; nearest: {near_multiples(checkpoint.keep_every, checkpoint.every)}",
+            f"on it; nearest: {nearest_multiples(checkpoint.keep_every, checkpoint.every)}",
             checkpoint.keep_every,
             ("checkpoint.every",),
         )
@@ -174,10 +175,24 @@ def _schedule(config: Config) -> Iterator[Problem]:
             schedule.decay_steps,
             ("training.steps", "schedule.warmup_steps"),
         )
+    if schedule.kind == "wsd" and schedule.decay_steps == 0:
+        room, tenth = steps - schedule.warmup_steps, max(1, steps // 10)
+        decay = min(tenth, room) if room > 0 else tenth
+        yield Problem(
+            "schedule.decay_steps",
+            f"warm-up, stable, decay needs a decay, such as {decay}",
+            0,
+            ("schedule.kind", "training.steps", "schedule.warmup_steps"),
+        )
+
+
+def _schedule_kind(config: Config) -> Iterator[Problem]:
+    """Check for keys that another kind of schedule uses."""
+    schedule = config.schedule
     if schedule.kind == "cosine" and schedule.decay_steps:
         yield Problem(
             "schedule.decay_steps",
-            "a cosine falls from the warm-up to the end; use 0, or kind wsd or rsqrt",
+            "a cosine decays from the warm-up to the end; use 0, or kind wsd or rsqrt",
             schedule.decay_steps,
             ("schedule.kind",),
         )
@@ -195,20 +210,14 @@ def _schedule(config: Config) -> Iterator[Problem]:
             schedule.decay_shape,
             ("schedule.kind",),
         )
-    if schedule.kind == "wsd" and schedule.decay_steps == 0:
-        room, tenth = steps - schedule.warmup_steps, max(1, steps // 10)
-        decay = min(tenth, room) if room > 0 else tenth
-        yield Problem(
-            "schedule.decay_steps",
-            f"warm-up, stable, decay needs a decay, such as {decay}",
-            0,
-            ("schedule.kind", "training.steps", "schedule.warmup_steps"),
-        )
+
+
+def _optimizer(config: Config) -> Iterator[Problem]:
     optimizer = config.optimizer
     if optimizer.name == "adam" and optimizer.weight_decay:
         yield Problem(
             "optimizer.weight_decay",
-            "adam has none here; use 0, or adamw for decoupled decay",
+            "adam has no weight decay here; use 0, or adamw for decoupled decay",
             optimizer.weight_decay,
             ("optimizer.name",),
         )

@@ -1,4 +1,4 @@
-"""`docs/config.md` and the JSON Schema, from the schema: `python -m hg_scale.config.docs`."""
+"""Write `docs/config.md` and the JSON Schema for editors: `python -m hg_scale.config.docs`."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from hg_scale.config.load import section_models
+from hg_scale.config.resampling_kind import POOLING_SHORTHAND, UPSAMPLING_SHORTHAND
 from hg_scale.config.schema import SCHEMA_VERSION, Config
 
 DOCS = Path(__file__).parents[2] / "docs"
 _NAMES = {
-    int: "whole number",
+    int: "integer",
     float: "number",
-    str: "text",
-    bool: "true or false",
+    str: "string",
+    bool: "boolean",
     NoneType: "null",
 }
 
 HEADER = f"""# Configuration
 
 Every key of `configs/*.json`, schema version {SCHEMA_VERSION}. This page is generated from \
-`hg_scale/config/schema.py` by `make docs`.
+`hg_scale/config/` by `make docs`.
 
-- `"extends": "other.json"` lays a file over another one, relative to itself, key by key.
+- `"extends": "other.json"` merges a file over another one, key by key; the path is relative to it.
 - `"notes"` is free text; `"$schema"` may name `docs/config.schema.json` for editors.
-- `--set section.key=value` overrides any key; the value is JSON, or else text.
-- *By level*: one value, or a list with one value a level, full length first.
-- Unknown keys are refused, and all faults are listed at once.
+- `--set section.key=value` overrides any key; the value is JSON, or else a string.
+- *By level*: one value, or a list with one value per level, full length first.
+- Unknown keys are errors, and all errors are listed at once.
 """
 
 
 def markdown() -> str:
-    """The page: a table for each section."""
+    """Return `docs/config.md`: a table for each section."""
     parts = [HEADER]
     for name, model in section_models().items():
         summary = (model.__doc__ or "").split("\n")[0]
@@ -47,8 +48,8 @@ def markdown() -> str:
         for key, field in model.model_fields.items():
             parts[-1] += "\n" + _row(f"{name}.{field.alias or key}", field)
             listed = "[]" if get_args(field.annotation) else ""  # an object, or a list of them
-            for inner, of in _entries(field.annotation).items():
-                parts[-1] += "\n" + _row(f"{name}.{key}{listed}.{inner}", of)
+            for inner, entry in _entries(field.annotation).items():
+                parts[-1] += "\n" + _row(f"{name}.{key}{listed}.{inner}", entry)
         parts[-1] += "\n"
     rest = [_row(k, f) for k, f in Config.model_fields.items() if k not in section_models()]
     head = "## Outside the sections\n\n| key | type | default | meaning |\n| - | - | - | - |\n"
@@ -57,10 +58,10 @@ def markdown() -> str:
 
 
 def _entries(annotation: Any) -> dict[str, FieldInfo]:
-    """The keys of an object, or of those in a list; of other types, none."""
+    """Return the keys of an object, or of the objects in a list; {} for other types."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation.model_fields
-    return {key: of for inner in get_args(annotation) for key, of in _entries(inner).items()}
+    return {key: entry for inner in get_args(annotation) for key, entry in _entries(inner).items()}
 
 
 def _row(path: str, field: FieldInfo) -> str:
@@ -74,7 +75,7 @@ def _row(path: str, field: FieldInfo) -> str:
 
 
 def _kinds(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> list[str]:
-    """A type in words, its limits included."""
+    """Return readable names of a type and its limits, one per choice of a union."""
     origin = get_origin(annotation)
     if origin is Annotated:
         inner, *extra = get_args(annotation)
@@ -103,24 +104,28 @@ def _limits(metadata: list[Any] | tuple[Any, ...]) -> str:
     if "ge" in found and "le" in found:
         found = {"from": f"{found.pop('ge')} to {found.pop('le')}"} | found
     signs = dict(zip(names, (">=", ">", "<=", "<", "a multiple of"), strict=True))
-    words = (f"{signs.get(name, name)} {value}" for name, value in found.items())
-    return f" {', '.join(words)}" if found else ""
+    terms = (f"{signs.get(name, name)} {value}" for name, value in found.items())
+    return f" {', '.join(terms)}" if found else ""
 
 
 def json_schema() -> str:
-    """The JSON Schema for editors, with the keys that only files have."""
+    """Return the JSON Schema for editors, with the keys that only files have."""
     schema = Config.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "hg_scale configuration"
     text = {"type": "string"}
-    schema["properties"]["extends"] = text | {"description": "The file that this one lies over."}
-    schema["properties"]["$schema"] = text | {"description": "For editors."}
-    for key in ("pooling", "upsampling"):  # the short form that the loader accepts
-        schema["$defs"]["ModelConfig"]["properties"][key]["enum"].append("attention")
+    schema["properties"]["extends"] = text | {
+        "description": "The file that this one is merged over."
+    }
+    schema["properties"]["$schema"] = text | {"description": "The JSON Schema, for editors."}
+    shorthands = {"pooling": POOLING_SHORTHAND, "upsampling": UPSAMPLING_SHORTHAND}
+    for key, shorthand in shorthands.items():
+        schema["$defs"]["ModelConfig"]["properties"][key]["enum"] += shorthand
     return json.dumps(schema, indent=1) + "\n"
 
 
 def write_docs() -> None:
+    """Write both files."""
     (DOCS / "config.md").write_text(markdown(), encoding="utf-8")
     (DOCS / "config.schema.json").write_text(json_schema(), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, said in lines a person can act on."""
+"""Errors in a configuration, reported in lines that say what to do."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from hg_scale.exit_codes import CONFIG_ERROR
 _ABSENT = object()
 
 
-def short_value(value: Any) -> str:
-    """A value as a file spells it; lists and objects only as far as a line can hold them."""
+def format_value(value: Any) -> str:
+    """Return a value as JSON; lists and objects are truncated to fit on a line."""
     text = json.dumps(value, default=str)
-    cut = isinstance(value, list | dict) and len(text) > 80
-    return f"{text[:76]} ..." if cut else text
+    truncated = isinstance(value, list | dict) and len(text) > 80
+    return f"{text[:76]} ..." if truncated else text
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault: the dotted `key` it is about, what was expected, what to do.
+    """One error: the dotted `key`, and a message with what is expected and what to do.
 
-    `others` are further keys the fault depends on: when one of those is itself faulty, the fault
-    may be an echo and is left out of the report.
+    `depends_on`: further keys that the check involves. If one of those is invalid itself, this
+    problem may be a mere consequence and is not reported.
     """
 
     key: str
     message: str
     value: Any = _ABSENT
-    others: tuple[str, ...] = ()
+    depends_on: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.value is _ABSENT:
             return f"{self.key}: {self.message}"
-        return f"{self.key} = {short_value(self.value)}: {self.message}"
+        return f"{self.key} = {format_value(self.value)}: {self.message}"
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be used; `problems` lists every fault found.
+    """An invalid configuration; `problems` lists every error found.
 
-    `advice` is further lines on what to do about them together.
+    `advice`: further lines on what to do about all of them.
     """
 
     exit_code = CONFIG_ERROR

@@ -1,4 +1,4 @@
-"""Which layouts of a number of processes a configuration could take, its model and batch kept."""
+"""Parallel layouts that fit a number of processes, with the model and the batch unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hg_scale.config.schema import Config
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to spread a model over tensor x pipeline x data processes."""
+    """Sizes of tensor, pipeline and data parallelism, and a micro-batch size that fits."""
 
     tensor: int
     pipeline: int
@@ -27,7 +27,7 @@ class Layout:
         return self.tensor * self.pipeline * self.data
 
     def options(self) -> str:
-        """What to add to the command line."""
+        """Return the command-line options that select this layout."""
         keys = {
             "parallel.tensor": self.tensor,
             "parallel.pipeline": self.pipeline,
@@ -36,7 +36,7 @@ class Layout:
         return " ".join(f"--set {key}={value}" for key, value in keys.items())
 
     def apply(self, config: Config) -> Config:
-        """`config` in this layout."""
+        """Return `config` in this layout."""
         sizes = {"tensor": self.tensor, "pipeline": self.pipeline}
         batch = {"micro_batch_size": self.micro_batch_size}
         return config.model_copy(
@@ -50,11 +50,12 @@ class Layout:
 def load_elastic(
     path: Path, overrides: Sequence[str], world_size: int, *, fewer: bool = False
 ) -> tuple[Config, Layout | None]:
-    """As `load_config`, and with `parallel.elastic` in another layout where its own does not fit.
+    """Load a configuration; with `parallel.elastic`, change a layout that does not fit.
 
-    That is the nearest one of all processes; `fewer`: or the configured one on as many as can be,
-    where the nearest has less model parallelism, for which the memory may not be enough. The layout
-    comes along where it is another one. Raises ConfigError where there is none.
+    The new layout is the nearest one for `world_size` processes. With `fewer` it is the configured
+    one on as many processes as possible if the nearest has less model parallelism, for which the
+    memory may not suffice. Returns the configuration, and the layout if it changed. Raises
+    ConfigError if no layout fits.
     """
     try:
         return load_config(path, overrides, world_size=world_size), None
@@ -75,26 +76,27 @@ def load_elastic(
 
 
 def elastic_line(config: Config, layout: Layout, world_size: int) -> str:
-    """The line that says which layout it is."""
+    """Return the line that reports the changed layout."""
     return (
-        f"parallel.elastic: going on with {layout.world_size} of {world_size} processes: "
+        f"parallel.elastic: continuing with {layout.world_size} of {world_size} processes: "
         f"{layout.options()}, global batch {config.training.global_batch_size} as before"
     )
 
 
 def fitting_layouts(config: Config, world_size: int) -> list[Layout]:
-    """Layouts of exactly `world_size` processes with the same global batch, the nearest first.
+    """Return the layouts of exactly `world_size` processes with the same global batch.
 
-    The micro-batch is the configured one or the next smaller that divides the batch. Nearest: at
-    least as much model parallelism as configured (the memory may need it), as little more as can
-    be, with the configured tensor size where possible. Memory itself is not looked at.
+    The nearest comes first: at least as much model parallelism as configured (the memory may need
+    it), as little more as possible, with the configured tensor size where possible. Memory itself
+    is not estimated. The micro-batch is the configured one or the next smaller that divides the
+    batch.
     """
-    own, wanted = config.parallel, config.parallel.tensor * config.parallel.pipeline
+    own, configured = config.parallel, config.parallel.tensor * config.parallel.pipeline
 
     def distance(layout: Layout) -> tuple[bool, int, bool, int]:
         size = layout.tensor * layout.pipeline
         moved = abs(layout.tensor - own.tensor) + abs(layout.pipeline - own.pipeline)
-        return size < wanted, abs(size - wanted), layout.tensor != own.tensor, moved
+        return size < configured, abs(size - configured), layout.tensor != own.tensor, moved
 
     found = []
     for tensor in divisors(world_size):
@@ -106,7 +108,7 @@ def fitting_layouts(config: Config, world_size: int) -> list[Layout]:
 
 
 def largest_fitting(config: Config, world_size: int) -> Layout | None:
-    """The configured tensor and pipeline sizes on as many of `world_size` processes as can be."""
+    """Return the configured layout on as many of `world_size` processes as possible."""
     parallel = config.parallel
     for data in range(world_size // (parallel.tensor * parallel.pipeline), 0, -1):
         layout = _with_batch(config, parallel.tensor, parallel.pipeline, data)
@@ -116,10 +118,10 @@ def largest_fitting(config: Config, world_size: int) -> Layout | None:
 
 
 def _with_batch(config: Config, tensor: int, pipeline: int, data: int) -> Layout | None:
-    """The layout whose micro-batch is nearest to the configured one from below, if there is one."""
+    """Return the layout with the largest micro-batch up to the configured one, if one fits."""
     training = config.training
     if training.global_batch_size % data:
         return None
-    each = training.global_batch_size // data
-    micro = max(m for m in divisors(each) if m <= training.micro_batch_size)
+    per_rank = training.global_batch_size // data
+    micro = max(m for m in divisors(per_rank) if m <= training.micro_batch_size)
     return Layout(tensor, pipeline, data, micro)

@@ -1,6 +1,6 @@
-"""From files and `--set` overrides to one tree of plain values, not yet checked against the schema.
+"""Read files and `--set` overrides into one tree of plain values, not yet validated.
 
-JSON is read more strictly than Python does: no key twice, and nothing that only fails later on.
+JSON is read more strictly than Python does: no duplicate keys, and no values that would fail later.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hg_scale.config.errors import ConfigError, Problem, short_value
+from hg_scale.config.errors import ConfigError, Problem, format_value
 
 FILE_KEYS = ("extends", "$schema")  # keys of a file that are not keys of a configuration
 
-_DEEPEST = 64  # objects and lists in each other; far from the limits of Python's stack
-_DIGITS = 20  # of the largest unsigned number of 64 bits
-# NUL, which no file name holds, and halves of UTF-16 pairs, which no encoding writes.
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_MAX_DEPTH = 64  # of nested objects and lists; far below the limit of Python's stack
+_MAX_DIGITS = 20  # those of the largest unsigned 64-bit integer
+# NUL, which no file name may contain, and lone UTF-16 surrogates, which cannot be encoded.
+_INVALID_TEXT = re.compile("[\0\ud800-\udfff]")
 
-_Place = tuple[str | int, ...]  # keys and positions that lead to a value
+_Location = tuple[str | int, ...]  # keys and list indices that lead to a value
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, merged over the file that it extends (relative to itself)."""
+    """Read the JSON object in `path`, merged over the file it extends (relative to itself)."""
     trees: list[dict[str, Any]] = []
     seen: list[Path] = []
     while True:
@@ -38,28 +38,28 @@ def read_tree(path: Path) -> dict[str, Any]:
             return functools.reduce(merge, reversed(trees))
         if not isinstance(base, str):
             raise ConfigError([Problem("extends", "expected a file name", base)], str(path))
-        seen.append(_real(path))
+        seen.append(_real_path(path))
         path = path.parent / base
 
 
-def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # Path.resolve() raises on a loop of links
+def _real_path(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve() raises on a loop of symbolic links
 
 
 def _read_file(path: Path, seen: list[Path]) -> dict[str, Any]:
     def fail(message: str) -> ConfigError:
         return ConfigError([Problem("file", message)], str(path))
 
-    if _real(path) in seen:
+    if _real_path(path) in seen:
         raise fail("it extends itself: " + " -> ".join(p.name for p in (*seen, path)))
     try:
         tree = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        there = [p.name for p in path.parent.glob("*.json") if _real(p) not in seen]
-        nearest = difflib.get_close_matches(path.name, there, 1, 0.4)
+        candidates = [p.name for p in path.parent.glob("*.json") if _real_path(p) not in seen]
+        nearest = difflib.get_close_matches(path.name, candidates, 1, 0.4)
         hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
-        whose = f", which {seen[-1]} extends" if seen else ""
-        raise fail(f"no such file{whose}{hint}") from None
+        base_of = f", which {seen[-1]} extends" if seen else ""
+        raise fail(f"no such file{base_of}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise fail(f"cannot be read: {error}") from None
     except json.JSONDecodeError as error:
@@ -72,7 +72,7 @@ def _read_file(path: Path, seen: list[Path]) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, object by object; lists and plain values are replaced."""
+    """Merge `over` over `base`, object by object; lists and plain values are replaced."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
@@ -87,7 +87,7 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
     def fail(key: str, message: str) -> ConfigError:
         return ConfigError([Problem(key, message)])
 
-    _plain(text, ("--set",))
+    _checked(text, ("--set",))
     key, _, raw = text.partition("=")
     *parents, last = parts = key.split(".")
     if "=" not in text or not all(parts):
@@ -97,7 +97,7 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
     try:
         value = parse_json(raw, tuple(parts))
     except json.JSONDecodeError:
-        value = _plain(raw, tuple(parts))
+        value = _checked(raw, tuple(parts))
     node = tree
     for part in parents:
         child = node.setdefault(part, {})
@@ -107,55 +107,61 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
     node[last] = value
 
 
-def parse_json(text: str, place: _Place = ()) -> Any:
-    """The value in `text`, which stands at `place`.
+def parse_json(text: str, location: _Location = ()) -> Any:
+    """Parse the JSON in `text`, the value at `location`.
 
-    Raises JSONDecodeError where it is not JSON, and ConfigError where it is no use.
+    Raises JSONDecodeError if it is not JSON, and ConfigError if it holds an unsupported value.
     """
     try:
         value = json.loads(text, object_pairs_hook=_Pairs, parse_int=_integer)
     except RecursionError:
-        raise _too_deep(place) from None
-    return _plain(value, place)
+        raise _too_deep(location) from None
+    return _checked(value, location)
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """An object as it was read; JSON would silently take the last of keys that stand twice."""
+    """The pairs of a JSON object: a dict would silently keep the last of duplicate keys."""
 
 
-class _Digits(str):
-    """An integer that is too long to be one."""
+class _LongInteger(str):
+    """The digits of an integer that is too long."""
 
 
-def _integer(text: str) -> int | _Digits:
-    return int(text) if len(text.lstrip("-")) <= _DIGITS else _Digits(text)
+def _integer(text: str) -> int | _LongInteger:
+    return int(text) if len(text.lstrip("-")) <= _MAX_DIGITS else _LongInteger(text)
 
 
-def _plain(value: Any, place: _Place) -> Any:
-    """What was read at `place`, in dicts, without anything that would only fail later on."""
-    if len(place) > _DEEPEST:
-        raise _too_deep(place)
-    if isinstance(value, _Digits):
-        raise _refusal(place, f"an integer of {len(value)} digits; at most {_DIGITS} will do")
-    if isinstance(value, str) and _NO_TEXT.search(value):
-        raise _refusal(place, f"NUL or half a character (a lone surrogate) in {short_value(value)}")
+def _checked(value: Any, location: _Location) -> Any:
+    """Return the value at `location` with dicts for objects; reject what would fail later."""
+    if len(location) > _MAX_DEPTH:
+        raise _too_deep(location)
+    if isinstance(value, _LongInteger):
+        raise _error_at(
+            location, f"an integer of {len(value)} digits; at most {_MAX_DIGITS} are allowed"
+        )
+    if isinstance(value, str) and _INVALID_TEXT.search(value):
+        raise _error_at(location, f"NUL or a lone surrogate in {format_value(value)}")
     if isinstance(value, _Pairs):
         tree: dict[str, Any] = {}
         for key, inner in value:
-            _plain(key, place)
+            _checked(key, location)
             if key in tree:
-                raise _refusal((*place, key), "stands twice in one object; keep one of the two")
-            tree[key] = _plain(inner, (*place, key))
+                raise _error_at(
+                    (*location, key), "appears twice in one object; remove one of the two"
+                )
+            tree[key] = _checked(inner, (*location, key))
         return tree
     if isinstance(value, list):
-        return [_plain(entry, (*place, i)) for i, entry in enumerate(value)]
+        return [_checked(entry, (*location, i)) for i, entry in enumerate(value)]
     return value
 
 
-def _too_deep(place: _Place) -> ConfigError:
-    return _refusal(place[:4], f"objects or lists nest too deep; at most {_DEEPEST} will do")
+def _too_deep(location: _Location) -> ConfigError:
+    return _error_at(
+        location[:4], f"objects or lists nest too deep; at most {_MAX_DEPTH} are allowed"
+    )
 
 
-def _refusal(place: _Place, message: str) -> ConfigError:
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+def _error_at(location: _Location, message: str) -> ConfigError:
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
     return ConfigError([Problem("".join(parts).removeprefix(".") or "file", message)])

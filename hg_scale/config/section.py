@@ -1,7 +1,7 @@
-"""What sections of the configuration are made of: their base, and numbers within bounds.
+"""Base class of the sections of a configuration, and numbers with bounds.
 
-Every number has bounds. They are far from anything of use, and keep what is computed from it finite
-and quick: a fault is then told here, not by an overflow once the processes are up.
+Every number has bounds. They are far from any useful value, and keep everything computed from it
+finite and fast: an error is then reported here, not by an overflow in a running job.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Seconds = Annotated[float, Field(ge=0.001, le=10_000_000)]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys refused, no silent conversion, immutable."""
+    """Base of all sections: immutable, without unknown keys or silent conversions."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, serialize_by_alias=True

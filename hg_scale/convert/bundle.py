@@ -38,9 +38,10 @@ class BundlePart:
 
 
 PARTS = (
+    BundlePart("hg_scale.config.constants"),
     BundlePart("hg_scale.config.hierarchy"),
+    BundlePart("hg_scale.config.resampling_kind"),
     BundlePart("hg_scale.config.schema", ("by_level", "Positions", "ModelConfig")),
-    BundlePart("hg_scale.config.checks", ("SWIGLU_CHUNKS",)),
     BundlePart("hg_scale.model.plan"),
     BundlePart("hg_scale.model.context"),
     BundlePart("hg_scale.model.cache"),
@@ -51,6 +52,8 @@ PARTS = (
     BundlePart("hg_scale.model.attention"),
     BundlePart("hg_scale.model.block"),
     BundlePart("hg_scale.model.resampling"),
+    BundlePart("hg_scale.model.sharding"),
+    BundlePart("hg_scale.model.initialization"),
     BundlePart("hg_scale.model.hourglass"),
     BundlePart("hg_scale.convert.huggingface_model"),
 )

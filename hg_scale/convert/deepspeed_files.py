@@ -25,7 +25,8 @@ from hg_scale.convert.export_source import (
     SafetensorsFiles,
     files_by_tensor,
 )
-from hg_scale.convert.source import WeightSource, parameter_shapes, parse_model
+from hg_scale.convert.source import WeightSource, parse_model
+from hg_scale.model.hourglass import parameter_shapes
 
 LATEST_UNIVERSAL, ZERO_FOLDER = "latest_universal", "zero"
 TORCH_FILE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

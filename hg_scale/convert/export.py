@@ -204,7 +204,7 @@ def load_export(folder: Path) -> Hourglass:
 
     source = ExportSource(folder)
     with torch.device("meta"):
-        model = Hourglass(source.model)
+        model = Hourglass(source.model, seed=None)
     weights = {name: source.stored_tensor(name) for name in source.shapes}
     model.load_state_dict(weights, assign=True)
     return model.eval()

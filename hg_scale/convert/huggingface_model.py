@@ -37,11 +37,12 @@ class HourglassForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: HourglassConfig) -> None:
         super().__init__(config)
+        # Draws initial weights, but not under `from_pretrained`, which builds on the meta device.
         self.model = Hourglass(ModelConfig(**config.model))
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Do nothing: the weights are loaded."""
+        """Do nothing: the model draws its initial weights itself."""
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.model.get_submodule("embedding.table")

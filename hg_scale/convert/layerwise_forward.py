@@ -30,7 +30,7 @@ def layerwise_logits(source: WeightSource, ids: Tensor, report: ProgressReporter
     """Map ids (B, L) to fp32 logits (B, L, vocabulary) with the weights of a source."""
     model = source.model
     with torch.device("meta"):
-        hourglass = Hourglass(model)
+        hourglass = Hourglass(model, seed=None)
     if hourglass.position_bias is not None:
         _load_weights(hourglass.position_bias, "position_bias", source)
     state, context = Activations(ids), Context(model.parsed.factors)

@@ -22,6 +22,7 @@ from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.config.errors import ConfigError
 from hg_scale.config.hierarchy import Hierarchy
 from hg_scale.config.load import parse_config
+from hg_scale.config.resampling_kind import ResamplingKind
 from hg_scale.config.schema import ModelConfig
 from hg_scale.convert.source import WeightSource
 from hg_scale.model.plan import LayerPlan, layer_plan, model_levels
@@ -204,13 +205,17 @@ class _Reader:
                 }
             case "shorten":
                 k = self.levels[layer.level + 1].factor // level.factor
-                return self.resampling(path, ("pool", k * d, d), model.pooling, layer.level + 1)
+                return self.resampling(
+                    path, ("pool", k * d, d), model.pooling_kind, layer.level + 1
+                )
             case "upsample":
                 k = self.levels[layer.level + 1].factor // level.factor
                 parent = path.removesuffix("/upsample")
                 return {
                     **self.norm(f"{parent}/upsample_norm", "norm", d),
-                    **self.resampling(path, ("expand", d, k * d), model.upsampling, layer.level),
+                    **self.resampling(
+                        path, ("expand", d, k * d), model.upsampling_kind, layer.level
+                    ),
                 }
 
     def dense(self, source: str, name: str, d_in: int, d_out: int) -> dict[str, Float32Array]:
@@ -248,15 +253,15 @@ class _Reader:
         return result
 
     def resampling(
-        self, source: str, linear: tuple[str, int, int], kind: str, queries: int
+        self, source: str, linear: tuple[str, int, int], kind: ResamplingKind, queries: int
     ) -> dict[str, Float32Array]:
         """linear: name, input and output width of a linear resampling; queries: their level."""
         level = self.levels[queries]
         result: dict[str, Float32Array] = {}
-        if "linear" in kind:
+        if kind.base == "linear":
             name, d_in, d_out = linear
             result |= self.dense(f"{source}/{name}", name, d_in, d_out)
-        if kind.startswith("attention"):
+        if kind.attends:
             for name in ("in_norm", "base_norm"):
                 result |= self.norm(f"{source}/{name}", f"attend.{name}", level.d_model)
             result |= self.attention(

@@ -21,7 +21,7 @@ from hg_scale.checkpoint.jobs import ProgressReporter
 from hg_scale.config.errors import ConfigError
 from hg_scale.config.load import parse_config
 from hg_scale.config.schema import FREE_MODEL_KEYS, ModelConfig
-from hg_scale.model.hourglass import Hourglass
+from hg_scale.model.hourglass import parameter_shapes
 
 CHUNK_ELEMENTS = 1 << 20  # 4 MiB in fp32; larger chunks are slower: each is a new memory mapping
 _WRAPPER_PREFIXES = ("model.", "module.", "module.model.")
@@ -113,13 +113,6 @@ def parameter_chunks(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, i
     size = prod(shape)
     for start in range(0, size, CHUNK_ELEMENTS):
         yield name, start, min(size, start + CHUNK_ELEMENTS)
-
-
-def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the plain model, in its order."""
-    with torch.device("meta"):
-        hourglass = Hourglass(model)
-    return {name: tuple(p.shape) for name, p in hourglass.named_parameters()}
 
 
 def require_same_model(a: WeightSource, b: WeightSource) -> None:

@@ -1,9 +1,9 @@
 """Write a checkpoint from any source of weights: imports, averages.
 
-A run that starts from one starts from scratch but for the weights: step 0, the first of its data,
-Adam's moments and step count 0, so that warm-up has its usual effect. If the source has moments and
-the progress of training (checkpoints, DeepSpeed's universal format), these are kept and a run
-resumes.
+A run that starts from one starts from scratch, except for the weights: step 0, the first of its
+data, Adam's moments and step count 0, so that warm-up has its usual effect. If the source has
+moments and the progress of training (checkpoints, DeepSpeed's universal format), these are kept and
+a run resumes.
 """
 
 from __future__ import annotations

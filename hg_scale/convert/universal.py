@@ -28,7 +28,7 @@ from hg_scale.convert.deepspeed_files import EXTRA_STATE, LATEST_UNIVERSAL, ZERO
 from hg_scale.convert.output import new_folder
 from hg_scale.model.hourglass import Hourglass
 from hg_scale.model.layers import PlainLayers
-from hg_scale.model.sharding import TensorShard, mark, shard_of
+from hg_scale.model.sharding import TensorShard, mark_shard, shard_of
 
 DEEPSPEED_VERSION = "0.19.8"  # this follows its converter
 UNIVERSAL_VERSION = 0.4
@@ -41,12 +41,12 @@ class _ShardedLayers(PlainLayers):
     def column(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
         layer = super().column(d_in, d_out, bias)
         for parameter in layer.parameters():
-            mark(parameter, TensorShard(0))
+            mark_shard(parameter, TensorShard(0))
         return layer
 
     def row(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
         layer = nn.Linear(d_in, d_out, bias)
-        mark(cast(nn.Parameter, layer.weight), TensorShard(1))
+        mark_shard(cast(nn.Parameter, layer.weight), TensorShard(1))
         return layer
 
     def projection(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
@@ -54,17 +54,17 @@ class _ShardedLayers(PlainLayers):
 
     def embedding(self, vocab: int, d: int) -> nn.Module:
         layer = nn.Embedding(vocab, d)
-        mark(cast(nn.Parameter, layer.weight), TensorShard(0))
+        mark_shard(cast(nn.Parameter, layer.weight), TensorShard(0))
         return layer
 
     def by_head(self, heads: int, d_head: int, value: float) -> nn.Parameter:
-        return mark(super().by_head(heads, d_head, value), TensorShard(0))
+        return mark_shard(super().by_head(heads, d_head, value), TensorShard(0))
 
 
 def tensor_parallel_dims(model: ModelConfig) -> dict[str, int | None]:
     """Return the dimension along which tensor parallelism shards each parameter, or None."""
     with torch.device("meta"):
-        hourglass = Hourglass(model, _ShardedLayers())
+        hourglass = Hourglass(model, _ShardedLayers(), seed=None)
     return {name: shard_of(p).dim for name, p in hourglass.named_parameters()}
 
 

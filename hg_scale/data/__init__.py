@@ -1,7 +1,7 @@
-"""Data: from files of text to the batches of one data-parallel rank.
+"""Data: from text files to the batches of one data-parallel rank.
 
-preparation                                           (data_prep/*.py: raw corpora to shards)
-index -> order, mixture -> schedule                   (which window comes when)
-schedule -> stream -> prefetch -> blocks -> shards    (training)
-index -> evaluation, protocol                         (validation and test)
+preparation                                                 (data_prep/*.py: raw corpora to shards)
+index -> order, mixture -> sequence_schedule                (the order of the training sequences)
+sequence_schedule -> stream -> prefetch -> blocks -> shards (training batches)
+index -> evaluation, protocol                               (validation and test)
 """

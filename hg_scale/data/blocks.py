@@ -1,4 +1,4 @@
-"""Who reads blocks: a reader in this process, or the same in worker processes."""
+"""Readers of blocks: in this process, or in worker processes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from multiprocessing.connection import Connection, wait
 from typing import NamedTuple, Protocol
 
 from hg_scale.data.errors import DataError
-from hg_scale.data.shards import Loaded, RetryPolicy, ShardFile, ShardReader
+from hg_scale.data.shards import LoadedTokens, RetryPolicy, ShardFile, ShardReader
 
 
-class Request(NamedTuple):
-    """Tokens [start, stop) of a shard. What one slot asks for, it asks for front to back."""
+class BlockRequest(NamedTuple):
+    """Tokens [start, stop) of a shard. The requests of a slot read each shard front to back."""
 
     slot: tuple[int, int]  # source and stream
     file: ShardFile
@@ -26,56 +26,56 @@ class Request(NamedTuple):
     stop: int
 
 
-class BlockSource(Protocol):
-    """Serves one request at a time; `close` also ends a read that another thread waits in."""
+class BlockReader(Protocol):
+    """Serves one request at a time; `close` also aborts a read in another thread."""
 
-    def read(self, request: Request) -> Loaded: ...
+    def read(self, request: BlockRequest) -> LoadedTokens: ...
 
     def close(self) -> None: ...
 
 
-class BlockReader:
-    """Reads blocks here. Keeps the last shard of each slot open: its blocks follow each other."""
+class LocalReader:
+    """Reads blocks in this process. Keeps the last shard of each slot open for its next block."""
 
-    def __init__(self, patience: RetryPolicy) -> None:
-        self._patience, self._closing = patience, threading.Event()
+    def __init__(self, retry_policy: RetryPolicy) -> None:
+        self._retry_policy, self._closing = retry_policy, threading.Event()
         self._open: dict[tuple[int, int], ShardReader] = {}
 
-    def read(self, request: Request) -> Loaded:
-        """The tokens of a block, with what of them cannot be used."""
+    def read(self, request: BlockRequest) -> LoadedTokens:
+        """Return the tokens of a block, and which of them cannot be used."""
         reader = self._open.get(request.slot)
         if reader is None or reader.file.url != request.file.url:
             if reader is not None:
                 reader.close()
-            reader = ShardReader(request.file, self._patience, self._closing)
+            reader = ShardReader(request.file, self._retry_policy, self._closing)
             self._open[request.slot] = reader
         return reader.load(request.start, request.stop)
 
     def close(self) -> None:
-        """Give up what is being read."""
+        """Abort reads in progress."""
         self._closing.set()
         for reader in list(self._open.values()):
-            reader.kill()
+            reader.abort()
 
 
-class Worker:
-    """A process that reads blocks. It imports no torch, and ends with its parent.
+class WorkerReader:
+    """Reads blocks in a process of its own, which imports no torch and ends with its parent.
 
-    It is started afresh (spawn), since a fork would copy the locks of CUDA's and gloo's threads.
+    The process is spawned, since a fork would copy the locks of CUDA's and gloo's threads.
     """
 
-    def __init__(self, number: int, patience: RetryPolicy) -> None:
+    def __init__(self, number: int, retry_policy: RetryPolicy) -> None:
         context = multiprocessing.get_context("spawn")
         self._name, self._lock = f"data worker {number}", threading.Lock()
-        self._connection, theirs = context.Pipe()
+        self._connection, worker_end = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(theirs, patience), name=self._name, daemon=True
+            target=_serve, args=(worker_end, retry_policy), name=self._name, daemon=True
         )
         self._process.start()
-        theirs.close()
+        worker_end.close()
 
-    def read(self, request: Request) -> Loaded:
-        """As `BlockReader.read`. Raises DataError where the process died."""
+    def read(self, request: BlockRequest) -> LoadedTokens:
+        """As `LocalReader.read`. Raises DataError where the process died."""
         try:
             with self._lock:
                 self._connection.send(request)
@@ -92,38 +92,39 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        """End the process; it has nothing to lose."""
+        """Kill the process; it holds nothing that needs saving."""
         self._process.kill()
         self._process.join()
 
 
-def make_readers(workers: int, patience: RetryPolicy) -> Sequence[BlockSource]:
-    """`workers` processes, or one reader in this process for 0."""
+def make_readers(workers: int, retry_policy: RetryPolicy) -> Sequence[BlockReader]:
+    """Return readers in `workers` processes, or for 0 one reader in this process."""
     if not workers:
-        return [BlockReader(patience)]
-    return [Worker(number, patience) for number in range(workers)]
+        return [LocalReader(retry_policy)]
+    return [WorkerReader(number, retry_policy) for number in range(workers)]
 
 
-def _serve(connection: Connection, patience: RetryPolicy) -> None:
-    """The life of a worker: answer requests until the parent is gone."""
-    # Ctrl-C reaches the whole group, and Slurm signals every process of a job; the parent acts.
+def _serve(connection: Connection, retry_policy: RetryPolicy) -> None:
+    """Main loop of a worker: answer requests until the parent closes the connection."""
+    # Ctrl-C reaches the whole process group, and Slurm signals every process of a job; only the
+    # parent reacts.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # webdataset does without it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    reader = BlockReader(patience)
-    with contextlib.suppress(EOFError, OSError):  # the parent closed
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # webdataset works without it
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    reader = LocalReader(retry_policy)
+    with contextlib.suppress(EOFError, OSError):  # the parent closed the connection
         while True:
             request = connection.recv()
             try:
-                answer: Loaded | str = reader.read(request)
+                answer: LoadedTokens | str = reader.read(request)
             except Exception:
                 answer = traceback.format_exc()
             connection.send(answer)
 
 
-def _end_with_parent() -> None:
-    """End at once with the parent, even killed, and even in the middle of a read."""
+def _exit_with_parent() -> None:
+    """Exit as soon as the parent ends, even killed, and even during a read."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

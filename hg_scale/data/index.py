@@ -1,4 +1,4 @@
-"""The index of a prepared corpus: one JSON file beside the shards that says what is in them."""
+"""The index of a prepared corpus: index.json beside the shards, which describes their contents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from hg_scale.data.errors import DataError
-from hg_scale.data.store import SILENCE, Stream, read_error_line
+from hg_scale.data.store import DEFAULT_TIMEOUT, ByteStream, read_error_line
 from hg_scale.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerIdentity, load_tokenizer
 
 INDEX_VERSION = 1
@@ -25,12 +25,12 @@ INDEX_FILE = "index.json"
 SPLITS = ("train", "validation", "test")
 
 
-class _Part(BaseModel):
+class _IndexModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Members(_Part):
-    """The members of a shard, one entry of each list a member."""
+class Members(_IndexModel):
+    """The members of a shard: lists with one entry per member."""
 
     tokens: list[int]
     offsets: list[int]  # byte in the shard where the member's tar header starts
@@ -43,8 +43,8 @@ class Members(_Part):
         return self
 
 
-class Shard(_Part):
-    """One tar file: tokens of a split that follow each other."""
+class Shard(_IndexModel):
+    """One tar file with consecutive tokens of a split."""
 
     file: str = Field(pattern=r"^[\w-][\w.-]*$")  # a plain name, beside the index
     tokens: int = Field(ge=1)
@@ -61,19 +61,19 @@ class Shard(_Part):
         return self
 
     def document_ends(self) -> NDArray[np.int64]:
-        """Positions in the shard just past each end-of-document token, ascending.
+        """Return the positions in the shard just past each end-of-document token, ascending.
 
-        A document may go on from the shard before, or into the next one.
+        A document may start in the previous shard, or continue in the next one.
         """
         return unpack_offsets(self.documents) if self.documents else np.empty(0, np.int64)
 
 
-class Split(_Part):
-    """Train, validation or test: its shards in the order of the source text."""
+class Split(_IndexModel):
+    """The training, validation or test split: its shards in the order of the source text."""
 
     tokens: int = Field(ge=0)
     text_bytes: int = Field(ge=0)
-    documents: int | None  # how many end here; None for a text without documents
+    documents: int | None  # how many end in this split; None for a text without documents
     shards: list[Shard]
 
     @model_validator(mode="after")
@@ -85,14 +85,14 @@ class Split(_Part):
         return self
 
 
-class Index(_Part):
-    """What a folder of shards holds, and how it was made."""
+class Index(_IndexModel):
+    """The contents of a folder of shards, and how they were made."""
 
     format_version: int = INDEX_VERSION
     tool_version: str
     tokenizer: TokenizerIdentity
-    chunk_tokens: int = Field(ge=1)  # tokens of a member; the last one of a shard may have fewer
-    # Tokens of every document, where all have the same: images. None ends them but their length.
+    chunk_tokens: int = Field(ge=1)  # tokens per member; the last one of a shard may have fewer
+    # Tokens per document where all have the same number (images); no token then ends a document.
     document_tokens: int | None = Field(default=None, ge=1)
     source: dict[str, Any]  # the source and the arguments: equal sources give equal shards
     splits: dict[str, Split]
@@ -100,13 +100,13 @@ class Index(_Part):
     _location: str = PrivateAttr("")
 
     @model_validator(mode="after")
-    def _whole_documents(self) -> Index:
+    def _no_split_documents(self) -> Index:
         for split in self.splits.values():
             for shard in split.shards:
                 if self.document_tokens and shard.tokens % self.document_tokens:
                     raise ValueError(
-                        f"{shard.file} has {shard.tokens} tokens, not whole documents of "
-                        f"{self.document_tokens}"
+                        f"{shard.file} has {shard.tokens} tokens, not a multiple of the document "
+                        f"length {self.document_tokens}"
                     )
         return self
 
@@ -125,24 +125,24 @@ class Index(_Part):
 
     @property
     def identity(self) -> str:
-        """A checksum of all tokens and the tokenizer: what a checkpoint's position counts in."""
+        """A checksum of all tokens and the tokenizer; a checkpoint's data position refers to it."""
         names = [shard.sha256 for split in self.splits.values() for shard in split.shards]
         names.append(self.tokenizer.model_dump_json())
         return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
     def split(self, name: str) -> Split:
-        """A split that has tokens. Raises DataError where there is none."""
+        """Return a split that has tokens. Raises DataError where it is missing or empty."""
         split = self.splits.get(name)
         if split is None or not split.tokens:
-            full = ", ".join(key for key, value in self.splits.items() if value.tokens)
+            filled = ", ".join(key for key, value in self.splits.items() if value.tokens)
             raise DataError(
                 f"{locate(self.location, INDEX_FILE)}: the split {name!r} is empty; "
-                f"use one of {full or '(none)'} or prepare the data with another --split"
+                f"use one of {filled or '(none)'} or prepare the data with another --split"
             )
         return split
 
     def url(self, shard: Shard) -> str:
-        """The path or URL of a shard, as webdataset opens it."""
+        """Return the path or URL of a shard, as webdataset opens it."""
         return locate(self.location, shard.file)
 
     @property
@@ -155,9 +155,9 @@ class Index(_Part):
         return height, width, channels
 
     def open_tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the tokens.
+        """Return the tokenizer that made the tokens.
 
-        Raises DataError where its model is missing, is another one, or is of no known kind.
+        Raises DataError where its model is missing or has another checksum, or its kind is unknown.
         """
         if self.tokenizer.sha256 is None:
             return load_tokenizer(self.tokenizer)
@@ -166,16 +166,15 @@ class Index(_Part):
         return load_tokenizer(self.tokenizer, _read(where, "a sentencepiece model", missing))
 
     def text(self) -> str:
-        """The content of index.json: a shard a line, the same for equal indexes."""
+        """Return the content of index.json: one line per shard, identical for equal indexes."""
         return _json(self.model_dump()) + "\n"
 
 
-def read_index(location: str | os.PathLike[str], timeout: float = SILENCE) -> Index:
-    """The index in a folder (or the file itself), at a URL, or behind `pipe:COMMAND {}`.
+def read_index(location: str | os.PathLike[str], timeout: float = DEFAULT_TIMEOUT) -> Index:
+    """Read the index in a folder (or the file itself), at a URL, or behind `pipe:COMMAND {}`.
 
-    In a pipe, `{}` stands for the file to read; a URL or pipe that gives no byte for `timeout`
-    seconds has failed. Raises DataError, one line, where there is no
-    index that this version can use.
+    In a pipe, `{}` is replaced by the file to read. A URL or pipe fails after `timeout` seconds
+    without a byte. Raises DataError, one line, where this version cannot use the index.
     """
     base = os.fspath(location)
     if base.endswith(INDEX_FILE):
@@ -202,7 +201,7 @@ def read_index(location: str | os.PathLike[str], timeout: float = SILENCE) -> In
         index = Index.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the whole"
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
         raise DataError(
             f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}; prepare the data again"
         ) from None
@@ -211,39 +210,39 @@ def read_index(location: str | os.PathLike[str], timeout: float = SILENCE) -> In
 
 
 def is_local(location: str) -> bool:
-    """Whether a location is a path of this machine, not a URL or a pipe."""
+    """Return whether a location is a local path, not a URL or a pipe."""
     return not location.startswith("pipe:") and "://" not in location
 
 
 def locate(base: str, file: str) -> str:
-    """The path or URL of `file` at the location `base`."""
+    """Return the path or URL of `file` at the location `base`."""
     if base.startswith("pipe:"):
         return base.replace("{}", file)
     return str(Path(base) / file) if is_local(base) else f"{base.rstrip('/')}/{file}"
 
 
 def member_name(shard_file: str, number: int) -> str:
-    """The name of a member inside a shard; webdataset's key is the part before the dot."""
+    """Return the name of a member in a shard; webdataset's key is the part before the dot."""
     return f"{shard_file.removesuffix('.tar')}-{number:06d}.npy"
 
 
 def pack_offsets(offsets: Sequence[int] | NDArray[np.int64]) -> str:
-    """Ascending positions as text: base64 of zlib of their differences as little-endian uint32."""
+    """Pack ascending positions: base64 of zlib of their differences as little-endian uint32."""
     steps = np.diff(np.asarray(offsets, np.int64), prepend=0).astype("<u4")
     return base64.b64encode(zlib.compress(steps.tobytes(), 9)).decode()
 
 
 def unpack_offsets(text: str) -> NDArray[np.int64]:
-    """The positions of `pack_offsets`."""
+    """Return the positions packed by `pack_offsets`."""
     return np.cumsum(np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u4"), dtype=np.int64)
 
 
-def _read(where: str, expected: str, missing: str, timeout: float = SILENCE) -> bytes:
-    """The content of a file, at a URL too."""
+def _read(where: str, expected: str, missing: str, timeout: float = DEFAULT_TIMEOUT) -> bytes:
+    """Return the content of a local or remote file."""
     try:
         if is_local(where):
             return Path(where).read_bytes()
-        with contextlib.closing(Stream(where, timeout)) as stream:
+        with contextlib.closing(ByteStream(where, timeout)) as stream:
             return b"".join(iter(lambda: stream.read(1 << 20), b""))
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError) and is_local(where):
@@ -255,7 +254,7 @@ def _read(where: str, expected: str, missing: str, timeout: float = SILENCE) -> 
 
 
 def _json(value: Any, depth: int = 0) -> str:
-    """JSON indented down to the list of shards; each shard then is a line, to read and to diff."""
+    """Return JSON indented down to the list of shards, with one line per shard for diffs."""
     if depth == 4 or not value or not isinstance(value, dict | list):
         return json.dumps(value, separators=(", ", ": "))
     pad = "  " * (depth + 1)

@@ -1,9 +1,9 @@
-"""How several sources take turns: exact shares, and any place computable without history.
+"""How several sources are mixed: exact shares, and any position computed without history.
 
-Source i has its k-th turn, from 0, at the time (k + 1/2) / weight i; turns are served in the order
-of their times. So after any number of windows each source has its share, up to fewer windows than
-there are sources. A source that retires leaves its share to the others, in proportion to their
-weights, from the window after its last one.
+The k-th sequence of source i, from 0, is due at time (k + 1/2) / weight_i; sequences are served in
+the order of these times. So after any number of sequences each source has its share, off by fewer
+sequences than there are sources. The share of a source that retires goes to the others, in
+proportion to their weights, from the sequence after its last one.
 """
 
 from __future__ import annotations
@@ -15,67 +15,66 @@ from fractions import Fraction
 from math import gcd, lcm
 
 import numpy as np
-from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+from hg_scale.data.order import Int64Array
 
 
 @dataclass(frozen=True)
 class _Phase:
-    """The windows between two retirements."""
+    """The sequences between two retirements."""
 
-    first: int  # window
-    counts: list[int]  # windows of each source before
-    weights: dict[int, int]  # of the sources that take part
+    first: int  # sequence
+    counts: list[int]  # sequences of each source before it
+    weights: dict[int, int]  # of the sources not retired
 
 
 class Mixture:
-    """Which source the n-th window is from, and which of that source's windows it is.
+    """The source of the n-th sequence, and its number among that source's sequences.
 
     `weights` are positive and compared as the decimal numbers that they are written as. `limits`:
-    how many windows each source has before it retires; None: without end.
+    the number of sequences after which each source retires; None: never.
     """
 
     def __init__(self, weights: Sequence[float], limits: Sequence[int | None]) -> None:
-        whole = _whole_numbers(weights)
-        self._sources = len(whole)
+        integers = _integer_weights(weights)
+        self._sources = len(integers)
         self._phases: list[_Phase] = []
-        self.windows: int | None = 0  # how many there are; None: without end
-        counts = [0] * len(whole)
+        self.sequences: int | None = 0  # in all; None: without end
+        counts = [0] * len(integers)
         while active := {
             i: weight
-            for i, (weight, limit) in enumerate(zip(whole, limits, strict=True))
+            for i, (weight, limit) in enumerate(zip(integers, limits, strict=True))
             if limit is None or counts[i] < limit
         }:
             first = sum(counts)
             self._phases.append(_Phase(first, list(counts), active))
-            # The last turn in this phase of each source that retires, and the earliest of them.
-            turns = {i: limit - counts[i] for i in active if (limit := limits[i]) is not None}
-            if not turns:
-                self.windows = None
+            # Sequences left of each source that retires; the earliest to finish ends the phase.
+            left = {i: limit - counts[i] for i in active if (limit := limits[i]) is not None}
+            if not left:
+                self.sequences = None
                 break
-            end = min(turns, key=lambda i: (Fraction(2 * turns[i] - 1, active[i]), i))
+            end = min(left, key=lambda i: (Fraction(2 * left[i] - 1, active[i]), i))
             for i, weight in active.items():
-                # Turns no later than that one; of equal times the first source's comes first.
-                reach = (2 * turns[end] - 1) * weight + active[end] - (i > end)
+                # Sequences due no later than that one's last; at equal times lower sources first.
+                reach = (2 * left[end] - 1) * weight + active[end] - (i > end)
                 counts[i] += reach // (2 * active[end])
-            self.windows = sum(counts)
+            self.sequences = sum(counts)
 
-    def counts(self, windows: int) -> list[int]:
-        """How many of the first `windows` windows are from each source."""
-        phase = self._phase(windows)
+    def counts(self, sequences: int) -> list[int]:
+        """Return how many of the first `sequences` are from each source."""
+        phase = self._phase(sequences)
         counts = list(phase.counts)
-        for i, turns in _shares(phase.weights, windows - phase.first).items():
-            counts[i] += turns
+        for i, count in _counts_in_phase(phase.weights, sequences - phase.first).items():
+            counts[i] += count
         return counts
 
-    def turns(self, first: int, count: int) -> tuple[Ints, Ints]:
-        """(source, number among its windows), (count,) each, of the windows first, first + 1...
+    def locate(self, first: int, count: int) -> tuple[Int64Array, Int64Array]:
+        """Return (source, number in the source) of sequences first to first + count - 1.
 
-        Windows past the end are left out.
+        Each is an array (count,), or shorter where the mixture ends before.
         """
-        if self.windows is not None:
-            count = max(0, min(count, self.windows - first))
+        if self.sequences is not None:
+            count = max(0, min(count, self.sequences - first))
         sources, numbers = np.empty(count, np.int64), np.empty(count, np.int64)
         done = 0
         while done < count:
@@ -87,48 +86,50 @@ class Mixture:
                 sources[done:stop] = source
                 numbers[done:stop] = self.counts(first + done)[source] + np.arange(stop - done)
             else:
-                before = _shares(phase.weights, first + done - phase.first)
+                before = _counts_in_phase(phase.weights, first + done - phase.first)
                 merged = _merge(phase.weights, before)
-                for place in range(done, stop):
-                    source, turn = next(merged)
-                    sources[place], numbers[place] = source, phase.counts[source] + turn
+                for i in range(done, stop):
+                    source, number = next(merged)
+                    sources[i], numbers[i] = source, phase.counts[source] + number
             done = stop
         return sources, numbers
 
-    def _phase(self, window: int) -> _Phase:
-        here = (phase for phase in reversed(self._phases) if phase.first <= window)
-        return next(here, _Phase(0, [0] * self._sources, {}))
+    def _phase(self, sequence: int) -> _Phase:
+        started = (phase for phase in reversed(self._phases) if phase.first <= sequence)
+        return next(started, _Phase(0, [0] * self._sources, {}))
 
 
-def _shares(weights: dict[int, int], windows: int) -> dict[int, int]:
-    """How many turns each source has among the first `windows` of a phase.
+def _counts_in_phase(weights: dict[int, int], sequences: int) -> dict[int, int]:
+    """Return how many of the first `sequences` of a phase are from each source.
 
-    All turns up to a time that is surely early enough, then the few that are missing one by one.
+    Counts all sequences due before a time that is surely early enough, then adds the few that are
+    missing one by one.
     """
     total = sum(weights.values())
-    early = 2 * windows - len(weights) - 2
-    turns = {i: max(0, (early * w + total) // (2 * total)) for i, w in weights.items()}
-    merged = _merge(weights, turns)
-    for _ in range(windows - sum(turns.values())):
+    early = 2 * sequences - len(weights) - 2
+    counts = {i: max(0, (early * w + total) // (2 * total)) for i, w in weights.items()}
+    merged = _merge(weights, counts)
+    for _ in range(sequences - sum(counts.values())):
         source, _ = next(merged)
-        turns[source] += 1
-    return turns
+        counts[source] += 1
+    return counts
 
 
-def _merge(weights: dict[int, int], turns: dict[int, int]) -> Iterator[tuple[int, int]]:
-    """(source, its turn) of the windows of a phase that follow `turns` turns of each source."""
-    unit = lcm(*weights.values())  # times in units of 1 / (2 unit) are whole numbers
-    heap = [((2 * turns[i] + 1) * (unit // w), i, turns[i]) for i, w in weights.items()]
+def _merge(weights: dict[int, int], counts: dict[int, int]) -> Iterator[tuple[int, int]]:
+    """Yield (source, number) of a phase's sequences after the first `counts` of each source."""
+    resolution = lcm(*weights.values())  # times are integers in units of 1 / (2 resolution)
+    heap = [((2 * counts[i] + 1) * (resolution // w), i, counts[i]) for i, w in weights.items()]
     heapq.heapify(heap)
     while True:
-        time, source, turn = heap[0]
-        yield source, turn
-        heapq.heapreplace(heap, (time + 2 * (unit // weights[source]), source, turn + 1))
+        time, source, number = heap[0]
+        yield source, number
+        due = time + 2 * (resolution // weights[source])
+        heapq.heapreplace(heap, (due, source, number + 1))
 
 
-def _whole_numbers(weights: Sequence[float]) -> list[int]:
-    """Whole numbers in the same proportion."""
+def _integer_weights(weights: Sequence[float]) -> list[int]:
+    """Return coprime integers in the same proportion."""
     exact = [Fraction(str(weight)) for weight in weights]
-    unit = lcm(*(part.denominator for part in exact))
-    whole = [int(part * unit) for part in exact]
-    return [part // gcd(*whole) for part in whole]
+    denominator = lcm(*(part.denominator for part in exact))
+    integers = [int(part * denominator) for part in exact]
+    return [part // gcd(*integers) for part in integers]

@@ -1,15 +1,16 @@
-"""The order of one source's training windows: a pure function of (seed, windows consumed).
+"""The order of one source's training sequences: a pure function of (seed, sequences consumed).
 
-Nothing here depends on ranks, workers or batches, and all of it follows from the index:
+It does not depend on ranks, workers or batches; the index and the seed determine all of it:
 
-    epoch    the shards are permuted and dealt to at most 16 canonical streams;
-    stream   its shards one after another, each cut into windows from a drawn offset on;
-    block    up to 256 neighbouring windows of a shard, served in a drawn order;
-    turns    each round takes one window of every stream that still has one.
+    epoch     the shards are permuted and assigned to at most 16 canonical streams;
+    stream    its shards in order, each chunked into sequences from a random offset on;
+    block     up to 256 consecutive sequences of a shard, served in a random order;
+    rounds    the streams alternate: a round takes one sequence of every stream that has any left.
 
-Every window of an epoch is served once, then the next epoch begins. A jump needs no history: the
-number of windows of a shard is the same in every epoch. Only a change of the sequence length in
-the middle of an epoch does (`WindowOrder.recut`): what is left of the epoch is cut anew.
+An epoch serves every sequence once. Position n is computed without the history before it, since
+the number of sequences of a shard is the same in every epoch. The one exception is a change of
+the sequence length inside an epoch (`SequenceOrder.rechunk`): the remaining tokens of the epoch
+are chunked again.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from numpy.typing import NDArray
 from hg_scale.data.errors import DataError
 
 MAX_STREAMS = 16
-MAX_BLOCK = 256  # windows; a reader holds one block a stream
+MAX_BLOCK = 256  # sequences; a reader holds one block per stream
 
-Ints = NDArray[np.int64]
+Int64Array = NDArray[np.int64]
 
 
-class Draw(IntEnum):
-    """What random bits are for: each use has a sequence of its own."""
+class RandomUse(IntEnum):
+    """Part of the key of random numbers, so that each use has independent ones."""
 
     SHARDS = 0
     OFFSET = 1
@@ -41,28 +42,28 @@ class Draw(IntEnum):
 
 @dataclass(frozen=True)
 class ShuffleBlock:
-    """Neighbouring windows of a shard, read at once and served in the order `windows`."""
+    """Consecutive sequences of a shard, read at once and served in the order `permutation`."""
 
     epoch: int
-    first: int  # number, in the stream, of the first window served
+    first: int  # number, in the stream, of the first sequence served
     shard: int
     start: int  # position in the shard of the block's first token
     stop: int  # and just past its last one
-    windows: Ints  # (n,) window w begins w L tokens after `start`
+    permutation: Int64Array  # (n,) sequence i starts i * L tokens after `start`
 
 
-class WindowOrder:
-    """Where the n-th training window lies, for shards of the given lengths.
+class SequenceOrder:
+    """Location of the n-th training sequence, for shards of the given numbers of tokens.
 
-    A window is L + 1 tokens, inputs and labels; its neighbours start L tokens away, so every
-    label is predicted once. `aligned`: every L tokens of a shard are a document of their own, as
-    images are; a window then is one document, and an epoch has them all. Raises DataError where
-    no shard is long enough for one window.
+    A sequence is L + 1 tokens, inputs and labels; neighbours start L tokens apart, so every label
+    is predicted once. `aligned`: every L tokens of a shard are one document (an image), a
+    sequence is one document, and an epoch has all of them. Raises DataError where no shard is long
+    enough for one sequence.
     """
 
     def __init__(
         self,
-        shard_tokens: Sequence[int] | Ints,
+        shard_tokens: Sequence[int] | Int64Array,
         *,
         sequence_length: int,
         seed: int,
@@ -73,218 +74,233 @@ class WindowOrder:
         self.sequence_length, self.seed, self.aligned = sequence_length, seed, aligned
         self._tokens = np.asarray(shard_tokens, np.int64)
         self.streams = min(MAX_STREAMS, len(self._tokens))
-        self.windows_per_epoch = int(self._windows_in(self._whole(slice(None))).sum())
-        if not self.windows_per_epoch:
+        all_shards = self._full_shards(slice(None))
+        self.sequences_per_epoch = int(self._count_sequences(all_shards).sum())
+        if not self.sequences_per_epoch:
             longest = int(self._tokens.max(initial=0))
             raise DataError(
                 f"sequence_length {sequence_length} needs {sequence_length + 1} tokens in a row, "
                 f"the longest training shard has {longest}: shorten the sequence or prepare the "
                 "data again with larger --shard-tokens"
             )
-        self._plan = lru_cache(maxsize=4)(self._make_plan)  # a batch may cross an epoch
-        self._first_epoch = 0  # the epoch that window 0 lies in, and what of it is to be served:
-        self._left: list[Ints] | None = None
-        self._first_windows = self.windows_per_epoch
+        self._plan = lru_cache(maxsize=4)(self._make_plan)  # a batch may span two epochs
+        # The epoch of sequence 0, the spans of it still to serve (None: all), and their sequences.
+        self._start_epoch = 0
+        self._remaining: list[Int64Array] | None = None
+        self._start_epoch_sequences = self.sequences_per_epoch
 
-    def recut(self, windows: int, *, sequence_length: int, aligned: bool = False) -> WindowOrder:
-        """The order of what is left after `windows` windows, cut to another length.
+    def rechunk(
+        self, consumed: int, *, sequence_length: int, aligned: bool = False
+    ) -> SequenceOrder:
+        """Return the order of the data left after `consumed` sequences, for another length.
 
-        Shards not begun are cut as always. Of the shard that a stream is in, every stretch not
-        yet served is cut by itself; what of a stretch does not fill a window is left out of this
-        epoch, as a shard's ends are. No token is a label twice in an epoch. Between text and
-        aligned documents, shards already begun are left out whole.
+        Shards that no sequence was served of yet are chunked as always. Of the shard that a stream
+        is reading, every contiguous stretch not served yet is chunked on its own; the tokens at
+        its end that fill no sequence are left out of this epoch, as at a shard's end. No token is
+        a label twice in an epoch. Between text and aligned documents, partly served shards are
+        left out entirely.
         """
-        other = WindowOrder(
+        other = SequenceOrder(
             self._tokens, sequence_length=sequence_length, seed=self.seed, aligned=aligned
         )
-        epoch, inside = self._locate(windows)
-        other._first_epoch = epoch
-        other._left = self._left_after(epoch, inside, parts=not (aligned or self.aligned))
-        other._first_windows = other._plan(epoch).windows
+        epoch, number = self._epoch_of(consumed)
+        other._start_epoch = epoch
+        other._remaining = self._remaining_spans(
+            epoch, number, partly_served=not (aligned or self.aligned)
+        )
+        other._start_epoch_sequences = other._plan(epoch).sequences
         return other
 
     @property
-    def first_pass(self) -> int:
-        """Windows until epoch 0, the first pass over the data, is complete."""
-        return self._first_windows if self._first_epoch == 0 else 0
+    def first_epoch_sequences(self) -> int:
+        """Number of sequences until epoch 0, the first pass over the data, is complete."""
+        return self._start_epoch_sequences if self._start_epoch == 0 else 0
 
-    def epochs(self, windows: int) -> float:
-        """Passes over the data after `windows` windows."""
-        epoch, inside = self._locate(windows)
-        left = self._plan(epoch).windows - inside
-        return epoch + max(0.0, 1 - left / self.windows_per_epoch)
+    def epochs(self, consumed: int) -> float:
+        """Return the epochs after `consumed` sequences, with fractions."""
+        epoch, number = self._epoch_of(consumed)
+        left = self._plan(epoch).sequences - number
+        return epoch + max(0.0, 1 - left / self.sequences_per_epoch)
 
-    def turns(self, first: int, count: int) -> tuple[Ints, Ints, Ints]:
-        """(epoch, stream, number in the stream), (count,) each, of the windows first, first + 1…"""
+    def locate(self, first: int, count: int) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """Return (epoch, stream, number in the stream) of sequences first to first + count - 1.
+
+        Each is an array (count,).
+        """
         parts = [(np.empty(0, np.int64),) * 3]
         while count:
-            epoch, inside = self._locate(first)
+            epoch, number = self._epoch_of(first)
             plan = self._plan(epoch)
-            taken = min(count, plan.windows - inside)
-            streams, numbers = plan.turns(inside + np.arange(taken))
+            taken = min(count, plan.sequences - number)
+            streams, numbers = plan.locate(number + np.arange(taken))
             parts.append((np.full(taken, epoch, np.int64), streams, numbers))
             first, count = first + taken, count - taken
         epochs, streams, numbers = (np.concatenate(part) for part in zip(*parts, strict=True))
         return epochs, streams, numbers
 
     def block(self, epoch: int, stream: int, number: int) -> ShuffleBlock:
-        """The block that holds the window `number` of a stream."""
+        """Return the block that contains sequence `number` of a stream."""
         plan, length = self._plan(epoch), self.sequence_length
-        place = int(np.searchsorted(plan.starts[stream], number, side="right")) - 1
-        piece = plan.pieces[stream][place]
-        windows, begin = int(plan.counts[stream][place]), int(plan.starts[stream][place])
-        # Blocks of equal size (within one), not full ones and a small rest that hardly shuffles.
-        blocks = -(-windows // MAX_BLOCK)
-        which = ((number - begin + 1) * blocks - 1) // windows
-        low, high = which * windows // blocks, (which + 1) * windows // blocks
-        shard, start = int(piece[0]), self._begin(epoch, piece) + low * length
+        i = int(np.searchsorted(plan.starts[stream], number, side="right")) - 1
+        span = plan.spans[stream][i]
+        sequences, first = int(plan.counts[stream][i]), int(plan.starts[stream][i])
+        # Blocks of equal size (within one): a short last block would hardly be shuffled.
+        blocks = -(-sequences // MAX_BLOCK)
+        which = ((number - first + 1) * blocks - 1) // sequences
+        low, high = which * sequences // blocks, (which + 1) * sequences // blocks
+        shard, start = int(span[0]), self._first_token(epoch, span) + low * length
         return ShuffleBlock(
             epoch=epoch,
-            first=begin + low,
+            first=first + low,
             shard=shard,
             start=start,
             stop=start + (high - low) * length + (not self.aligned),
-            windows=shuffled(high - low, self.seed, Draw.BLOCK, epoch, shard, start),
+            permutation=random_permutation(
+                high - low, self.seed, RandomUse.BLOCK, epoch, shard, start
+            ),
         )
 
-    def _locate(self, window: int) -> tuple[int, int]:
-        """The epoch of a window, and its number there."""
-        if window < self._first_windows:
-            return self._first_epoch, window
-        epochs, inside = divmod(window - self._first_windows, self.windows_per_epoch)
-        return self._first_epoch + 1 + epochs, inside
+    def _epoch_of(self, sequence: int) -> tuple[int, int]:
+        """Return the epoch of a sequence, and its number in that epoch."""
+        if sequence < self._start_epoch_sequences:
+            return self._start_epoch, sequence
+        epochs, number = divmod(sequence - self._start_epoch_sequences, self.sequences_per_epoch)
+        return self._start_epoch + 1 + epochs, number
 
-    # A piece is a row (shard, start, stop): tokens of a shard to cut windows from.
+    # Spans (n, 3) are rows of (shard, start, stop): tokens of a shard to chunk into sequences.
 
-    def _whole(self, shards: Ints | slice) -> Ints:
+    def _full_shards(self, shards: Int64Array | slice) -> Int64Array:
         numbers = np.arange(len(self._tokens))[shards]
         return np.stack([numbers, np.zeros_like(numbers), self._tokens[shards]], 1)
 
-    def _is_whole(self, pieces: Ints) -> NDArray[np.bool_]:
-        return (pieces[:, 1] == 0) & (pieces[:, 2] == self._tokens[pieces[:, 0]])
+    def _is_full_shard(self, spans: Int64Array) -> NDArray[np.bool_]:
+        return (spans[:, 1] == 0) & (spans[:, 2] == self._tokens[spans[:, 0]])
 
-    def _windows_in(self, pieces: Ints) -> Ints:
-        """How many windows each piece gives.
+    def _count_sequences(self, spans: Int64Array) -> Int64Array:
+        """Return the number of sequences of each span.
 
-        A whole shard gives one fewer than would fit, so that the offset can be any of 0..L-1 and
-        the count is the same in every epoch; the one window of a shard under 2 L tokens stays.
+        A full shard has one fewer than would fit, so that the offset can be any of 0..L-1 and the
+        number is the same in every epoch; a shard under 2 L tokens keeps its only sequence.
         """
-        length, tokens = self.sequence_length, pieces[:, 2] - pieces[:, 1]
+        length, tokens = self.sequence_length, spans[:, 2] - spans[:, 1]
         if self.aligned:
             return tokens // length
-        whole = np.maximum(tokens // length - 1, tokens > length)
-        return np.where(self._is_whole(pieces), whole, np.maximum(tokens - 1, 0) // length)
+        of_full_shard = np.maximum(tokens // length - 1, tokens > length)
+        of_part = np.maximum(tokens - 1, 0) // length
+        return np.where(self._is_full_shard(spans), of_full_shard, of_part)
 
-    def _begin(self, epoch: int, piece: Ints) -> int:
-        """Where the first window of a piece starts: each epoch cuts a shard at other places."""
-        windows, whole = self._windows_in(piece[None])[0], self._is_whole(piece[None])[0]
-        if self.aligned or not whole:
-            return int(piece[1])
-        spare = int(piece[2] - windows * self.sequence_length)
-        return int(draws(1, self.seed, Draw.OFFSET, epoch, int(piece[0]))[0] % np.uint64(spare))
+    def _first_token(self, epoch: int, span: Int64Array) -> int:
+        """Return the start of a span's first sequence: a random offset in a full shard."""
+        if self.aligned or not self._is_full_shard(span[None])[0]:
+            return int(span[1])
+        sequences = self._count_sequences(span[None])[0]
+        spare = int(span[2] - sequences * self.sequence_length)
+        random = random_uint64(1, self.seed, RandomUse.OFFSET, epoch, int(span[0]))
+        return int(random[0] % np.uint64(spare))
 
     def _make_plan(self, epoch: int) -> _EpochPlan:
-        if epoch == self._first_epoch and self._left is not None:
-            pieces = self._left
+        if epoch == self._start_epoch and self._remaining is not None:
+            spans = self._remaining
         else:
-            shards = shuffled(len(self._tokens), self.seed, Draw.SHARDS, epoch)
-            hands = assign_shards(shards, self._tokens, self.streams)
-            pieces = [self._whole(np.array(hand, np.int64)) for hand in hands]
-        return _EpochPlan(pieces, [self._windows_in(part) for part in pieces])
+            shards = random_permutation(len(self._tokens), self.seed, RandomUse.SHARDS, epoch)
+            streams = assign_shards(shards, self._tokens, self.streams)
+            spans = [self._full_shards(np.array(stream, np.int64)) for stream in streams]
+        return _EpochPlan(spans, [self._count_sequences(part) for part in spans])
 
-    def _left_after(self, epoch: int, inside: int, parts: bool) -> list[Ints]:
-        """The pieces of each stream not served by the first `inside` windows of an epoch.
+    def _remaining_spans(self, epoch: int, consumed: int, partly_served: bool) -> list[Int64Array]:
+        """Return the spans of each stream not served by the first `consumed` sequences of an epoch.
 
-        `parts`: with those of the shard that a stream is in.
+        `partly_served`: include what is left of the shard that a stream is reading.
         """
-        plan, left = self._plan(epoch), []
-        for stream, served in enumerate(plan.served(inside)):
-            pieces, counts, starts = (x[stream] for x in (plan.pieces, plan.counts, plan.starts))
-            begun = np.flatnonzero((starts < served) & (served < starts + counts))
-            later = pieces[(starts >= served) | (counts == 0)]
-            if not parts:
-                later = later[self._is_whole(later)]
-            elif len(begun):
-                rest = self._rest_of(self.block(epoch, stream, int(served)), served, pieces[begun])
+        plan, remaining = self._plan(epoch), []
+        for stream, served in enumerate(plan.consumed_by_stream(consumed)):
+            spans, counts, starts = (x[stream] for x in (plan.spans, plan.counts, plan.starts))
+            current = np.flatnonzero((starts < served) & (served < starts + counts))
+            later = spans[(starts >= served) | (counts == 0)]
+            if not partly_served:
+                later = later[self._is_full_shard(later)]
+            elif len(current):
+                block = self.block(epoch, stream, int(served))
+                rest = self._rest_of_span(block, served, spans[current])
                 later = np.concatenate([rest, later])
-            left.append(later)
-        return left
+            remaining.append(later)
+        return remaining
 
-    def _rest_of(self, block: ShuffleBlock, served: int, piece: Ints) -> Ints:
-        """What is left of a piece (1, 3) whose windows are served up to within `block`."""
-        length, count = self.sequence_length, len(block.windows)
+    def _rest_of_span(self, block: ShuffleBlock, served: int, span: Int64Array) -> Int64Array:
+        """Return what is left of a span (1, 3) of which `block` is partly served."""
+        length, count = self.sequence_length, len(block.permutation)
         unserved = np.zeros(count + 1, np.int64)
-        unserved[block.windows[served - block.first :]] = 1
-        unserved[count] = 1  # what follows the block
+        unserved[block.permutation[served - block.first :]] = 1
+        unserved[count] = 1  # the tokens after the block
         edges = np.flatnonzero(np.diff(unserved, prepend=0, append=0))
         runs = np.stack([np.full(len(edges) // 2, block.shard), edges[::2], edges[1::2]], 1)
         runs[:, 1:] = block.start + runs[:, 1:] * length
         runs[:, 2] += 1
-        runs[-1, 2] = piece[0, 2]
+        runs[-1, 2] = span[0, 2]
         return runs
 
 
 class _EpochPlan:
-    """One epoch: the pieces of each stream, and whose turn it is."""
+    """One epoch: the spans of each stream, and the order in which streams alternate."""
 
-    def __init__(self, pieces: list[Ints], counts: list[Ints]) -> None:
-        self.pieces, self.counts = pieces, counts  # by stream: (n, 3), and the windows of each
-        self.starts = [np.cumsum(part) - part for part in counts]  # first window of each piece
+    def __init__(self, spans: list[Int64Array], counts: list[Int64Array]) -> None:
+        self.spans, self.counts = spans, counts  # by stream: (n, 3), and the sequences of each
+        self.starts = [np.cumsum(part) - part for part in counts]  # first sequence of each span
         self._lengths = np.array([part.sum() for part in counts], np.int64)
-        self.windows = int(self._lengths.sum())
-        # Rounds between two ends of streams have the same streams: a phase. Its first round, the
-        # streams alive in it, and the windows served before it:
+        self.sequences = int(self._lengths.sum())
+        # A phase is a run of rounds with the same streams, up to the end of the shortest of them.
+        # By phase: its first round, its streams, and the sequences served before it.
         self._rounds = np.concatenate([[0], np.unique(self._lengths)[:-1]])
-        self._alive = [np.flatnonzero(self._lengths > begin) for begin in self._rounds]
+        self._active = [np.flatnonzero(self._lengths > start) for start in self._rounds]
         self._served = np.array([np.minimum(self._lengths, r).sum() for r in self._rounds])
 
-    def turns(self, windows: Ints) -> tuple[Ints, Ints]:
-        """(stream, number in the stream) of the given windows of the epoch, ascending."""
-        phases = np.searchsorted(self._served, windows, side="right") - 1
-        streams, numbers = np.empty_like(windows), np.empty_like(windows)
+    def locate(self, sequences: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """Return (stream, number in the stream) of sequences of the epoch, given ascending."""
+        phases = np.searchsorted(self._served, sequences, side="right") - 1
+        streams, numbers = np.empty_like(sequences), np.empty_like(sequences)
         for phase in np.unique(phases):
-            here, alive = phases == phase, self._alive[phase]
-            since = windows[here] - self._served[phase]
-            streams[here] = alive[since % len(alive)]
-            numbers[here] = self._rounds[phase] + since // len(alive)
+            mask, active = phases == phase, self._active[phase]
+            since = sequences[mask] - self._served[phase]
+            streams[mask] = active[since % len(active)]
+            numbers[mask] = self._rounds[phase] + since // len(active)
         return streams, numbers
 
-    def served(self, windows: int) -> Ints:
-        """How many windows each stream has served after `windows` of the epoch."""
-        phase = int(np.searchsorted(self._served, windows, side="right")) - 1
-        alive = self._alive[phase]
+    def consumed_by_stream(self, sequences: int) -> Int64Array:
+        """Return how many of the first `sequences` of the epoch are from each stream."""
+        phase = int(np.searchsorted(self._served, sequences, side="right")) - 1
+        active = self._active[phase]
         counts = np.minimum(self._lengths, self._rounds[phase])
-        if len(alive):
-            rounds, rest = divmod(windows - int(self._served[phase]), len(alive))
-            counts[alive] += rounds
-            counts[alive[:rest]] += 1
+        if len(active):
+            rounds, rest = divmod(sequences - int(self._served[phase]), len(active))
+            counts[active] += rounds
+            counts[active[:rest]] += 1
         return counts
 
 
-def assign_shards(order: Ints, tokens: Ints, streams: int) -> list[list[int]]:
-    """Deal shards, in this order, each to the stream with the fewest tokens so far.
+def assign_shards(order: Int64Array, tokens: Int64Array, streams: int) -> list[list[int]]:
+    """Assign shards, in this order, each to the stream with the fewest tokens so far.
 
     Streams then end within one shard of each other, whatever the sizes of the shards.
     """
-    hands: list[list[int]] = [[] for _ in range(streams)]
+    assigned: list[list[int]] = [[] for _ in range(streams)]
     heap = [(0, stream) for stream in range(streams)]
     for shard in order.tolist():
         total, stream = heapq.heappop(heap)
-        hands[stream].append(shard)
+        assigned[stream].append(shard)
         heapq.heappush(heap, (total + int(tokens[shard]), stream))
-    return hands
+    return assigned
 
 
-def draws(count: int, seed: int, *key: int) -> NDArray[np.uint64]:
-    """Random 64-bit words (count,), the same for equal arguments on every machine.
+def random_uint64(count: int, seed: int, *key: int) -> NDArray[np.uint64]:
+    """Return random 64-bit integers (count,), the same for equal arguments on every machine.
 
-    NumPy promises that for seed sequences and bit generators, and for no method above them
-    (`permutation`, `integers`): so none is used here.
+    NumPy guarantees a stable stream for seed sequences and bit generators only, not for the
+    methods built on them (`permutation`, `integers`), so none of these is used here.
     """
     sequence = np.random.SeedSequence(seed, spawn_key=tuple(int(part) for part in key))
     return np.random.PCG64(sequence).random_raw(count)
 
 
-def shuffled(count: int, seed: int, *key: int) -> Ints:
-    """A permutation of 0..count-1 drawn for the key."""
-    return np.argsort(draws(count, seed, *key), kind="stable").astype(np.int64)
+def random_permutation(count: int, seed: int, *key: int) -> Int64Array:
+    """Return a permutation of 0..count-1 drawn for the key."""
+    return np.argsort(random_uint64(count, seed, *key), kind="stable").astype(np.int64)

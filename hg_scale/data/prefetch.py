@@ -1,4 +1,4 @@
-"""Reading ahead of need: blocks are loaded in the background, one thread a reader."""
+"""Prefetching: blocks are loaded in the background, by one thread per reader."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-from hg_scale.data.blocks import BlockSource, Request
-from hg_scale.data.shards import Loaded
+from hg_scale.data.blocks import BlockReader, BlockRequest
+from hg_scale.data.shards import LoadedTokens
 
 
 class BlockKey(NamedTuple):
-    """The block of a source whose first window is the `first` of a stream in an epoch."""
+    """Identifies a block: its source, and the stream, epoch and number of its first sequence."""
 
     source: int
     epoch: int
@@ -21,27 +21,27 @@ class BlockKey(NamedTuple):
 
 
 class BlockLoader:
-    """Loads the blocks asked for in the order asked; a slot stays with one reader.
+    """Loads blocks in the order of their requests; each slot stays with one reader.
 
-    `held` counts the bytes of all blocks asked for and not dropped yet.
+    `bytes_held` counts all blocks requested and not dropped yet.
     """
 
-    def __init__(self, readers: Sequence[BlockSource]) -> None:
-        self.held = 0
+    def __init__(self, readers: Sequence[BlockReader]) -> None:
+        self.bytes_held = 0
         self._readers = readers
         self._threads = [ThreadPoolExecutor(1, "data-reader") for _ in readers]
-        self._homes: dict[tuple[int, int], int] = {}  # slots are dealt out as they appear
-        self._blocks: dict[BlockKey, tuple[Future[Loaded], int]] = {}
+        self._reader_of: dict[tuple[int, int], int] = {}  # by slot, round-robin as slots appear
+        self._blocks: dict[BlockKey, tuple[Future[LoadedTokens], int]] = {}
 
-    def ask(self, key: BlockKey, request: Request, size: int) -> None:
-        """Have a block of `size` bytes loaded."""
-        home = self._homes.setdefault(request.slot, len(self._homes) % len(self._readers))
-        future = self._threads[home].submit(self._readers[home].read, request)
+    def request(self, key: BlockKey, request: BlockRequest, size: int) -> None:
+        """Start loading a block of `size` bytes."""
+        number = self._reader_of.setdefault(request.slot, len(self._reader_of) % len(self._readers))
+        future = self._threads[number].submit(self._readers[number].read, request)
         self._blocks[key] = future, size
-        self.held += size
+        self.bytes_held += size
 
-    def get(self, key: BlockKey) -> tuple[Loaded, float]:
-        """A block, and the seconds waited for it. What its reader raised is raised here."""
+    def get(self, key: BlockKey) -> tuple[LoadedTokens, float]:
+        """Return a block, and the seconds waited for it. Raises what its reader raised."""
         future, _ = self._blocks[key]
         if future.done():
             return future.result(), 0.0
@@ -49,11 +49,11 @@ class BlockLoader:
         return future.result(), time.perf_counter() - start
 
     def drop(self, key: BlockKey) -> None:
-        """A block is not needed any more."""
-        self.held -= self._blocks.pop(key)[1]
+        """Free a block that is no longer needed."""
+        self.bytes_held -= self._blocks.pop(key)[1]
 
     def close(self) -> None:
-        """End the readers and their threads; may be called more than once."""
+        """Close the readers and end their threads; may be called more than once."""
         for thread in self._threads:
             thread.shutdown(wait=False, cancel_futures=True)
         for reader in self._readers:

@@ -1,7 +1,7 @@
-"""How a text is scored: which windows go through the model, and which of their tokens count.
+"""Evaluation protocols: the windows in which a text is scored, and the tokens that each one scores.
 
-Every token counts exactly once. Without context (paper, section 3.3, and training's validation)
-windows follow each other; sliding ones overlap, so that each token is guessed from more.
+Every token is scored exactly once. Without context (paper, section 3.3, and validation in training)
+windows follow each other; sliding windows overlap, so that each token has more context.
 """
 
 from __future__ import annotations
@@ -13,48 +13,49 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-IGNORED = -1  # label of a position that does not count
+from hg_scale.config.constants import IGNORED_LABEL
 
 
-class ScoredWindow(NamedTuple):
-    """Tokens [start, stop) are guessed together; those from `scored` on count."""
+class EvaluationWindow(NamedTuple):
+    """Tokens [start, stop) of one forward pass, of which those from `first_scored` on count."""
 
     start: int
     stop: int
-    scored: int
+    first_scored: int
 
 
 @dataclass(frozen=True)
-class WindowProtocol:
-    """Windows of `length` tokens, each `stride` after the one before.
+class SlidingWindows:
+    """Windows of `length` tokens, each `stride` tokens after the previous one.
 
-    A window's first `length - stride` tokens were scored by those before and are context only; the
-    first window is scored whole. `stride == length`: no context. The paper slides 4,096 by 128.
+    The first `length - stride` tokens of a window are context, scored by windows before; the first
+    window has no context. `stride == length`: no overlap. The paper slides 4,096 by 128.
     """
 
     length: int
     stride: int
 
     def count(self, tokens: int) -> int:
-        """Windows of a text."""
+        """Return the number of windows of a text of `tokens`."""
         return 1 + max(0, -(-(tokens - self.length) // self.stride)) if tokens else 0
 
-    def window(self, number: int, tokens: int) -> ScoredWindow:
-        """The `number`-th window of a text of `tokens`, from 0."""
+    def window(self, number: int, tokens: int) -> EvaluationWindow:
+        """Return window `number`, from 0, of a text of `tokens`."""
         start = number * self.stride
         stop = min(start + self.length, tokens)
-        return ScoredWindow(start, stop, start + (self.length - self.stride if number else 0))
+        context = self.length - self.stride if number else 0
+        return EvaluationWindow(start, stop, start + context)
 
 
-class TokenText(Protocol):
-    """Tokens to be read: `data/shards.py`'s SplitReader, or `Tokens`."""
+class TokenSequence(Protocol):
+    """Readable tokens: `data/shards.py`'s SplitReader, or `Tokens` in memory."""
 
     def read(self, start: int, stop: int) -> NDArray[np.integer]: ...
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A text held in memory."""
+    """A token sequence held in memory."""
 
     ids: NDArray[np.integer]
 
@@ -62,38 +63,38 @@ class Tokens:
         return self.ids[start:stop]
 
 
-def batches(
-    text: TokenText,
+def window_batches(
+    text: TokenSequence,
     tokens: int,
-    how: WindowProtocol,
+    windows: SlidingWindows,
     *,
-    rows: int,
-    begin: int,
+    batch_size: int,
+    start_token: int,
     separate: bool,
     first: int = 0,
     last: int | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """(inputs, labels), int64 (up to `rows`, n) each, of the windows from `first` to `last`.
+    """Yield (inputs, labels) of windows `first` to `last`: int64 (up to batch_size, n) each.
 
-    n is the length of the longest of the windows: less than `how.length` where the text is. An
-    input is the token before its label; at the beginning of the text, and of every window where
-    each is a document of its own (`separate`, images), it is the token `begin`. Labels that do not
-    count are IGNORED.
+    n is the length of the longest window in the batch, at most `windows.length`. An input is the
+    token before its label; before the first token of the text it is `start_token`, and with
+    `separate` (windows are documents, as images are) before that of every window. Labels that are
+    not scored are IGNORED_LABEL.
     """
-    last = how.count(tokens) if last is None else last
-    for number in range(first, last, rows):
-        windows = [how.window(n, tokens) for n in range(number, min(number + rows, last))]
-        start, stop = max(0, windows[0].start - 1), windows[-1].stop
-        ids = np.empty(stop - start + 1, np.int64)  # token i at ids[i - start + 1]
-        ids[0], ids[1:] = begin, text.read(start, stop)
-        longest = max(window.stop - window.start for window in windows)
-        inputs = np.full((len(windows), longest), begin, np.int64)
-        labels = np.full((len(windows), longest), IGNORED, np.int64)
-        for row, window in enumerate(windows):
-            n, place = window.stop - window.start, window.start - start + 1
-            inputs[row, :n] = ids[place - 1 : place - 1 + n]
+    last = windows.count(tokens) if last is None else last
+    for number in range(first, last, batch_size):
+        batch = [windows.window(n, tokens) for n in range(number, min(number + batch_size, last))]
+        start, stop = max(0, batch[0].start - 1), batch[-1].stop
+        ids = np.empty(stop - start + 1, np.int64)  # token i is ids[i - start + 1]
+        ids[0], ids[1:] = start_token, text.read(start, stop)
+        longest = max(window.stop - window.start for window in batch)
+        inputs = np.full((len(batch), longest), start_token, np.int64)
+        labels = np.full((len(batch), longest), IGNORED_LABEL, np.int64)
+        for i, window in enumerate(batch):
+            n, offset = window.stop - window.start, window.start - start + 1
+            inputs[i, :n] = ids[offset - 1 : offset - 1 + n]
             if separate:
-                inputs[row, 0] = begin
-            context = window.scored - window.start
-            labels[row, context:n] = ids[place + context : place + n]
+                inputs[i, 0] = start_token
+            context = window.first_scored - window.start
+            labels[i, context:n] = ids[offset + context : offset + n]
         yield inputs, labels

@@ -1,4 +1,4 @@
-"""Bytes from where a corpus lies: a file, a URL, a pipe. None waits for them without end."""
+"""Byte streams of a corpus: a file, a URL or a pipe, with a timeout on every read."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import select
 import subprocess
 import time
 
-SILENCE = 60.0  # seconds without a byte, after which a read has failed
+DEFAULT_TIMEOUT = 60.0  # seconds without a byte, after which a read has failed
 
 
-class Stream:
-    """A file or pipe opened by webdataset. Closing is quick and quiet: a pipe left early exits
-    with a signal, and whether everything was read is checked against the index instead."""
+class ByteStream:
+    """A file or pipe opened by webdataset.
+
+    Closing does not wait, and reports nothing: a pipe closed early exits with a signal. Whether
+    everything was read is checked against the index instead.
+    """
 
     def __init__(self, url: str, timeout: float) -> None:
-        from webdataset.gopen import gopen  # imports torch where it may
+        from webdataset.gopen import gopen  # imports torch where it is allowed to
 
-        self._opened = gopen(url, bufsize=0)  # unbuffered: what is in a pipe can be waited for
+        self._opened = gopen(url, bufsize=0)  # unbuffered, so that `poll` sees all that is left
         self._file, self._timeout = self._opened, timeout
         self._process, self._killed = getattr(self._opened, "proc", None), False
         self.seekable = self._process is None
@@ -27,7 +30,7 @@ class Stream:
             self._poll.register(self._file, select.POLLIN)
 
     def read(self, size: int = -1) -> bytes:
-        """Up to `size` bytes. Raises OSError where a pipe gives none for too long, or fails."""
+        """Return up to `size` bytes. Raises OSError where a pipe times out or fails."""
         if self._process:
             self._wait()
         data = self._file.read(size)
@@ -39,17 +42,17 @@ class Stream:
                     raise OSError(f"{name} ended with exit code {status}")
         return data
 
-    def seek(self, place: int) -> None:
-        self._file.seek(place)
+    def seek(self, position: int) -> None:
+        self._file.seek(position)
 
     def kill(self) -> None:
-        """End the process behind a pipe, and whoever waits for it."""
+        """Kill the process behind a pipe; a read in another thread then fails."""
         self._killed = True
         if self._process:
             self._process.kill()
 
     def _wait(self) -> None:
-        """Until there is something to read. A killed shell's children may hold the pipe open."""
+        """Wait for data. The children of a killed shell may hold the pipe open."""
         deadline = time.monotonic() + self._timeout
         while not self._poll.poll(200):
             if self._killed:
@@ -64,6 +67,6 @@ class Stream:
 
 
 def read_error_line(error: Exception) -> str:
-    """What webdataset or the system says of a failed read, in a line."""
+    """Return the message of a failed read, of webdataset or the system, as one line."""
     text = str(error) or type(error).__name__
     return text.split(" @ ")[0].splitlines()[0]  # webdataset appends the stream's repr after an @

@@ -1,4 +1,4 @@
-"""Tokenizers: text as bytes to token ids and back."""
+"""Tokenizers: bytes of text to token ids and back."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hg_scale.data.errors import DataError
 
-TextBytes = bytes | memoryview | str  # a str is taken as UTF-8
+TextLike = bytes | memoryview | str  # a str is encoded as UTF-8
 
-BYTES = 256  # ids 0..255 are the bytes themselves; 0 is an ordinary one
-MODEL_FILE = "tokenizer.model"  # a sentencepiece model lies beside the index under this name
+BYTES = 256  # ids 0..255 are the bytes themselves; 0 is not special
+MODEL_FILE = "tokenizer.model"  # the sentencepiece model in the folder of the index
 
-_LONGEST = 1 << 16  # bytes that sentencepiece gets at once: its memory grows with them
-_SPACE = "▁"  # stands for a space in pieces, so that the character itself must be spelt in bytes
+_LONGEST = 1 << 16  # bytes per call of sentencepiece, whose memory grows with them
+_SPACE = "▁"  # a space in sentencepiece's pieces, so the character itself is spelt in bytes
 
 
 class TokenizerIdentity(BaseModel):
-    """What an index says of the tokenizer that made its tokens."""
+    """A tokenizer's entry in the index of the tokens that it made."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str  # bytes or sentencepiece
     vocab_size: int = Field(ge=1)
-    eod: int | None = Field(ge=0)  # id that ends a document; None where the text has no documents
+    eod: int | None = Field(ge=0)  # end-of-document id; None for a text without documents
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")  # of the sentencepiece model
 
 
 class Tokenizer(Protocol):
-    """What the rest of the code needs of a tokenizer."""
+    """The interface of a tokenizer."""
 
     @property
     def identity(self) -> TokenizerIdentity: ...
@@ -51,18 +51,18 @@ class Tokenizer(Protocol):
     def round_trips(self) -> bool:
         """Whether `decode(encode(text)) == text` for every text."""
 
-    def encode(self, text: TextBytes) -> NDArray[Any]:
-        """Token ids (n,) of `text`, of the dtype of `token_dtype`; a str is taken as UTF-8."""
+    def encode(self, text: TextLike) -> NDArray[Any]:
+        """Return token ids (n,) of the dtype `token_dtype`; a str is encoded as UTF-8."""
 
     def decode(self, tokens: NDArray[Any]) -> bytes:
-        """The text of `tokens`; end-of-document ids are left out."""
+        """Return the text of `tokens` as bytes, without end-of-document ids."""
 
     def count_bytes(self, tokens: NDArray[Any]) -> int:
-        """The length of `decode(tokens)`, without making it."""
+        """Return the length of `decode(tokens)` without decoding."""
 
 
 class ByteTokenizer:
-    """A byte is a token; with `documents` the id 256 ends a document."""
+    """Every byte is a token; with `documents`, id 256 ends a document."""
 
     round_trips = True
 
@@ -74,13 +74,13 @@ class ByteTokenizer:
     def identity(self) -> TokenizerIdentity:
         return TokenizerIdentity(name="bytes", vocab_size=self.vocab_size, eod=self.eod)
 
-    def encode(self, text: TextBytes) -> NDArray[Any]:
-        """Token ids (n,), uint8 or uint16; a str is taken as UTF-8."""
+    def encode(self, text: TextLike) -> NDArray[Any]:
+        """Return token ids (n,), uint8 or uint16; a str is encoded as UTF-8."""
         data = text.encode() if isinstance(text, str) else text
         return np.frombuffer(data, np.uint8).astype(token_dtype(self.vocab_size), copy=False)
 
     def decode(self, tokens: NDArray[Any]) -> bytes:
-        """The bytes of `tokens`, ids 0..256; end-of-document ids are left out."""
+        """Return the bytes of `tokens`, ids 0..256, without end-of-document ids."""
         tokens = np.asarray(tokens)
         return tokens[tokens < BYTES].astype(np.uint8).tobytes()
 
@@ -92,17 +92,17 @@ class SentencePieceTokenizer:
     """A sentencepiece model, unigram or BPE.
 
     With `documents` its end-of-sentence id ends a document, or, where it has none, the id past
-    its vocabulary. A model that round-trips (see `round_trips`) gives every text back: what is
-    not UTF-8 is spelt in byte pieces, one a byte, and so is the character U+2581, which stands
-    for a space in pieces. Any other model gets invalid UTF-8 as U+FFFD.
+    its vocabulary. A model that round-trips (see `round_trips`) is lossless: invalid UTF-8 is
+    spelt in byte pieces, one per byte, and so is the character U+2581, which means a space in
+    pieces. For any other model invalid UTF-8 becomes U+FFFD.
     """
 
     def __init__(self, model: bytes, *, documents: bool) -> None:
-        """`model`: the content of a `.model` file. Raises DataError where it is none."""
+        """`model`: the content of a `.model` file. Raises DataError where it is not one."""
         import sentencepiece
 
         try:
-            # Asked for its pieces, an empty model complains on stderr.
+            # sentencepiece prints to stderr for an empty model, but not for an invalid one.
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model or b"\0")
             pieces = self._processor.vocab_size()
         except RuntimeError:
@@ -123,7 +123,7 @@ class SentencePieceTokenizer:
 
     @classmethod
     def read(cls, path: Path, *, documents: bool) -> SentencePieceTokenizer:
-        """The model in a file. Raises DataError, naming it, where it cannot be used."""
+        """Read a model file. Raises DataError, naming the file, where it cannot be used."""
         try:
             return cls(path.read_bytes(), documents=documents)
         except OSError as error:
@@ -140,41 +140,41 @@ class SentencePieceTokenizer:
 
     @cached_property
     def obstacles(self) -> list[str]:
-        """Why `decode(encode(text))` is not always `text`; none for our own models."""
+        """Reasons why `decode(encode(text))` may differ from `text`; none for our own models."""
         from sentencepiece import sentencepiece_model_pb2
 
         proto = sentencepiece_model_pb2.ModelProto.FromString(self.model)
         normalizer = proto.normalizer_spec
-        found = {
+        reasons = {
             f"its normaliser {normalizer.name or '(unnamed)'} changes characters": bool(
                 normalizer.precompiled_charsmap
             ),
             "it removes extra spaces": normalizer.remove_extra_whitespaces,
-            "it puts a space in front": normalizer.add_dummy_prefix,
+            "it adds a leading space": normalizer.add_dummy_prefix,
             "it does not mark spaces": not normalizer.escape_whitespaces,
             "it lacks byte pieces for unknown characters": bool((self._byte_ids < 0).any()),
         }
-        return [why for why, is_so in found.items() if is_so]
+        return [reason for reason, applies in reasons.items() if applies]
 
     @property
     def round_trips(self) -> bool:
         """Whether `decode(encode(text)) == text` for every text, valid UTF-8 or not."""
         return not self.obstacles
 
-    def encode(self, text: TextBytes) -> NDArray[Any]:
-        """Token ids (n,), uint16 or uint32; a str is taken as UTF-8."""
+    def encode(self, text: TextLike) -> NDArray[Any]:
+        """Return token ids (n,), uint16 or uint32; a str is encoded as UTF-8."""
         data = text.encode() if isinstance(text, str) else bytes(text)
         if len(data) <= _LONGEST:
             return self._encode(data)
-        return np.concatenate([self._encode(part) for part in _parts(data)])
+        return np.concatenate([self._encode(part) for part in _split_long(data)])
 
     def decode(self, tokens: NDArray[Any]) -> bytes:
-        """The text of `tokens`; end-of-document and other control ids give nothing."""
-        table = self._texts
+        """Return the text of `tokens` as bytes; control and end-of-document ids are left out."""
+        table = self._id_texts
         return b"".join([table[token] for token in np.asarray(tokens).tolist()])
 
     def count_bytes(self, tokens: NDArray[Any]) -> int:
-        return int(self._lengths[np.asarray(tokens)].sum())
+        return int(self._id_lengths[np.asarray(tokens)].sum())
 
     def _encode(self, data: bytes) -> NDArray[Any]:
         try:
@@ -186,7 +186,7 @@ class SentencePieceTokenizer:
                 return self._pieces(text)
         if not self.round_trips:
             return self._pieces(text)
-        parts = re.split(f"([{_SPACE}\udc80-\udcff]+)", text)  # odd ones hold only these
+        parts = re.split(f"([{_SPACE}\udc80-\udcff]+)", text)  # every second part is a match
         return np.concatenate([self._spell(p) if i % 2 else self._pieces(p)
                                for i, p in enumerate(parts)])  # fmt: skip
 
@@ -200,8 +200,8 @@ class SentencePieceTokenizer:
         return self._byte_ids[data].astype(self._dtype)
 
     @cached_property
-    def _texts(self) -> list[bytes]:
-        """The text of every id."""
+    def _id_texts(self) -> list[bytes]:
+        """The text of every id, as bytes."""
         processor, texts = self._processor, []
         for number in range(self.vocab_size):
             if number == self.eod or processor.is_control(number):
@@ -215,13 +215,16 @@ class SentencePieceTokenizer:
         return texts
 
     @cached_property
-    def _lengths(self) -> NDArray[np.int64]:
-        return np.array([len(text) for text in self._texts], np.int64)
+    def _id_lengths(self) -> NDArray[np.int64]:
+        return np.array([len(text) for text in self._id_texts], np.int64)
 
 
-def _parts(data: bytes) -> Iterator[bytes]:
-    """Long text in parts of at most `_LONGEST` bytes: lines where it can be, else words, else
-    characters. A function of the text alone, so that equal texts give equal tokens."""
+def _split_long(data: bytes) -> Iterator[bytes]:
+    """Split long text into parts of at most `_LONGEST` bytes.
+
+    It is cut after a newline if possible, else after a space, else between characters; a function
+    of the text alone, so that equal texts have equal tokens.
+    """
     start = 0
     while len(data) - start > _LONGEST:
         low, stop = start + _LONGEST // 2, start + _LONGEST
@@ -236,9 +239,9 @@ def _parts(data: bytes) -> Iterator[bytes]:
 
 
 def load_tokenizer(identity: TokenizerIdentity, model: bytes | None = None) -> Tokenizer:
-    """The tokenizer an index names; `model` is the file beside it, where it needs one.
+    """Return the tokenizer of an index; `model` is the content of MODEL_FILE, where it needs one.
 
-    Raises DataError where this version does not know it or the model is another one.
+    Raises DataError where its kind is unknown or the checksum of the model differs.
     """
     tokenizer: Tokenizer | None = None
     if identity.name == "bytes":
@@ -255,13 +258,13 @@ def load_tokenizer(identity: TokenizerIdentity, model: bytes | None = None) -> T
         return tokenizer
     raise DataError(
         f"tokenizer {identity.name!r} (vocabulary {identity.vocab_size}, end of document "
-        f"{identity.eod}) is not one this version knows: it knows 'bytes' (256, None) and "
+        f"{identity.eod}) is unknown to this version, which has 'bytes' (256, None) and "
         "(257, 256), and 'sentencepiece'; prepare the data again or update hg_scale"
     )
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest little-endian unsigned type that holds every id of the vocabulary."""
+    """Return the smallest little-endian unsigned type that fits every id of the vocabulary."""
     for name in ("|u1", "<u2"):
         if vocab_size - 1 <= np.iinfo(name).max:
             return np.dtype(name)

@@ -16,12 +16,13 @@ from hg_scale.checkpoint.load import read_parameters
 from hg_scale.checkpoint.manifest import MANIFEST, read_manifest
 from hg_scale.checkpoint.run_tokenizer import load_run_tokenizer
 from hg_scale.config.load import parse_config
-from hg_scale.config.schema import ModelConfig, Precision
+from hg_scale.config.schema import ModelConfig
+from hg_scale.config.training_sections import Precision
 from hg_scale.convert.export import load_export
 from hg_scale.convert.export_source import ExportSource
 from hg_scale.convert.open import is_export
 from hg_scale.data.index import Index, read_index
-from hg_scale.data.protocol import WindowProtocol
+from hg_scale.data.protocol import SlidingWindows
 from hg_scale.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerIdentity, load_tokenizer
 from hg_scale.errors import UserError
 from hg_scale.evaluation.generation import TEMPERATURE, GenerationConfig, generate_texts
@@ -125,7 +126,7 @@ class LoadedModel:
         data = text.encode() if isinstance(text, str) else text
         if not data:
             raise UserError("text: is empty; expected at least one byte to score")
-        protocol = WindowProtocol(length, stride)
+        protocol = SlidingWindows(length, stride)
         score = score_text(self.model, self.tokenizer, data, protocol, batch_size=batch_size)
         return score.bits_per_byte
 
@@ -288,7 +289,7 @@ def read_corpus_index(path: str) -> Index:
 
 def load_model(config: ModelConfig, checkpoint: Path) -> Hourglass:
     """Return the unsharded model with a checkpoint's weights, in fp32 on the CPU."""
-    with torch.device("meta"):  # no initial weights, which would only be thrown away
-        model = Hourglass(config)
+    with torch.device("meta"):  # no memory for weights that the checkpoint's replace
+        model = Hourglass(config, seed=None)
     model.load_state_dict(dict(read_parameters(checkpoint)), assign=True)
     return model.eval()

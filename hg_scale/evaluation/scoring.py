@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hg_scale.data.protocol import Tokens, TokenText, WindowProtocol, batches
+from hg_scale.data.protocol import SlidingWindows, Tokens, TokenSequence, window_batches
 from hg_scale.data.tokenizer import Tokenizer
 from hg_scale.model.hourglass import Hourglass
 
@@ -136,9 +136,9 @@ class Score:
 @torch.inference_mode()
 def score_windows(
     model: Hourglass,
-    text: TokenText,
+    text: TokenSequence,
     tokens: int,
-    protocol: WindowProtocol,
+    protocol: SlidingWindows,
     *,
     batch_size: int = 8,
     start_token: int = 0,
@@ -158,8 +158,8 @@ def score_windows(
     nats, counts, sizes = [np.zeros(0)], [np.zeros(0, np.int64)], []
     position_nats = torch.zeros(protocol.length, dtype=torch.float64, device=device)
     position_tokens = np.zeros(protocol.length, np.int64)
-    for inputs, labels in batches(
-        text, tokens, protocol, rows=batch_size, begin=start_token, separate=separate,
+    for inputs, labels in window_batches(
+        text, tokens, protocol, batch_size=batch_size, start_token=start_token, separate=separate,
         first=first, last=last,
     ):  # fmt: skip
         ids, targets = torch.from_numpy(inputs).to(device), torch.from_numpy(labels).to(device)
@@ -181,7 +181,7 @@ def score_text(
     model: Hourglass,
     tokenizer: Tokenizer,
     text: bytes,
-    protocol: WindowProtocol,
+    protocol: SlidingWindows,
     *,
     batch_size: int = 8,
 ) -> Score:

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from hg_scale.convert.open import is_export
 from hg_scale.data.evaluation import split_bytes
 from hg_scale.data.index import INDEX_FILE, is_local
-from hg_scale.data.protocol import Tokens, TokenText, WindowProtocol
+from hg_scale.data.protocol import SlidingWindows, Tokens, TokenSequence
 from hg_scale.data.shards import SplitReader
 from hg_scale.errors import UserError
 from hg_scale.evaluation.loaded_model import LoadedModel, load
@@ -52,11 +52,11 @@ class EvaluationSetup:
     """
 
     loaded: LoadedModel
-    text: TokenText
+    text: TokenSequence
     text_name: str
     tokens: int
     bytes: int | None
-    protocol: WindowProtocol
+    protocol: SlidingWindows
     start_token: int
     images: bool
 
@@ -71,9 +71,9 @@ def prepare_evaluation(task: EvaluationTask, device: str | None = None) -> Evalu
     plain = _plain_file(task)
     loaded = load(task.model, None if plain else task.data, task.precision, device)
     length = task.length or loaded.config.sequence_length
-    protocol = WindowProtocol(length, task.stride or length)
+    protocol = SlidingWindows(length, task.stride or length)
     images = False
-    text: TokenText
+    text: TokenSequence
     if plain:
         if loaded.image_shape is not None:
             raise UserError(f"{plain}: a plain file is scored as text, but {loaded.data_source} "

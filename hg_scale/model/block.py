@@ -1,4 +1,4 @@
-"""Layers that work at one level: embedding, block, norm, head."""
+"""The layers that stay at one level: embedding, Transformer block, norm, head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hg_scale.config.checks import SWIGLU_CHUNKS
+from hg_scale.config.constants import SWIGLU_CHUNKS
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.attention import Attention, PositionBias
 from hg_scale.model.context import Context
@@ -19,10 +19,10 @@ from hg_scale.model.plan import Level
 
 
 class Activations(NamedTuple):
-    """What flows from layer to layer.
+    """The input and output of every layer.
 
-    `x`: token ids (B, L) before the embedding, logits after the head, activations (B, n, d)
-    between; `skips`: the inputs of the levels that are still open, outermost first.
+    `x`: token ids (B, L) before the embedding, activations (B, n, d), logits after the head.
+    `skips`: the inputs of the shortenings that are not upsampled yet, outermost first.
     """
 
     x: Tensor
@@ -33,11 +33,11 @@ class Layer(nn.Module):
     """One entry of the layer list: `forward(state, context) -> state`."""
 
     def forward(self, state: Activations, context: Context) -> Activations:
-        raise TypeError(f"{type(self).__name__} defines no forward")
+        raise NotImplementedError
 
 
 def make_norm(model: ModelConfig, d: int) -> nn.Module:
-    """LayerNorm or RMSNorm over d features."""
+    """Make the LayerNorm or RMSNorm over d features."""
     kind = nn.LayerNorm if model.norm == "layernorm" else nn.RMSNorm
     return kind(d, eps=model.norm_eps)
 
@@ -55,9 +55,10 @@ class Embedding(Layer):
 
 
 class FeedForward(nn.Module):
-    """d -> d_ff -> d with GELU (tanh form) or gated SiLU.
+    """Feed-forward d -> d_ff -> d with GELU (tanh form) or gated SiLU.
 
-    Gate and up rows alternate in chunks, (chunk, gate up, rows), so that a tensor slice is whole.
+    Gate and up projections alternate in chunks of output features, (chunk, gate up, features), so
+    that a tensor-parallel slice contains complete pairs.
     """
 
     def __init__(self, model: ModelConfig, layers: PlainLayers, level: Level) -> None:
@@ -106,22 +107,14 @@ class TransformerBlock(Layer):
         return state._replace(x=x)
 
     def _block(self, x: Tensor, context: Context) -> Tensor:
-        unit = total_factor(context, self.level)
-        y = self.attention(self.attention_norm(x), context, unit)
+        tokens_per_position = context.tokens_per_position(self.level)
+        y = self.attention(self.attention_norm(x), context, tokens_per_position)
         x = x + self.dropout_attention(y, context)
         return x + self.dropout_ff(self.ff(self.ff_norm(x), context), context)
 
 
-def total_factor(context: Context, level: int) -> int:
-    """Tokens a position of `level` stands for, with this pass's factors."""
-    total = 1
-    for k in context.factors[:level]:
-        total *= k
-    return total
-
-
 class Norm(Layer):
-    """The norm that closes a stack (in the authors' code; the paper does not mention it)."""
+    """The norm at the end of a stack (from the authors' code; the paper does not mention it)."""
 
     def __init__(self, model: ModelConfig, level: Level) -> None:
         super().__init__()
@@ -132,17 +125,17 @@ class Norm(Layer):
 
 
 class Head(Layer):
-    """(B, L, d) -> logits (B, L, padded vocabulary / tensor ranks); padding is never likely."""
+    """(B, L, d) -> logits (B, L, padded vocabulary / tensor ranks); padded logits are masked."""
 
     def __init__(self, model: ModelConfig, layers: PlainLayers, level: Level) -> None:
         super().__init__()
         self.linear = layers.column(level.d_model, model.padded_vocab, model.bias)
         start = layers.vocab_start(model.padded_vocab)
-        self.real = max(0, model.vocab_size - start)  # logits held here that are not padding
+        self.vocab = max(0, model.vocab_size - start)  # logits of this rank that are not padding
 
     def forward(self, state: Activations, context: Context) -> Activations:
         logits = self.linear(state.x)
-        if self.real < logits.shape[-1]:
-            padding = torch.arange(logits.shape[-1], device=logits.device) >= self.real
+        if self.vocab < logits.shape[-1]:
+            padding = torch.arange(logits.shape[-1], device=logits.device) >= self.vocab
             logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
         return Activations(logits)

@@ -1,8 +1,8 @@
-"""What one forward pass knows beside its input: factors, the key of its dropout, a cache.
+"""The context of one forward pass: factors, dropout key, cache. And dropout, which depends on it.
 
-Nothing here is state, but for what decoding keeps in the cache. Dropout masks are a pure function
-of (seed, step, sample, site), so they are the same in every layout, after every resume, and in a
-recomputed forward pass.
+Nothing here is state, except the cache of decoding. Dropout masks are a pure function of (seed,
+step, sample, site), so they are the same in every layout, after a resume, and in a recomputed
+forward pass.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import zlib
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ _MASK = (1 << 64) - 1
 
 
 def mix(*numbers: int) -> int:
-    """A 63-bit seed from a tuple of integers (splitmix64's finaliser, chained)."""
+    """Hash integers to a 63-bit seed (splitmix64's finaliser, chained)."""
     state = 0x9E3779B97F4A7C15
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) & _MASK
@@ -31,7 +32,7 @@ def mix(*numbers: int) -> int:
 
 
 def name_seed(seed: int, name: str) -> int:
-    """The seed of what is called `name`: initial weights and dropout sites."""
+    """Return the seed for a name: of a parameter's initial weights, or of a dropout site."""
     return mix(seed, zlib.crc32(name.encode()))
 
 
@@ -39,9 +40,9 @@ def name_seed(seed: int, name: str) -> int:
 class Context:
     """One forward pass.
 
-    `factors`: step factor of each level, outermost first. `key`: None outside training, else
-    (seed, step); `first_sample` is the place of the first row in the global batch. `cache`: where
-    decoding keeps the positions before; None where all positions are given.
+    `factors`: step factor of every shortening, outermost first. `key`: (seed, step) in training,
+    else None. `first_sample`: index of the first sequence in the global batch. `cache`: the state
+    of decoding; None if the pass computes all positions.
     """
 
     factors: tuple[int, ...]
@@ -49,18 +50,26 @@ class Context:
     first_sample: int = 0
     cache: Cache | None = None
 
+    def tokens_per_position(self, level: int) -> int:
+        """Return how many tokens a position of `level` stands for, with this pass's factors."""
+        return prod(self.factors[:level])
+
 
 def draw_factors(choices: list[list[int]], seed: int, step: int) -> tuple[int, ...]:
-    """This step's factors under shorten-factor dropout (paper, section 4.1): alike on all ranks."""
-    drawn = random.Random(mix(seed, step, zlib.crc32(b"shorten_factor")))
-    return tuple(drawn.choice(options) for options in choices)
+    """Draw this step's factors for shorten-factor dropout (paper, section 4.1).
+
+    They are identical on all ranks.
+    """
+    generator = random.Random(mix(seed, step, zlib.crc32(b"shorten_factor")))
+    return tuple(generator.choice(options) for options in choices)
 
 
 class Dropout(nn.Module):
     """Inverted dropout whose mask depends on nothing but (seed, step, sample, site).
 
-    `split_dim`, `rank`, `ranks`: the dimension that tensor parallelism cuts, and the slice that is
-    held here; the whole mask is drawn and cut alike. `site` is set from the module's name.
+    `split_dim`, `rank`, `ranks`: the dimension along which tensor parallelism shards the input,
+    and the slice of this rank; the unsharded mask is drawn and sliced the same way. `site` is set
+    from the module's name.
     """
 
     def __init__(self, rate: float, split_dim: int | None = None, rank: int = 0, ranks: int = 1):
@@ -75,7 +84,7 @@ class Dropout(nn.Module):
         return self.rate > 0 and context.key is not None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x: (B, ...), any dtype; row b is sample `context.first_sample + b`."""
+        """Apply dropout to x (B, ...) of any dtype; x[b] is sample `context.first_sample + b`."""
         if self.rate == 0 or context.key is None:
             return x
         seed, step = context.key
@@ -85,8 +94,8 @@ class Dropout(nn.Module):
             shape[dim] *= self.ranks
         generator = torch.Generator(x.device)
         keep = torch.empty((x.shape[0], *shape), dtype=torch.bool, device=x.device)
-        for row, mask in enumerate(keep):
-            generator.manual_seed(mix(seed, step, context.first_sample + row, self.site))
+        for index, mask in enumerate(keep):
+            generator.manual_seed(mix(seed, step, context.first_sample + index, self.site))
             mask.bernoulli_(1 - self.rate, generator=generator)
         if self.split_dim is not None:
             keep = keep.chunk(self.ranks, self.split_dim)[self.rank]

@@ -1,11 +1,11 @@
-"""Parameters, floating-point operations and cache of every layer, in closed form, without torch.
+"""Parameters, FLOPs and cache size of every layer, in closed form. Imports no torch.
 
-Conventions: 2 FLOPs a multiply-add, matrix products only; forward pass; attention without causal
-skipping (a query of full attention counts all keys, as in PaLM's appendix B), a sliding window
+Conventions: forward pass, matrix products only, 2 FLOPs per multiply-add. Attention does not skip
+masked keys (a query of full attention counts all keys, as in PaLM's appendix B); a sliding window
 counts its width. Training costs three times the forward pass; recomputation is not counted.
-Upsampling attention with relative positions counts the scores it keeps: the code computes k times
-as many and drops the rest, 0.6 to 2.1% of the paper's models. Per-level counts matter here:
-6 x parameters x tokens would overstate an Hourglass several times.
+Upsampling attention with relative positions counts the scores it uses: the code computes k times
+as many and drops the rest, 0.6 to 2.1% of the FLOPs of the paper's models. The usual 6 x parameters
+x tokens would overestimate an Hourglass several times, since its inner levels are shorter.
 """
 
 from __future__ import annotations
@@ -16,14 +16,21 @@ from itertools import product
 
 from hg_scale.config.hierarchy import level_lengths
 from hg_scale.config.schema import ModelConfig
-from hg_scale.model.plan import LayerPlan, Level, layer_plan, model_levels
+from hg_scale.model.plan import (
+    LayerPlan,
+    Level,
+    layer_plan,
+    model_levels,
+    pooling_projection,
+    upsampling_projection,
+)
 
-TRAINING_FACTOR = 3  # forward, and twice that backward
+TRAINING_FACTOR = 3  # the backward pass costs twice the forward pass
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Cost of one layer on one sequence: `parameters`, forward `flops`."""
+    """Cost of one layer: `parameters`, and forward `flops` of one sequence."""
 
     layer: LayerPlan
     parameters: int
@@ -33,58 +40,60 @@ class LayerCost:
 def layer_costs(
     model: ModelConfig, length: int | None = None, factors: tuple[int, ...] | None = None
 ) -> list[LayerCost]:
-    """Costs of all layers in order, for one sequence of `length` tokens (default: the model's).
+    """Return the costs of all layers in order, for one sequence of `length` tokens.
 
-    `factors`: step factor of each level, where they are not the hierarchy's. The biases of
-    `shared_position_bias` belong to no layer: see `parameter_count`.
+    Default: the model's sequence length. `factors`: step factors that replace the hierarchy's.
+    The biases of `shared_position_bias` belong to no layer: see `parameter_count`.
     """
-    counter = _Counter(model, length or model.sequence_length, factors or model.parsed.factors)
+    counter = _CostCounter(model, length or model.sequence_length, factors or model.parsed.factors)
     return [LayerCost(layer, *counter.layer(layer)) for layer in layer_plan(model)]
 
 
 def parameter_count(model: ModelConfig) -> int:
-    """All parameters of the model, padding of the vocabulary included."""
+    """Return the number of parameters, including the padding of the vocabulary."""
     total = sum(cost.parameters for cost in layer_costs(model))
     return total + (2 * shared_bias_width(model) if model.shared_position_bias else 0)
 
 
 def shared_bias_width(model: ModelConfig) -> int:
-    """Width of the levels with relative positions, which share one pair of biases."""
+    """Return the width of the levels that share one pair of position biases."""
     return next(s.d_model for s in model_levels(model) if s.positions == "relative")
 
 
 def forward_flops(model: ModelConfig, length: int | None = None) -> int:
-    """Forward FLOPs of one sequence."""
+    """Return the forward FLOPs of one sequence."""
     return sum(cost.flops for cost in layer_costs(model, length))
 
 
 def training_flops_per_token(model: ModelConfig) -> float:
-    """Training FLOPs for each token of a training window: with shorten-factor dropout, the mean."""
+    """Return the training FLOPs per token; with shorten-factor dropout, the mean over its draws."""
     draws = list(product(*model.factor_choices)) if model.factor_choices else [None]
-    whole = sum(cost.flops for draw in draws for cost in layer_costs(model, None, draw))
-    return TRAINING_FACTOR * whole / len(draws) / model.sequence_length
+    total = sum(cost.flops for draw in draws for cost in layer_costs(model, None, draw))
+    return TRAINING_FACTOR * total / len(draws) / model.sequence_length
 
 
-def cache_bytes(model: ModelConfig, length: int, rows: int = 1, element: int = 4) -> int:
-    """Bytes that decoding keeps for `rows` texts of up to `length` tokens.
+def cache_bytes(
+    model: ModelConfig, length: int, batch_size: int = 1, element_bytes: int = 4
+) -> int:
+    """Return the bytes that decoding caches for `batch_size` sequences of up to `length` tokens.
 
-    `element`: bytes of a number. Rows that do not begin together add a number for each of their
-    keys, (2 d_model) times less than the keys and values.
+    Sequences that start at different positions add one element for each of their keys, (2 d_model)
+    times less than the keys and values.
     """
-    counts = cached_numbers(model, length).values()
-    return element * sum(rows * by_row + shared for by_row, shared in counts)
+    counts = cache_elements(model, length).values()
+    return element_bytes * sum(batch_size * each + shared for each, shared in counts)
 
 
-def cached_numbers(model: ModelConfig, length: int) -> dict[str, tuple[int, int]]:
-    """What each layer, by name, keeps for `cache_bytes`: numbers a row, numbers for all rows."""
+def cache_elements(model: ModelConfig, length: int) -> dict[str, tuple[int, int]]:
+    """Return what each layer caches, by name: (elements per sequence, elements shared by all)."""
     counter = _CacheCounter(model, length)
     return {layer.name: counter.layer(layer) for layer in layer_plan(model)}
 
 
 class _CacheCounter:
-    """Counts (numbers a row, numbers for all rows) that each layer keeps, for one model and length.
+    """Counts the cached elements (per sequence, shared by all) of each layer.
 
-    What all rows share are the embedded distances of relative positions.
+    Sequences share the embedded distances of relative positions.
     """
 
     def __init__(self, model: ModelConfig, length: int) -> None:
@@ -94,38 +103,38 @@ class _CacheCounter:
     def layer(self, layer: LayerPlan) -> tuple[int, int]:
         level, n = self.levels[layer.level], self.lengths[layer.level]
         if layer.kind == "block":
-            held = min(level.window or n, n)
-            turns = 2 if held < n else 1
-            return self.attention(level, held, turns * held, level.positions)
+            keys = min(level.window or n, n)
+            tables = 2 if keys < n else 1  # a ring buffer has its distances twice
+            return self.attention(level, keys, tables * keys, level.positions)
         if layer.kind not in ("shorten", "upsample"):
             return 0, 0
         k, lower = self.model.parsed.shortenings[layer.level].k, self.levels[layer.level + 1]
         groups = self.lengths[layer.level + 1]
         if layer.kind == "shorten":  # the open group, and the keys of all members
-            kept, asks, keys = k * level.d_model, lower, groups * k
-            attends = self.model.pooling.startswith("attention")
-        else:  # what the newest group gives, and the keys of all groups
-            base = self.model.upsampling.rpartition("+")[2]
-            kept = {"linear": k, "repeat": 1, "none": 0}[base] * level.d_model
-            asks, keys = level, groups
-            attends = self.model.upsampling.startswith("attention")
-        if not attends:
-            return kept, 0
-        by_row, shared = self.attention(asks, keys, groups * k, level.positions)
-        return kept + by_row, shared
+            kind, query, keys = self.model.pooling_kind, lower, groups * k
+            elements = k * level.d_model
+        else:  # the newest group, upsampled, and the keys of all groups
+            kind, query, keys = self.model.upsampling_kind, level, groups
+            projection = upsampling_projection(kind, k, level.d_model, lower.d_model)
+            elements = projection[1] if projection else level.d_model
+            elements *= kind.base != "none"
+        if not kind.attends:
+            return elements, 0
+        each, shared = self.attention(query, keys, groups * k, level.positions)
+        return elements + each, shared
 
-    def attention(self, asks: Level, keys: int, distances: int, positions: str) -> tuple[int, int]:
-        return 2 * keys * asks.d_model, distances * asks.d_model * (positions == "relative")
+    def attention(self, query: Level, keys: int, distances: int, positions: str) -> tuple[int, int]:
+        return 2 * keys * query.d_model, distances * query.d_model * (positions == "relative")
 
 
-class _Counter:
-    """Counts (parameters, flops) layer by layer for one model and length."""
+class _CostCounter:
+    """Counts (parameters, FLOPs) of each layer, for one model and length."""
 
     def __init__(self, model: ModelConfig, length: int, factors: tuple[int, ...]) -> None:
         self.model, self.factors = model, factors
         self.levels = model_levels(model)
         self.lengths = level_lengths(length, factors)
-        self.norm_width = 2 if model.norm == "layernorm" else 1  # vectors of a norm
+        self.norm_width = 2 if model.norm == "layernorm" else 1  # parameter vectors of a norm
 
     def layer(self, layer: LayerPlan) -> tuple[int, int]:
         level = self.levels[layer.level]
@@ -171,7 +180,7 @@ class _Counter:
         positions: str | None = None,
         windowed: bool = True,
     ) -> tuple[int, int]:
-        """Attention of n queries over m keys; `positions` of the longer side."""
+        """Count attention of n queries to m keys; `positions`: of the longer sequence."""
         positions = positions or query.positions
         d = query.d_model
         window = query.window if windowed else None
@@ -202,26 +211,22 @@ class _Counter:
     def shorten(self, j: int) -> Iterator[tuple[int, int]]:
         k = self.factors[j]
         upper, lower = self.levels[j], self.levels[j + 1]
-        n = self.lengths[j + 1]
-        base = self.model.pooling.rpartition("+")[2]
-        if base == "linear":
-            yield self.linear(n, k * upper.d_model, lower.d_model)
-        elif upper.d_model != lower.d_model:
-            yield self.linear(n, upper.d_model, lower.d_model)
-        if "attention" in self.model.pooling:
+        n, kind = self.lengths[j + 1], self.model.pooling_kind
+        projection = pooling_projection(kind, k, upper.d_model, lower.d_model)
+        if projection:
+            yield self.linear(n, *projection)
+        if kind.attends:
             yield from self.resampling_attention(lower, n, upper, n * k, upper.positions)
 
     def upsample(self, j: int) -> Iterator[tuple[int, int]]:
         k = self.factors[j]
         upper, lower = self.levels[j], self.levels[j + 1]
-        n, m = self.lengths[j], self.lengths[j + 1]
+        n, m, kind = self.lengths[j], self.lengths[j + 1], self.model.upsampling_kind
         yield self.norm(upper.d_model), 0
         if self.model.skip == "learned":
             yield upper.d_model, 0
-        base = self.model.upsampling.rpartition("+")[2]
-        if base == "linear":
-            yield self.linear(m, lower.d_model, k * upper.d_model)
-        elif base == "repeat" and upper.d_model != lower.d_model:
-            yield self.linear(m, lower.d_model, upper.d_model)
-        if "attention" in self.model.upsampling:
+        projection = upsampling_projection(kind, k, upper.d_model, lower.d_model)
+        if projection:
+            yield self.linear(m, *projection)
+        if kind.attends:
             yield from self.resampling_attention(upper, n, lower, m, upper.positions)

@@ -1,7 +1,7 @@
-"""Incremental decoding: the prompt in one pass, then a token at a time, at every level in its time.
+"""Incremental decoding with a cache: the prompts in one pass, then one token per sequence and step.
 
-A level with total factor K takes a step once in K tokens. Nothing of the model's mathematics is
-here: the layers take up the cache of their `Context` by themselves (`cache.py`).
+A level with total factor K runs once in K tokens. The model's mathematics is not repeated here: the
+layers use the cache of their `Context` (`cache.py`).
 """
 
 from __future__ import annotations
@@ -20,39 +20,40 @@ from hg_scale.model.hourglass import Hourglass
 from hg_scale.model.plan import layer_plan
 from hg_scale.model.sampling import Sampling
 
-BLOCK = 256  # random numbers that a row draws at once
+RANDOM_BLOCK = 256  # random numbers that a sequence draws at once
 
 
 class Decoder:
-    """A model that goes on from what it has read, for `length` tokens a row in all."""
+    """A model with a cache for up to `length` tokens per sequence."""
 
     def __init__(self, model: Hourglass, length: int) -> None:
         self.model, self.length = model, length
         self.cache = Cache(length)
         self._context = Context(model.config.parsed.factors)
         plan = layer_plan(model.config)
-        ups = {layer.level: i for i, layer in enumerate(plan) if layer.kind == "upsample"}
-        # Where a pass goes on that made no group whole: where the level is left.
-        self._exits = {i: ups[p.level] for i, p in enumerate(plan) if p.kind == "shorten"}
+        upsamples = {layer.level: i for i, layer in enumerate(plan) if layer.kind == "upsample"}
+        # The layer that follows a shortening which completed no group: its upsampling.
+        self._exits = {i: upsamples[p.level] for i, p in enumerate(plan) if p.kind == "shorten"}
 
     @property
     def position(self) -> int:
-        """Tokens read, of the longest row."""
+        """Number of tokens in the cache, of the longest sequence."""
         return self.cache.position
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Read the prompts, ids (B, n) padded on the right: logits (B, vocabulary) of what follows.
+        """Process the prompts, ids (B, n) padded on the right, with an empty cache.
 
-        `lengths` (B,), of at least 1, differ by multiples of the model's total factor, and one is
-        n. Anything read before is forgotten. Raises ValueError where lengths do not fit.
+        `lengths` (B,): of the prompts, at least 1; one of them is n, and they differ by multiples
+        of the model's total factor. Returns the logits (B, vocabulary) of the next tokens. Raises
+        ValueError if the lengths do not fit.
         """
         n = ids.shape[1]
         offsets = None if lengths is None or bool((lengths == n).all()) else n - lengths
         if offsets is not None:
             factor = self.model.config.parsed.total_factor
             if int(offsets.min()) or int(offsets.max()) >= n or bool((offsets % factor).any()):
-                raise ValueError(f"lengths {lengths} of rows of {n} must differ by {factor}s")
+                raise ValueError(f"lengths {lengths} of {n} padded ids must differ by {factor}s")
         if not 0 < n <= self.length:
             raise ValueError(f"a prompt of {n} tokens, expected 1 to {self.length}")
         self.cache = Cache(self.length, offsets)
@@ -61,15 +62,22 @@ class Decoder:
         state = Activations(ids)
         for layer in layers:
             state = layer(state, self._context)
-        state = head(Activations(self.cache.ends(state.x, 1)), self._context)
+        state = head(Activations(self.cache.last_positions(state.x, 1)), self._context)
         self.cache.position = n
         return state.x[:, 0, : self.model.config.vocab_size]
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
-        """Read one more token a row, ids (B,): logits (B, vocabulary) of what follows."""
+        """Process one more token per sequence, ids (B,).
+
+        Returns the logits (B, vocabulary) of the next tokens. Raises ValueError before `prefill`,
+        and if the cache is full.
+        """
         if not 0 < self.position < self.length:
-            raise ValueError(f"no room: {self.position} tokens of {self.length} are read")
+            raise ValueError(
+                f"cannot decode token {self.position} of {self.length}: call prefill first, and "
+                "make a decoder for all tokens"
+            )
         layers, context = self.model.sequence, self._context
         state, number = Activations(ids[:, None]), 0
         while number < len(layers):
@@ -80,14 +88,14 @@ class Decoder:
 
 
 @dataclass
-class _Row:
-    """One text: its prompt and what follows, of which the model sees the part from `begin` on."""
+class _Sequence:
+    """A prompt and its continuation, of which the model sees the tokens from `start` on."""
 
     ids: list[int]
-    tokens: int  # how many of them there may be, the prompt included
+    max_tokens: int  # including the prompt
     seed: int
-    begin: int = 0
-    unread: deque[int] = field(default_factory=deque)  # what of it a decoder is still to read
+    start: int = 0
+    unread: deque[int] = field(default_factory=deque)  # tokens of the prompt not yet in the cache
     done: bool = False
 
     def __post_init__(self) -> None:
@@ -96,17 +104,18 @@ class _Row:
 
     @property
     def seen(self) -> int:
-        return len(self.ids) - self.begin
+        """Number of tokens that the model sees."""
+        return len(self.ids) - self.start
 
     def uniform(self) -> float:
-        """The next random number, in [0, 1); 0 where there is nothing to draw.
+        """Return the next random number, in [0, 1); 0 if there is no token to sample.
 
-        A function of the seed and of how many were used before.
+        It depends on the seed and on how many numbers were used before.
         """
         if self.unread or self.done:
             return 0.0
         if not self._numbers:
-            self._numbers = torch.rand(BLOCK, generator=self._generator).tolist()[::-1]
+            self._numbers = torch.rand(RANDOM_BLOCK, generator=self._generator).tolist()[::-1]
         return self._numbers.pop()
 
 
@@ -122,63 +131,65 @@ def generate(
     first_row: int = 0,
     vocab_size: int | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """(row, token) as they are made: up to `tokens` a row, the last one `stop` if that comes up.
+    """Yield (index of the prompt, token) as they are generated: up to `tokens` per prompt.
 
-    A row depends on its prompt, on `seed` and on its number, counted from `first_row`, not on the
-    rows beside it (up to rounding). Prompts have at least one token. The model sees up to `context`
-    tokens (default: its sequence length); where they are full, it goes on from their last half. Ids
-    from `vocab_size` on are not drawn.
+    A continuation ends early with the token `stop`. It depends on its prompt, on `seed` and on its
+    index, counted from `first_row`, but not on the other prompts (up to rounding). Prompts have at
+    least one token. The model sees up to `context` tokens (default: its sequence length); when
+    they are exceeded, it continues from the last half of them. Ids from `vocab_size` on are never
+    sampled.
     """
     limit = context or model.config.sequence_length
     if limit < 2 or not all(prompts):
         raise ValueError("expected a context of at least 2, and no empty prompt")
-    numbered = enumerate(prompts, start=first_row)
-    rows = [_Row(list(ids), len(ids) + tokens, mix(seed, n)) for n, ids in numbered]
-    active = {number: row for number, row in enumerate(rows) if tokens > 0}
+    indexed = enumerate(prompts, start=first_row)
+    sequences = [_Sequence(list(ids), len(ids) + tokens, mix(seed, i)) for i, ids in indexed]
+    active = {i: sequence for i, sequence in enumerate(sequences) if tokens > 0}
     while active:
-        for row in active.values():
-            if row.seen > limit:
-                row.begin = len(row.ids) - limit // 2
-        yield from _go_on(model, active, limit, sampling, stop, vocab_size)
-        active = {number: row for number, row in active.items() if not row.done}
+        for sequence in active.values():
+            if sequence.seen > limit:
+                sequence.start = len(sequence.ids) - limit // 2
+        yield from _decode_batch(model, active, limit, sampling, stop, vocab_size)
+        active = {i: sequence for i, sequence in active.items() if not sequence.done}
 
 
-def _go_on(
+def _decode_batch(
     model: Hourglass,
-    rows: dict[int, _Row],
+    sequences: dict[int, _Sequence],
     limit: int,
     sampling: Sampling,
     stop: int | None,
     vocab_size: int | None,
 ) -> Iterator[tuple[int, int]]:
-    """Read the rows and add to them until all are done, or one is past the limit.
+    """Prefill the sequences and continue them until all are done, or one exceeds the limit.
 
-    Rows advance together, so a decoder has to meet them at one phase of the model's groups: that
-    of the shortest. A row that is ahead of it reads its last few tokens one at a time, while the
-    others read what they draw.
+    Sequences advance together and need the same phase of the model's groups: that of the shortest
+    one. A longer one is prefilled up to that phase, and its last few tokens follow one at a time
+    while the others already sample.
     """
     device, factor = next(model.parameters()).device, model.config.parsed.total_factor
-    shortest = min(row.seen for row in rows.values())
-    lengths = [row.seen - (row.seen - shortest) % factor for row in rows.values()]
-    padded = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-    for line, row, n in zip(padded, rows.values(), lengths, strict=True):
-        line[:n] = torch.tensor(row.ids[row.begin : row.begin + n])
-        row.unread = deque(row.ids[row.begin + n :])
-    longest = max(row.tokens - row.begin for row in rows.values())
+    shortest = min(sequence.seen for sequence in sequences.values())
+    lengths = [s.seen - (s.seen - shortest) % factor for s in sequences.values()]
+    padded = torch.zeros(len(sequences), max(lengths), dtype=torch.long)
+    for row, sequence, n in zip(padded, sequences.values(), lengths, strict=True):
+        row[:n] = torch.tensor(sequence.ids[sequence.start : sequence.start + n])
+        sequence.unread = deque(sequence.ids[sequence.start + n :])
+    longest = max(sequence.max_tokens - sequence.start for sequence in sequences.values())
     decoder = Decoder(model, min(longest, limit) + factor)
     logits = decoder.prefill(padded.to(device), torch.tensor(lengths, device=device))
     while True:
-        uniform = torch.tensor([row.uniform() for row in rows.values()], device=device)
+        uniform = torch.tensor([s.uniform() for s in sequences.values()], device=device)
         following = sampling.choose(logits[:, :vocab_size], uniform).tolist()
-        for i, (number, row) in enumerate(rows.items()):
-            if row.unread:
-                following[i] = row.unread.popleft()
-            elif not row.done:
-                row.ids.append(following[i])
-                row.done = following[i] == stop or len(row.ids) == row.tokens
-                yield number, following[i]
-        going = [row for row in rows.values() if not row.done]
+        for row_number, (i, sequence) in enumerate(sequences.items()):
+            if sequence.unread:
+                following[row_number] = sequence.unread.popleft()
+            elif not sequence.done:
+                token = following[row_number]
+                sequence.ids.append(token)
+                sequence.done = token == stop or len(sequence.ids) == sequence.max_tokens
+                yield i, token
+        active = [sequence for sequence in sequences.values() if not sequence.done]
         full = decoder.position == decoder.length
-        if full or not going or max(row.seen for row in going) > limit:
+        if full or not active or max(sequence.seen for sequence in active) > limit:
             return
         logits = decoder.step(torch.tensor(following, device=device))

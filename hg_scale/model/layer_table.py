@@ -1,4 +1,4 @@
-"""The layers of a model as a person reads them: shape, sharding, cost, cache. Needs no torch."""
+"""A table of a model's layers: shape, sharding, cost, cache. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ from dataclasses import dataclass
 
 from hg_scale.config.hierarchy import level_lengths
 from hg_scale.config.schema import ModelConfig
-from hg_scale.model.costs import LayerCost, cached_numbers, layer_costs
-from hg_scale.model.plan import LayerKind, LayerPlan, model_levels
+from hg_scale.model.costs import LayerCost, cache_elements, layer_costs
+from hg_scale.model.plan import (
+    LayerKind,
+    LayerPlan,
+    model_levels,
+    pooling_projection,
+    upsampling_projection,
+)
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """A layer, or equal blocks that follow each other.
+    """One layer, or several consecutive blocks of a stack.
 
-    `positions` and `width` are those of the level that it belongs to; `flops` are of the forward
-    pass of one window, `share` is their part of the whole model's; `cache` are the numbers that
-    decoding a text of that length keeps. `split`: what tensor parallelism shares out; "" where
-    every tensor rank holds the whole layer.
+    `positions`, `width`: of its level. `flops`: of the forward pass of one sequence, and their
+    `share` of the complete model's. `cache`: elements that decoding a sequence of that length
+    caches. `split`: the dimensions that tensor parallelism shards; "" if it replicates the layer.
     """
 
     name: str
@@ -35,12 +40,12 @@ class LayerRow:
 
 
 def layer_table(model: ModelConfig) -> list[LayerRow]:
-    """The rows in the order of the forward pass."""
+    """Return the rows in the order of the forward pass."""
     costs = layer_costs(model)
-    cached = cached_numbers(model, model.sequence_length)
+    cached = cache_elements(model, model.sequence_length)
     levels = model_levels(model)
     lengths = level_lengths(model.sequence_length, model.parsed.factors)
-    whole = sum(cost.flops for cost in costs)
+    total_flops = sum(cost.flops for cost in costs)
     rows = []
     for group in _groups(costs):
         first, last = group[0].layer, group[-1].layer
@@ -54,7 +59,7 @@ def layer_table(model: ModelConfig) -> list[LayerRow]:
             width=levels[first.level].d_model,
             parameters=sum(cost.parameters for cost in group),
             flops=flops,
-            share=flops / whole,
+            share=flops / total_flops,
             cache=sum(sum(cached[cost.layer.name]) for cost in group),
             split=_split(model, first),
         ))  # fmt: skip
@@ -68,23 +73,24 @@ def _split(model: ModelConfig, layer: LayerPlan) -> str:
         return "heads, d_ff"
     if layer.kind == "norm":
         return ""
-    kind = model.pooling if layer.kind == "shorten" else model.upsampling
-    upper, lower = (model_levels(model)[layer.level + i].d_model for i in (0, 1))
-    base = kind.rpartition("+")[2]
-    projects = base == "linear" or (upper != lower and base != "none")
-    parts = ["input"] * projects + ["heads, d_ff"] * kind.startswith("attention")
-    return ", ".join(parts)
+    upper, lower = (model_levels(model)[layer.level + i] for i in (0, 1))
+    shortens = layer.kind == "shorten"
+    kind = model.pooling_kind if shortens else model.upsampling_kind
+    projection = pooling_projection if shortens else upsampling_projection
+    k = lower.factor // upper.factor
+    projects = projection(kind, k, upper.d_model, lower.d_model) is not None
+    return ", ".join(["input"] * projects + ["heads, d_ff"] * kind.attends)
 
 
 def _groups(costs: Sequence[LayerCost]) -> list[list[LayerCost]]:
-    """Blocks of one stack together, any other layer by itself."""
+    """Group the blocks of each stack; any other layer is a group of its own."""
     groups: list[list[LayerCost]] = []
     for cost in costs:
-        before = groups[-1][-1].layer if groups else None
+        previous = groups[-1][-1].layer if groups else None
         if (
-            before
-            and before.kind == cost.layer.kind == "block"
-            and _stack(before.name) == _stack(cost.layer.name)
+            previous
+            and previous.kind == cost.layer.kind == "block"
+            and _stack(previous.name) == _stack(cost.layer.name)
         ):
             groups[-1].append(cost)
         else:

@@ -1,7 +1,7 @@
-"""The flat list of layers that a hierarchy stands for, as plain data.
+"""The flat list of layers that a hierarchy describes, as plain data.
 
-Everything that walks the model walks this list: the module itself, the costs, the pipeline cut, the
-parameter names in a checkpoint. Imports no torch.
+Everything that iterates over the model iterates over this list: the module itself, the costs, the
+pipeline cut, the parameter names in a checkpoint. Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hg_scale.config.hierarchy import Shortening, level_factors, level_lengths
+from hg_scale.config.resampling_kind import ResamplingKind
 from hg_scale.config.schema import ModelConfig, Positions
 
 LayerKind = Literal["embedding", "block", "norm", "shorten", "upsample", "head"]
@@ -42,15 +43,39 @@ class LayerPlan:
 
 
 def model_levels(model: ModelConfig) -> list[Level]:
-    """Every level of the model, outermost first."""
+    """Return every level of the model, outermost first."""
     columns = ("d_model", "heads", "d_ff", "window", "positions")
     values = zip(*(model.by_level(key) for key in columns), strict=True)
     factors = level_factors(model.parsed.factors)
     return [Level(i, f, *row) for i, (f, row) in enumerate(zip(factors, values, strict=True))]
 
 
+def pooling_projection(
+    kind: ResamplingKind, k: int, upper: int, lower: int
+) -> tuple[int, int] | None:
+    """Return (input, output) features of a pooling's linear layer; None: it has none.
+
+    It pools k positions of width `upper` into one of width `lower`.
+    """
+    if kind.base == "linear":
+        return k * upper, lower
+    return None if upper == lower else (upper, lower)
+
+
+def upsampling_projection(
+    kind: ResamplingKind, k: int, upper: int, lower: int
+) -> tuple[int, int] | None:
+    """Return (input, output) features of an upsampling's linear layer; None: it has none.
+
+    It expands one position of width `lower` to k of width `upper`.
+    """
+    if kind.base == "linear":
+        return lower, k * upper
+    return None if upper == lower or kind.base == "none" else (lower, upper)
+
+
 def layer_plan(model: ModelConfig) -> list[LayerPlan]:
-    """The layers in the order of the forward pass (paper, Algorithm 1).
+    """Return the layers in the order of the forward pass (paper, Algorithm 1).
 
     Every stack of blocks ends in a norm, as in the authors' code; a stack may have no blocks.
     """
@@ -70,7 +95,7 @@ def _stack(name: str, level: int, blocks: int) -> list[LayerPlan]:
 
 
 def _inner_levels(shortenings: tuple[Shortening, ...], level: int) -> list[LayerPlan]:
-    """From the shortening at `level` to the upsampling back to it."""
+    """Return the layers from the shortening at `level` to the upsampling back to it."""
     name, blocks = f"level{level}", shortenings[level].blocks
     if level == len(shortenings) - 1:
         inside = _stack(f"{name}.stack", level + 1, blocks)
@@ -88,7 +113,7 @@ def _inner_levels(shortenings: tuple[Shortening, ...], level: int) -> list[Layer
 def boundary_shapes(
     model: ModelConfig, plan: list[LayerPlan], index: int, length: int, factors: tuple[int, ...]
 ) -> list[tuple[int, int]]:
-    """(positions, width) of what crosses a pipeline boundary before layer `index`.
+    """Return (positions, width) of every tensor that crosses a pipeline boundary before `index`.
 
     The activations come first, then the open skips, outermost first.
     """

@@ -1,7 +1,7 @@
 """The two layers that change the level: `Shorten` enters a level, `Upsample` leaves it.
 
-Paper, sections 2.1 and 2.3; what the paper does not say (norms, the raw residual inside the
-upsampling) follows the authors' code. Which positions form a group is `grouping.py`'s business.
+Paper, sections 2.1 and 2.3; details that the paper leaves open (norms, the raw residual inside the
+upsampling) follow the authors' code. `grouping.py` defines which positions form a group.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.attention import Attention, PositionBias
-from hg_scale.model.block import Activations, FeedForward, Layer, make_norm, total_factor
+from hg_scale.model.block import Activations, FeedForward, Layer, make_norm
 from hg_scale.model.cache import Cache, LastGroup, OpenGroup
 from hg_scale.model.context import Context
 from hg_scale.model.grouping import Alignment, FixedGroups
 from hg_scale.model.layers import PlainLayers
-from hg_scale.model.plan import Level
+from hg_scale.model.plan import Level, pooling_projection, upsampling_projection
 
 
 class ResamplingAttention(nn.Module):
@@ -41,16 +41,21 @@ class ResamplingAttention(nn.Module):
         self.dropout_ff = layers.dropout(model.dropout)
 
     def forward(
-        self, base: Tensor, source: Tensor, context: Context, unit: int, alignment: Alignment
+        self,
+        base: Tensor,
+        source: Tensor,
+        context: Context,
+        tokens_per_position: int,
+        alignment: Alignment,
     ) -> Tensor:
-        """base (B, n, d_query), source (B, m, d_source), already normalised -> (B, n, d_query)."""
-        y = self.attention(base, context, unit, source, alignment)
+        """Attend from base (B, n, d_query) to source (B, m, d_source), both already normalised."""
+        y = self.attention(base, context, tokens_per_position, source, alignment)
         base = base + self.dropout_attention(y, context)
         return base + self.dropout_ff(self.ff(self.ff_norm(base), context), context)
 
 
 class Shorten(Layer):
-    """x (B, n, d_upper) -> groups (B, ceil(n / k), d_lower), x kept as a skip."""
+    """Pool x (B, n, d_upper) to groups (B, ceil(n / k), d_lower), and keep x as a skip."""
 
     def __init__(
         self,
@@ -61,16 +66,11 @@ class Shorten(Layer):
         shared_bias: PositionBias | None,
     ) -> None:
         super().__init__()
+        kind, k = model.pooling_kind, lower.factor // upper.factor
         self.level, self.width = upper.index, lower.d_model
-        self.base = model.pooling.rpartition("+")[2]
-        k = lower.factor // upper.factor
-        if self.base == "linear":
-            self.pool = layers.projection(k * upper.d_model, lower.d_model, model.bias)
-        elif upper.d_model != lower.d_model:
-            self.pool = layers.projection(upper.d_model, lower.d_model, model.bias)
-        else:
-            self.pool = nn.Identity()
-        self.attends = model.pooling.startswith("attention")
+        self.base, self.attends = kind.base, kind.attends
+        projection = pooling_projection(kind, k, upper.d_model, lower.d_model)
+        self.pool = layers.projection(*projection, model.bias) if projection else nn.Identity()
         if self.attends:
             self.attend = ResamplingAttention(
                 model, layers, lower, upper, upper.positions, shared_bias
@@ -78,36 +78,38 @@ class Shorten(Layer):
 
     def forward(self, state: Activations, context: Context) -> Activations:
         x = state.x
-        k, unit = context.factors[self.level], total_factor(context, self.level)
-        shifted = self._shift(x, k, unit, context.cache)  # (B, groups * k, d_upper)
+        k = context.factors[self.level]
+        tokens_per_position = context.tokens_per_position(self.level)
+        shifted = self._shift(x, k, tokens_per_position, context.cache)  # (B, groups * k, d_upper)
         groups = FixedGroups(k, shifted.shape[1])
-        if not groups.count:  # a step of decoding that makes no group whole
+        if not groups.count:  # a decoding step that completes no group
             z = x.new_empty(x.shape[0], 0, self.width)
         elif not self.attends:
-            z = self._resize(groups.cut(shifted))
+            z = self._pool(groups.split(shifted))
         else:
             source = self.attend.in_norm(shifted)
-            base = self.attend.base_norm(self._resize(groups.cut(source)))
-            z = self.attend(base, source, context, unit, groups.shortening)
+            base = self.attend.base_norm(self._pool(groups.split(source)))
+            z = self.attend(base, source, context, tokens_per_position, groups.shortening)
         return Activations(z, (*state.skips, x))
 
-    def _shift(self, x: Tensor, k: int, unit: int, cache: Cache | None) -> Tensor:
-        """The members of the groups that x (B, n, d) makes whole: (B, groups * k, d)."""
-        memory = cache.of(self) if cache else None
-        if memory is not None:
-            return memory.add(x)
+    def _shift(self, x: Tensor, k: int, tokens_per_position: int, cache: Cache | None) -> Tensor:
+        """Return the members of the groups that x (B, n, d) completes: (B, groups * k, d)."""
+        open_group = cache.get(self) if cache else None
+        if open_group is not None:
+            return open_group.add(x)
         groups = FixedGroups(k, x.shape[1])
         if cache is not None:
-            cache.keep(self, OpenGroup(cache.ends(x, groups.gathered, unit), k))
+            members = cache.last_positions(x, groups.open_members, tokens_per_position)
+            cache.store(self, OpenGroup(members, k))
         return groups.shift(x)
 
-    def _resize(self, cut: Tensor) -> Tensor:
-        """(B, groups, k, d_upper) -> (B, groups, d_lower)."""
-        return self.pool(cut.flatten(2) if self.base == "linear" else cut.mean(2))
+    def _pool(self, groups: Tensor) -> Tensor:
+        """Pool the members of each group: (B, groups, k, d_upper) -> (B, groups, d_lower)."""
+        return self.pool(groups.flatten(2) if self.base == "linear" else groups.mean(2))
 
 
 class Upsample(Layer):
-    """z (B, ceil(n / k), d_lower) -> (B, n, d_upper): expanded, normalised, added to the skip."""
+    """Expand z (B, ceil(n / k), d_lower) to (B, n, d_upper), normalise it, and add the skip."""
 
     def __init__(
         self,
@@ -118,16 +120,11 @@ class Upsample(Layer):
         shared_bias: PositionBias | None,
     ) -> None:
         super().__init__()
+        kind, k = model.upsampling_kind, lower.factor // upper.factor
         self.level = upper.index
-        self.base = model.upsampling.rpartition("+")[2]
-        k = lower.factor // upper.factor
-        if self.base == "linear":
-            self.expand = layers.projection(lower.d_model, k * upper.d_model, model.bias)
-        elif self.base == "repeat" and upper.d_model != lower.d_model:
-            self.expand = layers.projection(lower.d_model, upper.d_model, model.bias)
-        else:
-            self.expand = nn.Identity()
-        self.attends = model.upsampling.startswith("attention")
+        self.base, self.attends = kind.base, kind.attends
+        projection = upsampling_projection(kind, k, upper.d_model, lower.d_model)
+        self.expand = layers.projection(*projection, model.bias) if projection else nn.Identity()
         if self.attends:
             self.attend = ResamplingAttention(
                 model, layers, upper, lower, upper.positions, shared_bias
@@ -138,29 +135,31 @@ class Upsample(Layer):
 
     def forward(self, state: Activations, context: Context) -> Activations:
         z, x = state.x, state.skips[-1]
-        k, unit = context.factors[self.level], total_factor(context, self.level)
-        cache = context.cache
-        first = cache.position // unit if cache else 0
-        groups = FixedGroups(k, x.shape[1], first)
+        cache, tokens_per_position = context.cache, context.tokens_per_position(self.level)
+        first = cache.position // tokens_per_position if cache else 0
+        groups = FixedGroups(context.factors[self.level], x.shape[1], first)
         if not self.attends:
-            y = self._resize(z, groups, unit, cache)
+            y = self._expand(z, groups, tokens_per_position, cache)
         else:
             source = self.attend.in_norm(z)
             if self.base == "none":
                 base = torch.zeros_like(x)
             else:
-                base = self._resize(source, groups, unit, cache)
+                base = self._expand(source, groups, tokens_per_position, cache)
             base = self.attend.base_norm(base) + x
-            y = self.attend(base, source, context, unit, groups.upsampling)
+            y = self.attend(base, source, context, tokens_per_position, groups.upsampling)
         skip = x if self.gain is None else x * self.gain
         return Activations(skip + self.norm(y), state.skips[:-1])
 
-    def _resize(self, z: Tensor, groups: FixedGroups, unit: int, cache: Cache | None) -> Tensor:
-        """(B, groups, d_lower) -> (B, n, d_upper)."""
+    def _expand(
+        self, z: Tensor, groups: FixedGroups, tokens_per_position: int, cache: Cache | None
+    ) -> Tensor:
+        """Expand groups to positions: (B, groups, d_lower) -> (B, n, d_upper)."""
         z = self.expand(z)
-        memory = cache.of(self) if cache else None
-        if memory is not None:
-            z = memory.update(z)
+        last_group = cache.get(self) if cache else None
+        if last_group is not None:
+            z = last_group.update(z)
         elif cache is not None:
-            cache.keep(self, LastGroup(cache.ends(z, 1, unit * groups.k)))
-        return groups.lay_out(z) if self.base == "linear" else groups.spread(z)
+            last = cache.last_positions(z, 1, tokens_per_position * groups.k)
+            cache.store(self, LastGroup(last))
+        return groups.unfold(z) if self.base == "linear" else groups.repeat(z)

@@ -1,4 +1,4 @@
-"""Which token follows: temperature, top-k, top-p, greedy."""
+"""Sampling of the next token: temperature, top-k, top-p, greedy."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits.
+    """How a token is sampled from logits.
 
-    `temperature`: 0 takes the likeliest. `top_k`: only from the k likeliest. `top_p`: only from the
-    fewest that have this probability together; after the temperature and the top k.
+    `temperature`: 0 is greedy. `top_k`: only the k most likely tokens. `top_p`: only the smallest
+    set of most likely tokens with at least this probability, after the temperature and the top k.
     """
 
     temperature: float = 1.0
@@ -21,9 +21,10 @@ class Sampling:
     top_p: float = 1.0
 
     def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """Token ids (B,) from logits (B, vocabulary) and numbers (B,) in [0, 1), fp32.
+        """Sample token ids (B,) from logits (B, vocabulary), given numbers (B,) fp32 in [0, 1).
 
-        The number decides: where the probabilities, in the order of the ids, add up past it.
+        The number determines the token: the first, in the order of the ids, at which the
+        cumulative probability exceeds it.
         """
         if self.temperature == 0:
             return logits.argmax(-1)
@@ -32,12 +33,12 @@ class Sampling:
         return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """What is drawn from, (B, vocabulary) in float64, for a temperature above 0."""
-        # From the largest on: however cold it is, nothing overflows but to -inf.
+        """Return the distribution, (B, vocabulary) in float64; the temperature must exceed 0."""
+        # Subtract the maximum first: at any temperature nothing overflows, except to -inf.
         scaled = (logits.double() - logits.double().amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None and self.top_k < scaled.shape[-1]:
-            least = scaled.topk(self.top_k).values[:, -1:]
-            scaled = scaled.masked_fill(scaled < least, float("-inf"))
+            threshold = scaled.topk(self.top_k).values[:, -1:]
+            scaled = scaled.masked_fill(scaled < threshold, float("-inf"))
         probabilities = scaled.softmax(-1)
         if self.top_p < 1:
             ordered, ids = probabilities.sort(stable=True, dim=-1, descending=True)

@@ -1,4 +1,4 @@
-"""Which slice of a whole parameter a rank holds under tensor parallelism."""
+"""Which slice of an unsharded parameter a rank holds under tensor parallelism."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TensorShard:
-    """Slice `index` of `count` equal ones along dimension `dim`; dim None: held whole."""
+    """Slice `index` of `count` equal ones along dimension `dim`; dim None: not sharded."""
 
     dim: int | None = None
     index: int = 0
     count: int = 1
 
-    def take(self, whole: Tensor) -> Tensor:
-        """This slice of the whole tensor (a view)."""
-        return whole if self.dim is None else whole.chunk(self.count, self.dim)[self.index]
+    def slice_of(self, unsharded: Tensor) -> Tensor:
+        """Return this slice of the unsharded tensor, as a view."""
+        return unsharded if self.dim is None else unsharded.chunk(self.count, self.dim)[self.index]
 
-    def whole_shape(self, local: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the whole parameter from the shape of this slice."""
+    def unsharded_shape(self, local: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the unsharded parameter from the shape of this slice."""
         return tuple(n * self.count if d == self.dim else n for d, n in enumerate(local))
 
 
-WHOLE = TensorShard()
-P = TypeVar("P", bound=Tensor)
+_UNSHARDED = TensorShard()
+_P = TypeVar("_P", bound=Tensor)
 
 
-def mark(parameter: P, shard: TensorShard) -> P:
-    """Note on a parameter which slice it is, in our words and in Megatron's.
+def mark_shard(parameter: _P, shard: TensorShard) -> _P:
+    """Record on a parameter which slice it is, for this package and as Megatron does.
 
     DeepSpeed reads `tensor_model_parallel` to count replicated parameters once in norms.
     """
@@ -42,5 +42,5 @@ def mark(parameter: P, shard: TensorShard) -> P:
 
 
 def shard_of(parameter: Tensor) -> TensorShard:
-    """The slice noted on a parameter; unmarked ones are whole."""
-    return getattr(parameter, "shard", WHOLE)
+    """Return the slice recorded on a parameter; a parameter without a record is not sharded."""
+    return getattr(parameter, "shard", _UNSHARDED)

@@ -117,6 +117,16 @@ def wrap_optimizer_step(engine: Any, wrapper: Callable[[Callable[[], None]], Non
     engine._take_model_step = lambda *arguments: wrapper(lambda: take_step(*arguments))
 
 
+def skipped_steps(engine: Any) -> int:
+    """The optimizer steps that DeepSpeed has counted as skipped."""
+    return engine.skipped_steps
+
+
+def set_skipped_steps(engine: Any, count: int) -> None:
+    """Correct DeepSpeed's count, which does not see the steps that the guard skips."""
+    engine.skipped_steps = count
+
+
 @contextmanager
 def skip_optimizer_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Within this context the optimizer's step does nothing.

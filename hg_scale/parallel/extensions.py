@@ -1,12 +1,12 @@
-"""The extension that DeepSpeed compiles for itself on a CPU: no start waits for a dead process.
+"""Compile and load DeepSpeed's extension for CPU collectives, without stale locks.
 
-Torch guards its folder of compiled extensions by a file, `lock`, which a process that is killed
-there leaves behind; all that come later then wait for ever. The kernel's lock ends with its
-process: who holds it knows that no start of ours is such a file's owner, and that no other program
-is once none has it open.
+Torch protects the folder of a compiled extension by a file `lock`. A process that is killed while
+it compiles leaves the file behind, and all later processes wait for it forever. An flock, which
+the kernel releases with its process, therefore guards the folder first: its holder knows that no
+process of hg_scale owns `lock`, and that no other program does if none has the file open.
 
-It is built by the `ninja` of this Python, whatever else is on the path: another version throws away
-the log of the one before, and compiles all again, which takes a minute.
+The extension is built with the `ninja` of this Python, whatever PATH says: another version discards
+the build log of the previous one and compiles everything again, which takes a minute.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from pathlib import Path
 from deepspeed.comm.torch import build_shm_op
 from torch.utils.cpp_extension import _get_build_directory
 
-_PAUSE = 0.2  # seconds between two looks
+_POLL = 0.2  # seconds
 
 
 def is_compiled() -> bool:
-    """Whether a start finds it, or has to compile for about a minute first."""
+    """Whether the extension is compiled; if not, the next start compiles for about a minute."""
     try:
         return any(Path(_get_build_directory("deepspeed_shm_comm", verbose=False)).glob("*.so"))
-    except OSError:  # torch tells of it
+    except OSError:  # torch reports it when it compiles
         return True
 
 
 def load_extensions() -> None:
-    """Compile or load it, one process of a node at a time; DeepSpeed then finds it loaded.
+    """Compile or load the extension, one process of a node at a time, before DeepSpeed uses it.
 
-    Nothing in here waits for other ranks. A folder that cannot be written is left to torch.
+    Waits for no other rank. An error of the folder is left to torch to report.
     """
     with ExitStack() as stack:
         with suppress(OSError):
             folder = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
             file = stack.enter_context((folder / "hg_scale.lock").open("w"))
             fcntl.flock(file, fcntl.LOCK_EX)
-            theirs = folder / "lock"
-            while theirs.exists() and is_open_somewhere(theirs):
-                time.sleep(_PAUSE)
-            theirs.unlink(missing_ok=True)
-        ours = sysconfig.get_path("scripts")
-        places = os.environ.get("PATH", os.defpath).split(os.pathsep)
-        if places[0] != ours:
-            os.environ["PATH"] = os.pathsep.join([ours, *places])
+            torch_lock = folder / "lock"
+            while torch_lock.exists() and is_open_in_a_process(torch_lock):
+                time.sleep(_POLL)
+            torch_lock.unlink(missing_ok=True)
+        scripts = sysconfig.get_path("scripts")
+        path = os.environ.get("PATH", os.defpath).split(os.pathsep)
+        if path[0] != scripts:
+            os.environ["PATH"] = os.pathsep.join([scripts, *path])
         build_shm_op()
 
 
-def is_open_somewhere(path: Path) -> bool:
-    """Whether a process of this machine, that one can look into, has the file open."""
+def is_open_in_a_process(path: Path) -> bool:
+    """Whether any process of this machine whose descriptors are readable has the file open."""
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         with suppress(OSError):
             if os.readlink(descriptor) == str(path.absolute()):

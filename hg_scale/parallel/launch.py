@@ -1,4 +1,4 @@
-"""Who am I among the processes: read from the launcher's environment, before torch is imported."""
+"""Rank, world size and rendezvous of this process, from the launcher's environment; no torch."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ _LOCAL_SIZES = (
 # Slurm numbers a job's steps from 0; the batch script, an interactive shell and the like have
 # numbers from here on, and are one process whatever SLURM_NTASKS says.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
-_FIRST_PORT, _PORTS = 10_000, 20_000  # below those that systems give to outgoing connections
-_FIRST_SPEAKS = 10.0  # seconds in which the first rank has told a fault that all ranks find
+_FIRST_PORT, _PORTS = 10_000, 20_000  # below the ephemeral ports of outgoing connections
+_REPORT_SECONDS = 10.0  # in which rank 0 has reported an error that every rank finds
 
 
 class LaunchError(UserError):
-    """The launcher's variables make no sense."""
+    """The launcher's variables are not consistent numbers."""
 
     exit_code = CONFIG_ERROR
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Rank among `world_size` processes, and rank on this node."""
+    """Rank among `world_size` processes, and rank on this node (`local_rank`)."""
 
     rank: int = 0
     world_size: int = 1
@@ -52,7 +52,10 @@ class Launch:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Launch:
-        """What the launcher said; without one, a world of one process. Or LaunchError."""
+        """Read the launcher's variables; without a launcher, a world of one process.
+
+        Raises LaunchError.
+        """
         for names in _LAUNCHERS:
             rank, world, local = names
             if names == _SLURM and not in_slurm_step(environment):
@@ -75,8 +78,8 @@ class Launch:
         return f"rank {self.rank} of {self.world_size} on {socket.gethostname()}"
 
     @property
-    def processes_here(self) -> int:
-        """Processes on this node, as far as the launcher says."""
+    def local_world_size(self) -> int:
+        """Processes on this node; `world_size` if the launcher does not set it."""
         for name in _LOCAL_SIZES:
             if name in os.environ:
                 return _number(os.environ, name, 1)
@@ -87,32 +90,32 @@ class Launch:
 
     @property
     def on_one_node(self) -> bool:
-        """Whether all ranks see the same files, and so find the same faults in them."""
-        return self.processes_here == self.world_size
+        """Whether all ranks see the same files, and so find the same errors in them."""
+        return self.local_world_size == self.world_size
 
-    def refuse(self, fault: UserError) -> int:
-        """Say a fault that all ranks find before they are connected; the exit code.
+    def report(self, error: UserError) -> int:
+        """Print an error that every rank finds before they connect; return its exit code.
 
-        The first rank says it. The others wait: mpirun, and srun at some sites, kill all ranks as
-        soon as one has ended, and it may not have spoken yet.
+        Only rank 0 prints. The others wait, since mpirun, and srun at some sites, kill all ranks
+        as soon as one exits, which could be before rank 0 has printed.
         """
         if self.rank == 0:
-            print(fault, file=sys.stderr, flush=True)
+            print(error, file=sys.stderr, flush=True)
         else:
-            time.sleep(_FIRST_SPEAKS)
-        return fault.exit_code
+            time.sleep(_REPORT_SECONDS)
+        return error.exit_code
 
     def export(self) -> None:
-        """Say it in the variables that torch and DeepSpeed read."""
+        """Set the environment variables that torch and DeepSpeed read."""
         os.environ["RANK"] = str(self.rank)
         os.environ["WORLD_SIZE"] = str(self.world_size)
         os.environ["LOCAL_RANK"] = str(self.local_rank)
 
-    def find_first(self) -> None:
-        """Set MASTER_ADDR and MASTER_PORT, by which the processes find each other.
+    def set_master_address(self) -> None:
+        """Set MASTER_ADDR and MASTER_PORT, through which the processes connect.
 
-        Launchers and `slurm/*.sh` set them. A plain `srun` does not: the step's first node is in
-        its environment. Nor does mpirun: there the first rank tells the others over MPI.
+        Most launchers and `slurm/*.sh` set them already. A plain `srun` does not, but names the
+        step's first node. Nor does mpirun: there rank 0 broadcasts them over MPI. Raises UserError.
         """
         if {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             return
@@ -121,36 +124,36 @@ class Launch:
             job = int(os.environ["SLURM_JOB_ID"]) + int(os.environ.get("SLURM_RESTART_COUNT", 0))
             os.environ["MASTER_PORT"] = str(_FIRST_PORT + job % _PORTS)
             return
-        remedy = "set MASTER_ADDR and MASTER_PORT to the first rank's host and a free port there"
+        remedy = "set MASTER_ADDR and MASTER_PORT to the host of rank 0 and a free port there"
         if "OMPI_COMM_WORLD_RANK" not in os.environ:
-            raise UserError(f"the {self.world_size} processes cannot find each other: {remedy}")
+            raise UserError(f"the {self.world_size} processes cannot connect: {remedy}")
         import mpi4py
 
         mpi4py.rc.initialize = False
         try:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
-            raise UserError(f"{remedy}; MPI cannot tell them: {error}") from None
-        # Ended at once: a rank that fails later must not wait for the others in MPI's own end.
+            raise UserError(f"{remedy}; MPI is not available for it: {error}") from None
+        # Finalized at once: a rank that fails later must not wait for the others in MPI_Finalize.
         MPI.Init()
         address = MPI.COMM_WORLD.bcast(self._own_address() if self.rank == 0 else None, root=0)
         MPI.Finalize()
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address
 
     def _own_address(self) -> tuple[str, str]:
-        """This host, and a port that is free on it."""
-        host = "127.0.0.1" if self.processes_here == self.world_size else socket.gethostname()
+        """This host and a free port of it."""
+        host = "127.0.0.1" if self.on_one_node else socket.gethostname()
         with socket.socket() as free:
             free.bind(("", 0))
             return host, str(free.getsockname()[1])
 
 
 def _number(environment: Mapping[str, str], name: str, least: int = 0) -> int:
-    """A variable that launchers set to a whole number."""
+    """Read a variable that launchers set to an integer. Raises LaunchError."""
     text = environment[name]
     if not text.isdecimal() or int(text) < least:
         raise LaunchError(
-            f"{name}={text!r}: expected a whole number from {least} on, as launchers set it; "
+            f"{name}={text!r}: expected an integer of at least {least}, as launchers set it; "
             "correct or unset it"
         )
     return int(text)
@@ -159,14 +162,14 @@ def _number(environment: Mapping[str, str], name: str, least: int = 0) -> int:
 def in_slurm_step(environment: Mapping[str, str]) -> bool:
     """Whether `srun` started this process as one task of a step.
 
-    A batch script has SLURM_PROCID and SLURM_NTASKS too, and is one process.
+    A batch script also has SLURM_PROCID and SLURM_NTASKS, but is a single process.
     """
     step = environment.get("SLURM_STEP_ID", "")
     return step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP
 
 
 def expand_counts(text: str) -> list[int]:
-    """Slurm's shorthand of tasks by node: `8(x2),4` is [8, 8, 4]."""
+    """Expand Slurm's tasks per node: `8(x2),4` is [8, 8, 4]."""
     counts = []
     for part in text.split(","):
         count, _, times = part.rstrip(")").partition("(x")
@@ -175,7 +178,7 @@ def expand_counts(text: str) -> list[int]:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of Slurm's list of nodes: `gpu[007-009,012],cpu1` begins with `gpu007`."""
+    """Return the first name of Slurm's node list: `gpu007` of `gpu[007-009,012],cpu1`."""
     name, bracket, rest = nodes.partition("[")
     if not bracket or "," in name:
         return name.partition(",")[0]
@@ -184,17 +187,17 @@ def first_host(nodes: str) -> str:
 
 
 def affinity_problem(environment: Mapping[str, str] = os.environ) -> str | None:
-    """What is wrong with the CPUs that this task may use, where Slurm promised it some.
+    """Describe a Slurm task that may use fewer CPUs than the job requested; None if it may not.
 
-    `srun` of 22.05 and later does not take over the batch script's --cpus-per-task, and may pin all
-    of a task's threads to one core.
+    `srun` of 22.05 and later ignores the batch script's --cpus-per-task, and may pin all threads
+    of a task to one core.
     """
-    wanted = int(environment.get("SLURM_CPUS_PER_TASK") or 0)
+    requested = int(environment.get("SLURM_CPUS_PER_TASK") or 0)
     allowed = len(os.sched_getaffinity(0))
-    if not in_slurm_step(environment) or allowed >= wanted:
+    if not in_slurm_step(environment) or allowed >= requested:
         return None
     return (
-        f"this task may use {allowed} of the {wanted} CPUs that the job asked for each task; "
+        f"this task may use {allowed} of the {requested} CPUs that the job requested per task; "
         "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK before srun, as slurm/common.sh does, or "
-        "ask for fewer with --cpus-per-task"
+        "request fewer with --cpus-per-task"
     )

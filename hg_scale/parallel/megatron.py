@@ -1,6 +1,6 @@
-"""Megatron's tensor-parallel modules behind the layers factory: the only file to import them.
+"""Megatron's tensor-parallel modules behind the layers factory; only this file imports Megatron.
 
-Only what runs alike on a CPU and on GPUs is used: `parallel_state`, Column/RowParallelLinear,
+Only modules that run on a CPU and on GPUs are used: `parallel_state`, Column/RowParallelLinear,
 VocabParallelEmbedding, `vocab_parallel_cross_entropy`, and the plain region mappings.
 """
 
@@ -14,17 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hg_scale.config.constants import IGNORED_LABEL
 from hg_scale.model.context import Dropout
-from hg_scale.model.layers import IGNORED, PlainLayers
-from hg_scale.model.sharding import TensorShard, mark
+from hg_scale.model.layers import PlainLayers
+from hg_scale.model.sharding import TensorShard, mark_shard
 
-# A run sets it before CUDA starts (`training/run.py`); without it Megatron warns at every layer.
+# Without it Megatron warns at every layer. A run sets it before CUDA starts (`training/run.py`).
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 with warnings.catch_warnings():  # it warns of Transformer Engine and Apex, which are not used
     warnings.simplefilter("ignore")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    # From 0.19 on it makes torch look for a CUDA compiler, and say so where there is no GPU.
+    # From 0.19 on, its import makes torch look for a CUDA compiler and warn without a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from megatron.core import ModelParallelConfig, parallel_state
     from megatron.core.tensor_parallel import (
@@ -37,23 +38,23 @@ with warnings.catch_warnings():  # it warns of Transformer Engine and Apex, whic
 
 
 def initialize_groups(tensor: int, pipeline: int) -> None:
-    """Make Megatron's process groups: tensor ranks adjacent, pipeline outermost."""
+    """Create Megatron's process groups: tensor ranks adjacent, pipeline outermost."""
     if parallel_state.model_parallel_is_initialized():
         destroy_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
-        create_gloo_process_groups=False,  # a second time, beside NCCL's, for its own checkpoints
+        create_gloo_process_groups=False,  # used only by Megatron's checkpoints
     )
 
 
 def destroy_groups() -> None:
-    """Forget Megatron's process groups."""
+    """Destroy Megatron's process groups."""
     parallel_state.destroy_model_parallel()
 
 
 def group_ranks() -> dict[str, list[int]]:
-    """The global ranks of this rank's groups, to compare with DeepSpeed's."""
+    """Return the global ranks of this rank's groups by axis."""
     return {
         "tensor": dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group()),
         "pipeline": dist.get_process_group_ranks(
@@ -65,12 +66,12 @@ def group_ranks() -> dict[str, list[int]]:
 
 
 def tensor_group() -> dist.ProcessGroup:
-    """This rank's tensor-parallel group."""
+    """Return this rank's tensor-parallel group."""
     return parallel_state.get_tensor_model_parallel_group()
 
 
 class Mpu:
-    """What DeepSpeed asks of a model-parallel unit, without a pipeline: model means tensor."""
+    """DeepSpeed's `mpu` interface without a pipeline: model-parallel means tensor-parallel."""
 
     get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
     get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
@@ -96,9 +97,9 @@ class _Row(RowParallelLinear):
 
 
 class _Projection(_Row):
-    """A row-parallel linear from an input that every rank holds whole.
+    """A row-parallel linear whose input is replicated on every rank.
 
-    Each rank takes its features of the input; the backward pass adds up the gradients of all.
+    Each rank uses its slice of the input features; backward all-reduces the input's gradient.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,18 +109,18 @@ class _Projection(_Row):
 
 
 def _ignore(_: Tensor) -> None:
-    """Megatron wants an initialiser; `model/initialization.py` fills all weights."""
+    """The initialiser Megatron requires; `model/initialization.py` fills all weights."""
 
 
 class MegatronLayers(PlainLayers):
-    """Slices of layers, spread over the current tensor-parallel group."""
+    """Layers factory whose layers are sharded over the current tensor-parallel group."""
 
     def __init__(self) -> None:
         self.rank = parallel_state.get_tensor_model_parallel_rank()
         self.size = parallel_state.get_tensor_model_parallel_world_size()
         self._config = ModelParallelConfig(
             tensor_model_parallel_size=self.size,
-            use_cpu_initialization=True,  # built in host memory; the engine moves them
+            use_cpu_initialization=True,  # the engine moves the weights to the device
             perform_initialization=False,
             gradient_accumulation_fusion=False,  # needs Apex
             params_dtype=torch.float32,
@@ -132,9 +133,9 @@ class MegatronLayers(PlainLayers):
         layer = _Column(
             d_in, d_out, config=self._config, init_method=_ignore, bias=bias, gather_output=False
         )
-        mark(layer.weight, self._shard(0))
+        mark_shard(layer.weight, self._shard(0))
         if bias:
-            mark(layer.bias, self._shard(0))
+            mark_shard(layer.bias, self._shard(0))
         return layer
 
     def row(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
@@ -153,16 +154,16 @@ class MegatronLayers(PlainLayers):
             input_is_parallel=True,
             skip_bias_add=False,
         )
-        mark(layer.weight, self._shard(1))
+        mark_shard(layer.weight, self._shard(1))
         return layer
 
     def embedding(self, vocab: int, d: int) -> nn.Module:
         layer = VocabParallelEmbedding(vocab, d, init_method=_ignore, config=self._config)
-        mark(layer.weight, self._shard(0))
+        mark_shard(layer.weight, self._shard(0))
         return layer
 
     def by_head(self, heads: int, d_head: int, value: float) -> nn.Parameter:
-        return mark(super().by_head(heads // self.size, d_head, value), self._shard(0))
+        return mark_shard(super().by_head(heads // self.size, d_head, value), self._shard(0))
 
     def dropout(self, rate: float, split_dim: int | None = None) -> Dropout:
         return Dropout(rate, split_dim, self.rank, self.size)
@@ -171,6 +172,6 @@ class MegatronLayers(PlainLayers):
         return self.rank * (vocab // self.size)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        counted = labels != IGNORED
+        counted = labels != IGNORED_LABEL
         losses = vocab_parallel_cross_entropy(logits.float(), labels * counted)
         return losses * counted

@@ -1,7 +1,7 @@
 """The mesh of processes: tensor ranks adjacent, then data, pipeline outermost.
 
-DeepSpeed's `PipeModelDataParallelTopology` and Megatron's default order (tp-cp-ep-dp-pp) both
-agree with it; at start-up the groups of both are compared with those computed here.
+DeepSpeed's `PipeModelDataParallelTopology` and Megatron's default order (tp-cp-ep-dp-pp) agree with
+it; at start-up the groups of both are compared with those computed here.
 """
 
 from __future__ import annotations
@@ -15,16 +15,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hg_scale.config.schema import ParallelConfig
+from hg_scale.config.training_sections import ParallelConfig
 from hg_scale.errors import UserError
+from hg_scale.exit_codes import LOST
 from hg_scale.model.layers import PlainLayers
 from hg_scale.parallel.launch import Launch, in_slurm_step
 from hg_scale.parallel.timeouts import LONG
 
 
+class PortInUse(UserError):
+    """Another process listens on MASTER_PORT. A restarted Slurm job gets another port."""
+
+    exit_code = LOST
+
+
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes of the three axes and this rank's place on them."""
+    """Sizes of the three axes and this rank's coordinates on them."""
 
     rank: int
     tensor: int
@@ -56,72 +63,91 @@ class Mesh:
         return self.stage == self.pipeline - 1
 
     def groups(self, axis: str) -> Iterator[list[int]]:
-        """All groups of ranks along an axis: tensor, data, pipeline, or model (both others)."""
-        moves = {"tensor": "t", "data": "d", "pipeline": "p", "model": "tp"}[axis]
-        coordinates: dict[tuple[int, ...], list[int]] = {}
+        """Yield the groups of ranks along an axis: tensor, data, pipeline, or model.
+
+        A model group holds the tensor and pipeline ranks of one replica.
+        """
+        varying = {"tensor": "t", "data": "d", "pipeline": "p", "model": "tp"}[axis]
+        members: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
             other = Mesh(rank, self.tensor, self.pipeline, self.data)
-            place = {"t": other.tensor_rank, "d": other.data_rank, "p": other.stage}
-            key = tuple(value for name, value in place.items() if name not in moves)
-            coordinates.setdefault(key, []).append(rank)
-        yield from coordinates.values()
+            position = {"t": other.tensor_rank, "d": other.data_rank, "p": other.stage}
+            fixed = tuple(value for name, value in position.items() if name not in varying)
+            members.setdefault(fixed, []).append(rank)
+        yield from members.values()
 
     def group(self, axis: str) -> list[int]:
-        """This rank's group along an axis."""
+        """Return this rank's group along an axis."""
         return next(group for group in self.groups(axis) if self.rank in group)
 
 
 def start_processes(launch: Launch) -> torch.device:
-    """Join the world (gloo on a CPU, NCCL on GPUs) and return this rank's device.
+    """Initialise the process group (gloo on a CPU, NCCL on GPUs); return this rank's device.
 
-    DeepSpeed adopts the process group made here; it must be told of the CPU before its import.
-    DS_ACCELERATOR=cpu asks for the CPU where there are GPUs. Raises UserError where Slurm gave this
-    node GPUs and torch sees none: days of training on a CPU are never what was meant.
+    DeepSpeed adopts this process group; on a CPU, DS_ACCELERATOR must be set before its import. The
+    user sets DS_ACCELERATOR=cpu to train on the CPU of a machine with GPUs. Raises UserError if
+    Slurm allocated GPUs that torch does not see, since nobody wants days of training on a CPU, and
+    PortInUse.
     """
     launch.export()
-    gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    if not gpu and os.environ.get("DS_ACCELERATOR") != "cpu":
+    cpu_requested = os.environ.get("DS_ACCELERATOR") == "cpu"
+    use_gpu = torch.cuda.is_available() and not cpu_requested
+    if not use_gpu and not cpu_requested:
         refuse_missing_gpus(launch)
-    if gpu:
-        # Some sites show each task one GPU only.
+    if use_gpu:
+        # Some sites make only one GPU visible to each task.
         device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the device
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed uses it as the device index
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         device = torch.device("cpu")
-        if "OMP_NUM_THREADS" not in os.environ:  # or each process would take all cores
+        if "OMP_NUM_THREADS" not in os.environ:  # each process would start a thread per core
             cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // launch.processes_here))
+            torch.set_num_threads(max(1, cores // launch.local_world_size))
     if not dist.is_initialized():
-        options: dict[str, Any] = {"timeout": LONG}
-        if launch.world_size > 1:
-            launch.find_first()
-        elif "MASTER_ADDR" not in os.environ:
-            options["store"] = dist.HashStore()
-        dist.init_process_group(
-            "nccl" if gpu else "gloo",
-            rank=launch.rank,
-            world_size=launch.world_size,
-            **options,
-        )
+        _init_process_group(launch, "nccl" if use_gpu else "gloo")
     return device
 
 
+def _init_process_group(launch: Launch, backend: str) -> None:
+    """Connect the ranks. Raises PortInUse on rank 0, which listens on MASTER_PORT."""
+    options: dict[str, Any] = {"timeout": LONG}
+    if launch.world_size > 1:
+        launch.set_master_address()
+    elif "MASTER_ADDR" not in os.environ:
+        options["store"] = dist.HashStore()
+    network_error: dist.DistNetworkError | None = None
+    try:
+        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, **options)
+    except dist.DistNetworkError as error:
+        network_error = error
+    if network_error is None:
+        return
+    if "EADDRINUSE" not in str(network_error):
+        raise network_error
+    # Raised outside the handler: as a cause, torch's error would count as a lost connection.
+    raise PortInUse(
+        f"rank {launch.rank}: port {os.environ['MASTER_PORT']} on {os.environ['MASTER_ADDR']} is "
+        "already in use; choose another one with --master_port of deepspeed or torchrun, or with "
+        "MASTER_PORT"
+    )
+
+
 def refuse_missing_gpus(launch: Launch) -> None:
-    """Raise UserError where Slurm gave this node GPUs, though torch sees none."""
-    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
-    if in_slurm_step(os.environ) and given != "0":
+    """Raise UserError if Slurm allocated GPUs on this node and torch sees none."""
+    allocated = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if in_slurm_step(os.environ) and allocated != "0":
         raise UserError(
-            f"rank {launch.rank}: Slurm gave this node {given} GPUs and torch sees none (torch "
-            f"{torch.__version__}); run `hg-scale doctor` there, or set DS_ACCELERATOR=cpu"
+            f"rank {launch.rank}: Slurm allocated {allocated} GPUs on this node, but torch "
+            f"{torch.__version__} sees none; run `hg-scale doctor` there, or set DS_ACCELERATOR=cpu"
         )
 
 
 def make_mesh(parallel: ParallelConfig) -> tuple[Mesh, PlainLayers]:
-    """This rank's place, and the layers factory for it.
+    """Return this rank's mesh and its layers factory.
 
-    Megatron is imported, and its groups made and compared, where there is tensor parallelism.
+    Only with tensor parallelism is Megatron imported and its groups created and compared.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     data = world // (parallel.tensor * parallel.pipeline)
@@ -136,15 +162,15 @@ def make_mesh(parallel: ParallelConfig) -> tuple[Mesh, PlainLayers]:
     return mesh, megatron.MegatronLayers()
 
 
-def compare_group(mesh: Mesh, axis: str, ranks: list[int], whose: str) -> None:
-    """Raise where another library's group along an axis is not the mesh's."""
+def compare_group(mesh: Mesh, axis: str, ranks: list[int], library: str) -> None:
+    """Raise RuntimeError if a library's group along an axis differs from the mesh's."""
     if sorted(ranks) != mesh.group(axis):
         raise RuntimeError(
-            f"rank {mesh.rank}: {whose}'s {axis} group is {ranks}, expected {mesh.group(axis)}"
+            f"rank {mesh.rank}: {library}'s {axis} group is {ranks}, expected {mesh.group(axis)}"
         )
 
 
 def forget_groups() -> None:
-    """Forget Megatron's groups, where they were made, before the world is taken down."""
+    """Drop Megatron's groups, if it has any, before the process group is destroyed."""
     if "hg_scale.parallel.megatron" in sys.modules:
         sys.modules["hg_scale.parallel.megatron"].destroy_groups()

@@ -12,15 +12,17 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from hg_scale.config.constants import DEFAULT_SEED
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.block import Activations
 from hg_scale.model.context import Context
 from hg_scale.model.hourglass import attach, make_layer, make_shared_bias, mean_loss
+from hg_scale.model.initialization import initialize_weights
 from hg_scale.model.layers import PlainLayers
 from hg_scale.model.plan import boundary_shapes, layer_plan
 from hg_scale.parallel.deepspeed_adapter import StageModule
 from hg_scale.parallel.mesh import Mesh, compare_group
-from hg_scale.parallel.stages import Cut
+from hg_scale.parallel.pipeline_cut import PipelineCut
 
 
 class HourglassPipeline(StageModule):
@@ -35,9 +37,11 @@ class HourglassPipeline(StageModule):
         model: ModelConfig,
         parts: PlainLayers,
         mesh: Mesh,
-        cut: Cut,
+        cut: PipelineCut,
         micro_batch_size: int,
         recompute: list[bool] | None = None,
+        *,
+        seed: int | None = DEFAULT_SEED,
     ) -> None:
         nn.Module.__init__(self)
         self.config, self.layer_parts, self.cut = model, parts, cut
@@ -55,6 +59,8 @@ class HourglassPipeline(StageModule):
         )
         for axis, ranks in self.group_ranks().items():
             compare_group(mesh, axis, ranks, "DeepSpeed")
+        if seed is not None:
+            initialize_weights(self.named_parameters(), model, seed)
 
     def build_layers(self, start: int, stop: int) -> list[nn.Module]:
         self.position_bias = make_shared_bias(self.config, self.layer_parts)

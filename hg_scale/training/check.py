@@ -24,7 +24,7 @@ from hg_scale.config.layouts import (
 from hg_scale.config.schema import Config
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import Index, is_local
-from hg_scale.data.schedule import DataSource
+from hg_scale.data.sequence_schedule import DataSource
 from hg_scale.errors import UserError
 from hg_scale.model.costs import parameter_count
 from hg_scale.training.corpora import open_sources

@@ -24,10 +24,10 @@ from hg_scale.checkpoint.rank_file import HostBuffer, Staged, stage
 from hg_scale.checkpoint.retention import RetentionPolicy
 from hg_scale.checkpoint.save import write_checkpoint
 from hg_scale.config.schema import Config
-from hg_scale.convert.source import parameter_shapes
+from hg_scale.model.hourglass import parameter_shapes
+from hg_scale.parallel.runtime_errors import connection_error
 from hg_scale.parallel.timeouts import LONG
 from hg_scale.training.agreement import stop_all
-from hg_scale.training.failures import connection_error
 from hg_scale.training.state import TrainingProgress, state_metadata, states_to_write
 
 if TYPE_CHECKING:

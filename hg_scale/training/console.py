@@ -173,7 +173,7 @@ _STEP_FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("bits_per_byte", "bpb {:.4f}".format),
     ("grad_norm", "grad {:.3f}".format),
     ("learning_rate", "lr {:.2e}".format),
-    ("tokens_per_second", lambda rate: f"{short_number(rate)} tok/s"),
+    ("tokens_per_second", lambda rate: f"{format_rate(rate)} tok/s"),
     ("mfu", "mfu {:.1%}".format),
 )
 _VALIDATION_FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
@@ -199,7 +199,7 @@ def _fields(
     return [show(record[key]) for key, show in fields if record.get(key) is not None]
 
 
-def short_number(number: float) -> str:
+def format_rate(number: float) -> str:
     """Format a number with three digits and an SI suffix: 812, 31.2k, 4.05M."""
     for suffix in ("", "k", "M", "G"):
         if not number >= 999.5 or suffix == "G":  # `not >=` also stops at NaN

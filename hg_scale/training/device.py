@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from hg_scale.config.schema import Precision
+from hg_scale.config.training_sections import Precision
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MEASURING_SECONDS = 1.0
@@ -18,7 +18,7 @@ _LARGEST = {"cpu": 2048, "cuda": 8192}  # side of the matrices in the measuremen
 
 
 @dataclass(frozen=True)
-class Peak:
+class PeakFlops:
     """The peak rate of one device in FLOP/s, and the source of the figure."""
 
     flops: float
@@ -76,7 +76,7 @@ def device_name(device: str = "cuda") -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def peak_flops(precision: Precision, device: str | None = None) -> Peak:
+def peak_flops(precision: Precision, device: str | None = None) -> PeakFlops:
     """Return the peak rate of matrix products, looked up by GPU name, else measured in about 1 s.
 
     device: "cuda" or "cpu"; by default the GPU if there is one. Processes that share cores should
@@ -90,7 +90,7 @@ def peak_flops(precision: Precision, device: str | None = None) -> Peak:
     return _measure_peak(precision, device)
 
 
-def known_peak(name: str, precision: Precision) -> Peak | None:
+def known_peak(name: str, precision: Precision) -> PeakFlops | None:
     """Return the data sheet's figure for the GPU of this name, or None if it is not known."""
     words = {word for word in re.split(r"[\s-]+", name) if word}
     if words & _CUT_DOWN:
@@ -98,12 +98,12 @@ def known_peak(name: str, precision: Precision) -> Peak | None:
     for known in _KNOWN_GPUS:
         if words.issuperset(known.words):
             tera = known.bf16 if precision == "bf16" else known.fp32
-            return Peak(tera * 1e12, f"known: {name}") if tera is not None else None
+            return PeakFlops(tera * 1e12, f"known: {name}") if tera is not None else None
     return None
 
 
 @cache
-def _measure_peak(precision: Precision, device: str) -> Peak:
+def _measure_peak(precision: Precision, device: str) -> PeakFlops:
     """Time the fastest of several square matrix products, as large as the time allows."""
     side = 128
     while True:
@@ -117,7 +117,7 @@ def _measure_peak(precision: Precision, device: str) -> Peak:
     while time.perf_counter() < end:
         fastest = min(fastest, _time(matmul, device))
     where = f"on {torch.get_num_threads()} threads" if device == "cpu" else f"on {device_name()}"
-    return Peak(2 * side**3 / fastest, f"measured: {side}^3 matmul in {precision} {where}")
+    return PeakFlops(2 * side**3 / fastest, f"measured: {side}^3 matmul in {precision} {where}")
 
 
 def _make_matmul(side: int, dtype: torch.dtype, device: str) -> Callable[[], object]:

@@ -14,7 +14,7 @@ from hg_scale.config.schema import Config
 from hg_scale.model.costs import layer_costs, parameter_count, training_flops_per_token
 from hg_scale.model.layer_table import layer_table
 from hg_scale.parallel.memory import state_bytes
-from hg_scale.parallel.stages import cut_pipeline
+from hg_scale.parallel.pipeline_cut import cut_pipeline
 
 
 def print_plan(config: Config, world_size: int, console: Console) -> None:

@@ -24,7 +24,6 @@ from hg_scale.config.deepspeed import deepspeed_config
 from hg_scale.config.schema import Config, by_level
 from hg_scale.model.context import Context, draw_factors
 from hg_scale.model.hourglass import Hourglass
-from hg_scale.model.initialization import initialize_weights
 from hg_scale.model.layers import PlainLayers
 from hg_scale.model.sharding import shard_of
 from hg_scale.parallel.deepspeed_adapter import (
@@ -32,12 +31,14 @@ from hg_scale.parallel.deepspeed_adapter import (
     local_gradients,
     replace_gradient_clipping,
     replace_loss_reduction,
+    set_skipped_steps,
     skip_optimizer_step,
+    skipped_steps,
     wrap_optimizer_step,
 )
 from hg_scale.parallel.extensions import load_extensions
 from hg_scale.parallel.mesh import Mesh
-from hg_scale.parallel.stages import Cut, cut_pipeline
+from hg_scale.parallel.pipeline_cut import PipelineCut, cut_pipeline
 from hg_scale.training.agreement import run_on_all_ranks
 from hg_scale.training.guard import Guard, name_culprits
 from hg_scale.training.optimizer import make_optimizer, set_learning_rate
@@ -71,20 +72,19 @@ def make_engine(
         load_extensions()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     recompute = by_level(config.training.activation_checkpointing, config.model.parsed.level_count)
+    seed = config.training.seed if draw else None
     engine_class: type[ModuleEngine] | type[PipelineEngine]
     if mesh.pipeline == 1:
-        model: Any = Hourglass(config.model, layers, recompute)
+        model: Any = Hourglass(config.model, layers, recompute, seed=seed)
         engine_class = ModuleEngine
     else:
         from hg_scale.parallel.pipeline import HourglassPipeline
 
         micro = config.training.micro_batch_size
         cut = cut_pipeline(config.model, mesh.pipeline)
-        model = HourglassPipeline(config.model, layers, mesh, cut, micro, recompute)
+        model = HourglassPipeline(config.model, layers, mesh, cut, micro, recompute, seed=seed)
         engine_class = PipelineEngine
     named = list(model.named_parameters())
-    if draw:
-        initialize_weights(named, config.model, config.training.seed)
     slices = {parameter: describe_slice(name, parameter) for name, parameter in named}
     optimizer = run_on_all_ranks(lambda: make_optimizer(config, named), device)
     settings = deepspeed_config(config, config.micro_batches(mesh.world_size))
@@ -102,7 +102,7 @@ def make_engine(
 def describe_slice(name: str, parameter: nn.Parameter) -> Slice:
     """Return this rank's slice of a parameter; call it before ZeRO 3 frees the parameter."""
     shard = shard_of(parameter)
-    shape = shard.whole_shape(tuple(parameter.shape))
+    shape = shard.unsharded_shape(tuple(parameter.shape))
     return Slice(name, shape, shard.dim, shard.index, shard.count)
 
 
@@ -152,7 +152,7 @@ class Engine(ABC):
         return slice(first, first + self.local_batch_size)
 
     @property
-    def cut(self) -> Cut | None:
+    def cut(self) -> PipelineCut | None:
         """The pipeline cut; None with one stage."""
         return getattr(self.model, "cut", None)
 
@@ -198,13 +198,13 @@ class Engine(ABC):
         reason = self.guard.judge(self._loss, finite)
         if reason:
             reason = name_culprits(reason, self._mean_loss(), self.deepspeed, self.slices)
-        skipped = self.deepspeed.skipped_steps
+        skipped = skipped_steps(self.deepspeed)
         with skip_optimizer_step(self.optimizer) if reason else nullcontext():
             take_step()
-        if self.deepspeed.skipped_steps > skipped and not reason:
+        if skipped_steps(self.deepspeed) > skipped and not reason:
             reason = "the gradient norm overflows float32"
         self._skip_reason = reason
-        self.deepspeed.skipped_steps = skipped + bool(reason)
+        set_skipped_steps(self.deepspeed, skipped + bool(reason))
         self.guard.record(self._step, self._loss, bool(reason))
 
     def _all_reduce_step_stats(self) -> bool:

@@ -9,40 +9,24 @@ starting the job again would not fix it. A rank with such an error writes
 from __future__ import annotations
 
 import json
-import re
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-
-import torch
-import torch.distributed as dist
 
 from hg_scale.atomic_write import write_json
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import FAILED, LOST, starts_again
 from hg_scale.parallel.launch import Launch
+from hg_scale.parallel.runtime_errors import connection_error, gpu_error, out_of_memory
 from hg_scale.training.agreement import StoppedByPeer
 
 if TYPE_CHECKING:
     from hg_scale.training.interruption import Interruption
 
 _PEER_TIMEOUT = 5.0  # seconds until a peer's file is visible on a shared file system
-
-# What gloo says, in a plain RuntimeError, of a rank that is gone or does not answer.
-_GLOO = ("/gloo/", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-# What CUDA says of a GPU that is broken or taken, and never of an error in the code.
-_GPU = (
-    "uncorrectable ECC error",
-    "uncorrectable NVLink error",
-    "hardware stack error",
-    "busy or unavailable",
-)
-
-_ALLOCATOR = "DefaultCPUAllocator"
 
 
 class LostRank(UserError):
@@ -61,47 +45,6 @@ class RankEnd(NamedTuple):
     rank: int
     code: int
     line: str
-
-
-def connection_error(error: BaseException) -> str | None:
-    """What an error says of ranks that are gone, in brief; None where it is another fault."""
-    for link in _chain(error):
-        text = str(link) or type(link).__name__
-        if isinstance(link, dist.DistError) or (
-            type(link) is RuntimeError and any(words in text for words in _GLOO)
-        ):
-            first = text.splitlines()[0].partition(". This is typically caused")[0]
-            return re.sub(r"^\[\S*:\d+\] ", "", first).rstrip(".")  # the line of gloo's source
-    return None
-
-
-def gpu_error(error: BaseException) -> str | None:
-    """What an error says of this rank's GPU, in brief, where that is at fault."""
-    for link in _chain(error):
-        first = (str(link).splitlines() or [""])[0]
-        if isinstance(link, RuntimeError) and "CUDA" in first and any(w in first for w in _GPU):
-            return first
-    return None
-
-
-def out_of_memory(error: BaseException) -> str | None:
-    """What an error says of memory that cannot be had, in brief; None where it is another fault."""
-    for link in _chain(error):
-        first = (str(link) or type(link).__name__).splitlines()[0]
-        if isinstance(link, torch.OutOfMemoryError):
-            return first.partition(". GPU ")[0].rstrip(".")  # what follows are its other figures
-        if isinstance(link, MemoryError) or "CUDA error: out of memory" in first:
-            return first
-        if isinstance(link, RuntimeError) and _ALLOCATOR in first:  # torch's, of the CPU
-            return first[first.index(_ALLOCATOR) :].partition(". Error code")[0]
-    return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that it came of."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def clear_end(folder: Path, rank: int) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hg_scale.checkpoint.find import checkpoints_in, verify_sizes
 from hg_scale.checkpoint.fragments import Slice
-from hg_scale.config.schema import GuardConfig
+from hg_scale.config.training_sections import GuardConfig
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import GAVE_UP
 from hg_scale.parallel.deepspeed_adapter import gradients_by_parameter
@@ -31,7 +31,7 @@ from hg_scale.training.agreement import stop_all
 _NAMED = 4  # tensors named in a message; the others are counted
 
 
-class GaveUp(UserError):
+class TooManySkippedSteps(UserError):
     """Too many of the last steps were bad; `first` is the first of them.
 
     The message looks for the checkpoint to return to when it is printed: a save may still be
@@ -88,7 +88,7 @@ class Guard:
             self._skipped.popleft()
 
     def require_progress(self, step: int, reason: str, checkpoints: Path) -> None:
-        """Raise GaveUp on all ranks if too many of the last steps were bad.
+        """Raise TooManySkippedSteps on all ranks if too many of the last steps were bad.
 
         `reason`: why the last of them, `step`, was bad.
         """
@@ -98,7 +98,7 @@ class Guard:
                 f"gave up after step {step}: {len(self._skipped)} of the last {min(step, window)} "
                 f"steps were skipped, more than guard.max_skipped = {limit}; the last: {reason}"
             )
-            stop_all(GaveUp(message, self._skipped[0], checkpoints), reporting_rank=0)
+            stop_all(TooManySkippedSteps(message, self._skipped[0], checkpoints), reporting_rank=0)
 
     def state(self) -> dict[str, Any]:
         """Return the state to save, so that a resumed run judges like an uninterrupted one."""

@@ -69,7 +69,7 @@ class Trainer:
             result = self.train_step(step)
             interrupted = None if last else self.check_interruption(step, validates)
             last = last or interrupted is not None
-            self.timeouts.shorten(self.monitor.patience)
+            self.timeouts.shorten(self.monitor.step_limit)
 
             if result.skip_reason:
                 self.log.write(skipped_record(self.progress, result))

@@ -115,7 +115,7 @@ def find_resume_checkpoint(
 ) -> Path | None:
     """The run's newest complete checkpoint, else `checkpoint.start_from`, else None.
 
-    known: why checkpoints are corrupt whose names and sizes look right. Appends what to print to
+    known: why checkpoints are corrupt whose names and sizes are valid. Appends what to print to
     `lines`. Raises CheckpointError if every checkpoint of the run is corrupt, ConfigError if
     `start_from` is no complete checkpoint or either holds another model.
     """
@@ -184,7 +184,7 @@ def refuse_other_model(config: Config, checkpoint: Path) -> None:
     """Raise ConfigError listing the keys in which a checkpoint's model differs."""
     manifest = read_manifest(checkpoint)
     # A key that is newer than the checkpoint had the meaning of its default.
-    saved: dict[str, Any] = ModelConfig().model_dump() | manifest["config"]["model"]  # type: ignore[call-arg]
+    saved: dict[str, Any] = ModelConfig().model_dump() | manifest["config"]["model"]
     problems = [
         Problem(
             f"model.{key}",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from hg_scale.checkpoint.run_tokenizer import save_run_tokenizer
 from hg_scale.config.schema import Config
 from hg_scale.data.errors import DataError
-from hg_scale.data.schedule import DataSource
+from hg_scale.data.sequence_schedule import DataSource
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import DONE, FAILED, REQUEUE
 from hg_scale.model.costs import parameter_count
@@ -40,7 +41,7 @@ from hg_scale.training.loop import Meter, Trainer
 from hg_scale.training.monitoring.monitor import Monitor, monitor_run
 from hg_scale.training.profiling import StepProfiler
 from hg_scale.training.resume import ResumePoint, agree_on_resume_point
-from hg_scale.training.run_lock import RunLock, Taken
+from hg_scale.training.run_lock import RunFolderLocked, RunLock
 from hg_scale.training.run_log import RunLog
 from hg_scale.training.same_run import require_same_run
 from hg_scale.training.validation import Validator
@@ -90,7 +91,7 @@ def train(
 
     An error that a user can fix is reported in one line by the first rank that has it, and ends all
     ranks. If the ranks did not agree to end, the process group is not destroyed, and the process
-    has to exit by `leave` of `train.py`.
+    has to exit by `exit_process` of `train.py`.
     """
     interruption = Interruption(signals or StopSignals(), config.training.stop_margin, end_of_job())
     failure: UserError | None = None
@@ -120,8 +121,8 @@ def train(
                 raise
             if failure is not error:
                 traceback.print_exc()  # into the rank's log
-        # `Taken`: the end files in the folder are those of the run that has locked it.
-        if failure and not isinstance(failure, LostRank | StoppedByPeer | Taken):
+        # `RunFolderLocked`: the end files in the folder are those of the run that has locked it.
+        if failure and not isinstance(failure, LostRank | StoppedByPeer | RunFolderLocked):
             write_end(folder, launch.rank, failure.exit_code, str(failure))
         if dist.is_initialized() and agreed:
             dist.destroy_process_group()
@@ -199,13 +200,36 @@ def fit(
     corrupt: frozenset[Path],
 ) -> bool:
     """Train to the run's last step. Returns whether the run was interrupted before it."""
+    last_step, console = run.last_step, run.console
+    if run.profile is not None and not progress.step < run.profile <= last_step:
+        steps = f"{progress.step + 1} to {last_step}"
+        console.print(f"no profile: step {run.profile} is not among {steps}")
+    permit = lock.require if lock else lambda: None
+    with _trainer(run, engine, progress, sources, monitor, corrupt, permit) as trainer:
+        interrupted = trainer.fit(last_step)
+    if interrupted:
+        state = f"saved at step {progress.step}" if progress.step else "before the first step"
+        console.print(f"{interrupted}: {state}, to be started again")
+        return True
+    console.print(f"step {progress.step} of {run.config.training.steps} saved in {run.checkpoints}")
+    return False
+
+
+@contextmanager
+def _trainer(
+    run: Run,
+    engine: Engine,
+    progress: TrainingProgress,
+    sources: list[DataSource],
+    monitor: Monitor,
+    corrupt: frozenset[Path],
+    permit: Callable[[], None],
+) -> Iterator[Trainer]:
+    """The trainer and what it works with, all closed at the end."""
     from hg_scale.training.checkpointer import Checkpointer
 
     config, folder, console, last_step = run.config, run.folder, run.console, run.last_step
     mesh, device = engine.mesh, engine.device
-    if run.profile is not None and not progress.step < run.profile <= last_step:
-        steps = f"{progress.step + 1} to {last_step}"
-        console.print(f"no profile: step {run.profile} is not among {steps}")
     run_on_all_ranks(lambda: _keep_tokenizer(run, sources) if mesh.rank == 0 else None, device)
     peak = peak_flops(config.training.precision, device.type)
     console.print(f"peak of one device: {peak.flops / 1e12:.3g} TFLOP/s ({peak.source})")
@@ -236,11 +260,11 @@ def fit(
             last_step=last_step,
             warn=console.warn,
             corrupt=corrupt,
-            permit=lock.require if lock else lambda: None,
+            permit=permit,
         ) as checkpointer,
         monitor.training(),
     ):
-        trainer = Trainer(
+        yield Trainer(
             config,
             engine,
             progress,
@@ -253,13 +277,6 @@ def fit(
             profiler=StepProfiler(folder, run.profile, mesh.rank, console.warn),
             meter=Meter(config, bytes_per_token(sources), peak.flops * mesh.world_size),
         )
-        interrupted = trainer.fit(last_step)
-    if interrupted:
-        state = f"saved at step {progress.step}" if progress.step else "before the first step"
-        console.print(f"{interrupted}: {state}, to be started again")
-        return True
-    console.print(f"step {progress.step} of {config.training.steps} saved in {run.checkpoints}")
-    return False
 
 
 def _keep_tokenizer(run: Run, sources: list[DataSource]) -> None:

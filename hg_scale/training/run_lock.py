@@ -11,7 +11,7 @@ from hg_scale.folder_lock import FolderLock
 _PERIOD = 3.0  # seconds between two updates of the count
 
 
-class Taken(UserError):
+class RunFolderLocked(UserError):
     """Another run has the folder, so this run must not write to it."""
 
 
@@ -21,7 +21,7 @@ class RunLock(FolderLock):
     def __init__(self, folder: Path) -> None:
         """Take the lock. Raises Taken, naming the other run, or UserError: cannot be written."""
         advice = "is training there; end it, or choose another --run"
-        super().__init__(folder, str(folder), advice, error=Taken, period=_PERIOD)
+        super().__init__(folder, str(folder), advice, error=RunFolderLocked, period=_PERIOD)
         try:
             self.acquire()
         except OSError as error:

@@ -18,7 +18,7 @@ from hg_scale.checkpoint.local_state import (
 from hg_scale.checkpoint.rank_file import LocalState, equal_share
 from hg_scale.checkpoint.save import save_checkpoint
 from hg_scale.config.schema import Config
-from hg_scale.convert.source import parameter_shapes
+from hg_scale.model.hourglass import parameter_shapes
 from hg_scale.parallel.deepspeed_adapter import is_stage_copy
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Validation text: each token of each source's split scored once, whatever the layout."""
+"""Validation batches: every token of each source's split scored once, in any layout."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hg_scale.config.constants import IGNORED_LABEL
 from hg_scale.config.schema import Config
 from hg_scale.data.errors import DataError
-from hg_scale.data.evaluation import evaluation_windows, split_bytes
+from hg_scale.data.evaluation import evaluation_batches, split_bytes
 from hg_scale.data.index import Index
-from hg_scale.data.protocol import IGNORED
-from hg_scale.data.schedule import DataSource
+from hg_scale.data.sequence_schedule import DataSource
 from hg_scale.data.shards import SplitReader
 from hg_scale.parallel.mesh import Mesh
 from hg_scale.training.agreement import raise_on_all_ranks
-from hg_scale.training.corpora import patience
+from hg_scale.training.corpora import retry_policy
 
 
 @dataclass(frozen=True)
-class ValidationText:
-    """What is scored of one source, and the text it stands for.
+class ValidationPart:
+    """The first `tokens` of one source's split, and the number of bytes that they decode to.
 
-    `counted`: `bytes` is exact; of a part of a split it is its share at first.
+    `exact`: `bytes` is counted; otherwise it is estimated from the bytes of the complete split.
     """
 
     source: DataSource
     tokens: int
     bytes: float
-    counted: bool = True
+    exact: bool = True
 
     @property
     def index(self) -> Index:
@@ -41,10 +41,11 @@ class ValidationText:
 
 
 class Validator:
-    """A split of all sources that have it: batches for this rank, and what they stand for.
+    """One split of all sources that have it: this rank's batches, and the record for the metrics.
 
-    With several sources each is scored by itself, `training.validation_windows` windows of it.
-    The whole is their mean by the weights of the mixture: the loss that training works on.
+    Each source is a part and scored on its own, on its first `training.validation_windows`
+    sequences. The validation loss is their mean, weighted as in the mixture: the loss that training
+    minimises.
     """
 
     def __init__(
@@ -56,86 +57,92 @@ class Validator:
         split: str,
     ) -> None:
         self.config, self.mesh, self.device, self.split = config, mesh, device, split
-        self._fault: DataError | None = None
-        limit, length = config.training.validation_windows, config.model.sequence_length
+        self._error: DataError | None = None
+        self._length = config.model.sequence_length
+        self._batch_size = config.training.micro_batch_size
+        limit = config.training.validation_windows
         self.parts = []
         for source in sources:
             if split not in source.index.splits or not source.index.splits[split].tokens:
                 continue
-            whole = source.index.split(split).tokens
-            tokens = min(whole, limit * length) if limit else whole
-            share = split_bytes(source.index, split) * tokens / whole
-            self.parts.append(ValidationText(source, tokens, share, tokens == whole))
+            total = source.index.split(split).tokens
+            tokens = min(total, limit * self._length) if limit else total
+            size = split_bytes(source.index, split) * tokens / total
+            self.parts.append(ValidationPart(source, tokens, size, tokens == total))
 
     @property
     def tokens(self) -> int:
+        """Number of tokens scored, over all parts and ranks."""
         return sum(part.tokens for part in self.parts)
 
-    def count(self, part: ValidationText) -> int:
-        """Batches of a part, on every rank."""
-        length, rows = self.config.model.sequence_length, self.config.training.micro_batch_size
-        return -(-part.tokens // (length * rows * self.mesh.data))
+    def count(self, part: ValidationPart) -> int:
+        """Return the number of batches of a part, the same on every rank."""
+        return -(-part.tokens // (self._length * self._batch_size * self.mesh.data))
 
-    def batches(self, part: ValidationText) -> Iterator[tuple[Tensor, Tensor] | None]:
-        """(ids, labels), each (micro_batch_size, L), as many on every rank.
+    def batches(self, part: ValidationPart) -> Iterator[tuple[Tensor, Tensor] | None]:
+        """Yield (ids, labels), each (micro_batch_size, L); as many on every rank.
 
-        None on ranks that need no tokens. Where reading fails, batches without labels take the
-        place of what is missing, so that no rank waits for this one: then call `settle`.
+        Yields None on ranks that need no tokens. After a read error it yields batches without
+        labels, so that no rank waits for this one; `settle` then raises.
         """
-        length, rows = self.config.model.sequence_length, self.config.training.micro_batch_size
         count = self.count(part)
         if not (self.mesh.is_first_stage or self.mesh.is_last_stage):
             yield from [None] * count
             return
-        windows = evaluation_windows(
+        batches = evaluation_batches(
             part.index,
             self.split,
-            sequence_length=length,
-            rows=rows,
+            sequence_length=self._length,
+            batch_size=self._batch_size,
             data_rank=self.mesh.data_rank,
             data_size=self.mesh.data,
-            limit_windows=self.config.training.validation_windows,
-            patience=patience(self.config),
+            max_sequences=self.config.training.validation_windows,
+            retry_policy=retry_policy(self.config),
         )
-        nothing = np.stack([np.zeros((rows, length)), np.full((rows, length), IGNORED)])
+        shape = self._batch_size, self._length
+        without_labels = np.stack(
+            [np.zeros(shape, np.int64), np.full(shape, IGNORED_LABEL, np.int64)]
+        )
         for _ in range(count):
-            pair = nothing.astype(np.int64)
-            if self._fault is None:
+            pair = without_labels
+            if self._error is None:
                 try:
-                    pair = np.stack(next(windows))
+                    pair = np.stack(next(batches))
                 except DataError as error:
-                    self._fault = error
-            both = torch.from_numpy(pair).to(self.device)
-            yield both[0], both[1]
+                    self._error = error
+            ids, labels = torch.tensor(pair, device=self.device)
+            yield ids, labels
 
     def settle(self) -> None:
-        """Raise on all ranks where one could not read. A collective operation of all ranks."""
-        if self.mesh.rank == 0 and self._fault is None:  # the rank that writes the record
+        """End a validation: raise on all ranks if one could not read. A collective."""
+        if self.mesh.rank == 0 and self._error is None:  # rank 0 writes the record
             try:
-                self.parts = [part if part.counted else self._count(part) for part in self.parts]
+                self.parts = [part if part.exact else self._count(part) for part in self.parts]
             except DataError as error:
-                self._fault = error
-        raise_on_all_ranks(self._fault, self.device)
+                self._error = error
+        raise_on_all_ranks(self._error, self.device)
 
-    def _count(self, part: ValidationText) -> ValidationText:
-        """The part with the bytes that its tokens stand for, read once."""
-        reader = SplitReader(part.index, self.split, patience(self.config))
-        tokenizer, length, size = part.index.open_tokenizer(), 1 << 20, 0
-        for start in range(0, part.tokens, length):
-            stop = min(start + length, part.tokens)
+    def _count(self, part: ValidationPart) -> ValidationPart:
+        """Return the part with its bytes counted."""
+        reader = SplitReader(part.index, self.split, retry_policy(self.config))
+        tokenizer, chunk, size = part.index.open_tokenizer(), 1 << 20, 0
+        for start in range(0, part.tokens, chunk):
+            stop = min(start + chunk, part.tokens)
             size += tokenizer.count_bytes(reader.read(start, stop))
-        return replace(part, bytes=size, counted=True)
+        return replace(part, bytes=size, exact=True)
 
     def record(self, nats: list[float]) -> dict[str, Any]:
-        """What a validation says: the sum of the losses of each part, in nats, in their order."""
+        """Return the record for metrics.jsonl; `nats` is the sum of the losses of each part."""
         weight = sum(part.source.weight for part in self.parts)
         losses = [total / part.tokens for total, part in zip(nats, self.parts, strict=True)]
         shares = [part.source.weight / weight for part in self.parts]
         loss = sum(share * loss for share, loss in zip(shares, losses, strict=True))
-        size = sum(s * p.bytes / p.tokens for s, p in zip(shares, self.parts, strict=True))
+        bytes_per_token = sum(
+            share * part.bytes / part.tokens for share, part in zip(shares, self.parts, strict=True)
+        )
         record: dict[str, Any] = {
             "validation_loss": loss,
-            "validation_bits_per_byte": loss / log(2) / size,
+            "validation_bits_per_byte": loss / log(2) / bytes_per_token,
             "validation_tokens": self.tokens,
         }
         if len(self.parts) > 1:

@@ -1,4 +1,4 @@
-"""Save in one layout, go on in another: `python -m tests.cluster.pairs` prints the table of all.
+"""Save in one layout and resume in another: `python -m tests.cluster.pairs` prints the full table.
 
 python -m tests.cluster.pairs [--precision bf16] [--writers 0:4] > docs/checkpoint_layouts.txt
 """
@@ -22,8 +22,8 @@ BEFORE, AFTER = 10, 10  # steps before and after the save
 BOUND = {"fp32": 1e-4, "bf16": 1e-2}  # relative, of losses and gradient norms
 
 
-def undisturbed(tree: dict[str, Any], folder: Path) -> tuple[Path, Curve]:
-    """Train, save, and train on: the checkpoint, and the curve after it."""
+def uninterrupted(tree: dict[str, Any], folder: Path) -> tuple[Path, Curve]:
+    """Train, save, and continue training; return the checkpoint and the curve after it."""
     run = Run(tree)
     run.train(1, BEFORE)
     path = run.save(folder, BEFORE)
@@ -31,7 +31,7 @@ def undisturbed(tree: dict[str, Any], folder: Path) -> tuple[Path, Curve]:
 
 
 def resumed(tree: dict[str, Any], path: Path) -> Curve:
-    """The curve of a new run that begins from a checkpoint."""
+    """Return the curve of a new run that resumes from a checkpoint."""
     from hg_scale.training.state import load_state
 
     run = Run(tree)
@@ -40,30 +40,30 @@ def resumed(tree: dict[str, Any], path: Path) -> Curve:
 
 
 class Pairs:
-    """Checkpoints of the layouts, each written once, and what becomes of them in the others."""
+    """Writes a checkpoint in each layout once, and resumes it in the others."""
 
     def __init__(self, worlds: Worlds, folder: Path) -> None:
         self._worlds, self._folder = worlds, folder
         self._written: dict[Layout, tuple[Path, Curve]] = {}
 
-    def _of(self, layout: Layout) -> tuple[Path, Curve]:
+    def _written_by(self, layout: Layout) -> tuple[Path, Curve]:
         if layout not in self._written:
             folder = self._folder / str(layout)
-            results = self._worlds.run(layout.world, undisturbed, layout.tree(), folder)
+            results = self._worlds.run(layout.world, uninterrupted, layout.tree(), folder)
             self._written[layout] = results[0]
         return self._written[layout]
 
     def deviation(self, writer: str, reader: str, precision: str) -> float:
-        """The largest relative difference from one undisturbed process; 0: bit-equal.
+        """Return the largest relative difference from one uninterrupted process; 0: bit-equal.
 
-        In the same layout: from its own undisturbed curve.
+        In the same layout: from its own uninterrupted curve.
         """
-        source, here, alone = (
+        source, target, single = (
             parse(f"{text} {precision}") for text in (writer, reader, LAYOUTS[0])
         )
-        path, own = self._of(source)
-        curve = self._worlds.run(here.world, resumed, here.tree(), path)[0]
-        expected = own if source == here else self._of(alone)[1]
+        path, own = self._written_by(source)
+        curve = self._worlds.run(target.world, resumed, target.tree(), path)[0]
+        expected = own if source == target else self._written_by(single)[1]
         return float(np.max(np.abs(np.divide(curve, expected) - 1)))
 
 
@@ -78,7 +78,7 @@ def main() -> None:
     worlds = Worlds()
     names = [str(parse(text)).rsplit("-", 2)[0] for text in LAYOUTS]
     print(f"{options.precision}, {BEFORE} steps, saved, {AFTER} steps in another layout: largest "
-          "relative difference of loss and gradient norm\nfrom one undisturbed process "
+          "relative difference of loss and gradient norm\nfrom one uninterrupted process "
           "(same layout: from itself). Rows wrote, columns read.\n")  # fmt: skip
     print(" " * 16 + "".join(f"{name:>16}" for name in names))
     worst = 0.0
@@ -87,10 +87,11 @@ def main() -> None:
         for writer, name in list(zip(LAYOUTS, names, strict=True))[first:last]:
             print(f"{name:16}", end="")
             for reader in LAYOUTS:
-                found = pairs.deviation(writer, reader, options.precision)
+                deviation = pairs.deviation(writer, reader, options.precision)
                 if writer != reader:
-                    worst = max(worst, found)
-                print(f"{'bit-equal' if found == 0 else f'{found:.1e}':>16}", end="", flush=True)
+                    worst = max(worst, deviation)
+                cell = "bit-equal" if deviation == 0 else f"{deviation:.1e}"
+                print(f"{cell:>16}", end="", flush=True)
             print()
     worlds.close()
     print(f"\nlargest of different layouts: {worst:.1e} (bound {BOUND[options.precision]:.0e})")

@@ -1,4 +1,4 @@
-"""Eight layouts that read each other's checkpoints."""
+"""Checkpoints of eight layouts, resumed in each other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.world import Worlds
 pytestmark = pytest.mark.cluster
 
 ALL = [(writer, reader) for writer in LAYOUTS for reader in LAYOUTS]
-# Each layout is written by two others and reads two others, with 1, 2, 4 and 8 processes.
+# Each layout's checkpoint is resumed in two others; 1, 2, 4 and 8 processes occur.
 COVERING = [(LAYOUTS[i], LAYOUTS[(i + shift) % 8]) for shift in (1, 4) for i in range(8)]
 
 
@@ -20,22 +20,22 @@ def pairs(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Pairs:
 
 
 def check(pairs: Pairs, writer: str, reader: str, precision: str) -> None:
-    found = pairs.deviation(writer, reader, precision)
-    assert found <= (0 if writer == reader else BOUND[precision])
+    deviation = pairs.deviation(writer, reader, precision)
+    assert deviation <= (0 if writer == reader else BOUND[precision])
 
 
 @pytest.mark.parametrize(("writer", "reader"), COVERING)
-def test_the_curve_goes_on(pairs: Pairs, writer: str, reader: str) -> None:
+def test_curve_continues_in_another_layout(pairs: Pairs, writer: str, reader: str) -> None:
     check(pairs, writer, reader, "fp32")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("writer", "reader"), sorted({*ALL} - {*COVERING}))
-def test_the_curve_goes_on_in_all_others(pairs: Pairs, writer: str, reader: str) -> None:
+def test_curve_continues_in_every_other_layout(pairs: Pairs, writer: str, reader: str) -> None:
     check(pairs, writer, reader, "fp32")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("writer", "reader"), ALL)
-def test_the_curve_goes_on_in_bf16(pairs: Pairs, writer: str, reader: str) -> None:
+def test_curve_continues_in_bf16(pairs: Pairs, writer: str, reader: str) -> None:
     check(pairs, writer, reader, "bf16")

@@ -1,4 +1,4 @@
-"""The page of runs in a browser that has no network."""
+"""The report page in a real browser without network."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def browse(page: Path, *options: str) -> str:
-    """The browser's output on a page; nothing but the file can be reached."""
+    """Return the browser's output for a page; it can reach only the file."""
     if BROWSER is None:
         pytest.skip("needs chromium: apt-get install chromium")
     command = [
@@ -59,7 +59,7 @@ def browse(page: Path, *options: str) -> str:
 
 
 def screenshot(page: Path, width: int, height: int, scheme: str) -> NDArray[np.uint8]:
-    """Pixels (height, width, 3) of the page in a colour scheme."""
+    """Return the pixels (height, width, 3) of the page in a colour scheme."""
     output = page.parent / f"{scheme}-{width}.png"
     dark = () if scheme == "light" else ("--blink-settings=preferredColorScheme=0",)
     browse(page, f"--window-size={width},{height}", f"--screenshot={output}", *dark)
@@ -70,7 +70,7 @@ def near(pixels: NDArray[np.uint8], colour: tuple[int, int, int]) -> NDArray[np.
     return (np.abs(pixels.astype(int) - colour) < 12).all(-1)
 
 
-def test_the_curves_are_there_and_the_script_has_run(page: Path) -> None:
+def test_curves_are_drawn_and_the_script_runs(page: Path) -> None:
     dom = browse(page, "--dump-dom")
     for chart in ("bits_per_byte", "tokens_per_second", "grad_norm"):
         start = rf'<svg class="plot on-tokens"[^>]*data-chart="{chart}"'
@@ -78,23 +78,23 @@ def test_the_curves_are_there_and_the_script_has_run(page: Path) -> None:
         assert plot
         paths = re.findall(r'<path class="line run\d[^"]*" d="(M[^"]+)"', plot[0])
         assert len(paths) == 2 and all(p.count("l") > 50 for p in paths)
-    assert dom.count('class="hit"') == 7  # made by the script, one a chart
+    assert dom.count('class="hit"') == 7  # created by the script, one per chart
 
 
-def test_the_pointer_reads_the_curves(page: Path) -> None:
+def test_pointer_shows_the_values_of_both_runs(page: Path) -> None:
     pointed = page.with_name("pointed.html")
     pointed.write_text(page.read_text().replace("</body>", POINT + "</body>"))
     dom = browse(pointed, "--dump-dom")
     tip = re.search(r'<div class="tip" style="[^"]*">(.*?)</div>', dom, re.DOTALL)
     assert tip
-    said = re.sub(r"<[^>]+>", " ", tip[1])
-    assert "tokens 25.6k" in said and "alpha" in said and "beta" in said
-    assert "validation 2.024 at 25.6k" in said  # 1.6 + 6 / sqrt(200)
+    text = re.sub(r"<[^>]+>", " ", tip[1])
+    assert "tokens 25.6k" in text and "alpha" in text and "beta" in text
+    assert "validation 2.024 at 25.6k" in text  # 1.6 + 6 / sqrt(200)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 500])
-def test_the_picture_shows_both_runs(page: Path, scheme: str, width: int) -> None:
+def test_screenshot_shows_both_runs(page: Path, scheme: str, width: int) -> None:
     curves = page.with_name("curves.html")
     curves.write_text(page.read_text().replace("</head>", ONLY_CURVES + "</head>"))
     pixels = screenshot(curves, width, 1000, scheme)

@@ -1,4 +1,4 @@
-"""The section `deepspeed`: its names and types against the DeepSpeed installed, and its faults."""
+"""The section `deepspeed`: names and types as in the installed DeepSpeed, and invalid keys."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from hg_scale.config import ConfigError
-from hg_scale.config.deepspeed import deepspeed_config, generated
+from hg_scale.config.deepspeed import deepspeed_config, generated_settings
 from hg_scale.config.expert_keys import ExpertKeys
 from hg_scale.config.load import parse_config
 
@@ -18,7 +18,7 @@ def fields(model: Any) -> dict[str, Any]:
     return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
-def ours(key: str) -> dict[str, Any]:
+def own_fields(key: str) -> dict[str, Any]:
     return fields(ExpertKeys.model_fields[key].annotation)
 
 
@@ -28,21 +28,21 @@ def test_nested_keys_are_known_to_deepspeed() -> None:
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    assert ours("flops_profiler").keys() <= vars(DeepSpeedFlopsProfilerConfig({})).keys()
+    assert own_fields("flops_profiler").keys() <= vars(DeepSpeedFlopsProfilerConfig({})).keys()
     for key, model in (
         ("zero_optimization", DeepSpeedZeroConfig),
         ("bf16", DeepSpeedBF16Config),
         ("comms_logger", CommsLoggerConfig),
     ):
-        theirs = fields(model)
-        assert ours(key).keys() <= theirs.keys(), key
-        for name, field in ours(key).items():
+        deepspeed_fields = fields(model)
+        assert own_fields(key).keys() <= deepspeed_fields.keys(), key
+        for name, field in own_fields(key).items():
             for kind in (bool, int):
-                assert (kind in plain(field)) == (kind in plain(theirs[name])), name
+                assert (kind in plain(field)) == (kind in plain(deepspeed_fields[name])), name
 
 
 def plain(field: Any) -> set[Any]:
-    """The types of a field, without its limits; an enumeration of numbers is a number."""
+    """Return the types of a field without its limits; an enumeration of integers is int."""
     kinds = [field.annotation, *get_args(field.annotation)]
     kinds += [inner for kind in kinds for inner in get_args(kind)]
     return {
@@ -54,15 +54,15 @@ def plain(field: Any) -> set[Any]:
 @pytest.mark.parametrize(
     ("precision", "stage", "dtype"), [("bf16", 1, "fp32"), ("bf16", 2, "fp32"), ("fp32", 0, None)]
 )
-def test_bf16_adds_up_gradients_in_fp32(precision: str, stage: int, dtype: str | None) -> None:
+def test_bf16_accumulates_gradients_in_fp32(precision: str, stage: int, dtype: str | None) -> None:
     config = parse_config(
         {"training": {"precision": precision}, "parallel": {"zero_stage": stage}}
     )  # fmt: skip
-    assert generated(config, 4).get("data_types", {}).get("grad_accum_dtype") == dtype
+    assert generated_settings(config, 4).get("data_types", {}).get("grad_accum_dtype") == dtype
 
 
 # (dotted key below `deepspeed`, its value, what the message says)
-FAULTS: list[tuple[str, Any, str]] = [
+INVALID: list[tuple[str, Any, str]] = [
     ("bf16", 3, "expected an object"),
     ("zero_optimization", True, "expected an object"),
     ("data_types", ["fp32"], "expected an object"),
@@ -98,19 +98,19 @@ FAULTS: list[tuple[str, Any, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("key", "value", "words"), FAULTS)
-def test_a_fault_is_one_line(key: str, value: Any, words: str) -> None:
+@pytest.mark.parametrize(("key", "value", "expected"), INVALID)
+def test_error_is_one_line(key: str, value: Any, expected: str) -> None:
     tree: Any = value
     for name in reversed(key.split(".")):
         tree = {name: tree}
     with pytest.raises(ConfigError) as caught:
         parse_config({"deepspeed": tree})
     (line,) = map(str, caught.value.problems)
-    assert line.startswith(f"deepspeed.{key} = {json.dumps(value)}: ") and words in line
+    assert line.startswith(f"deepspeed.{key} = {json.dumps(value)}: ") and expected in line
 
 
-def test_contradictions_are_no_faults_beside_a_faulty_key() -> None:
-    """What they contradict is then the default only."""
+def test_contradiction_of_an_invalid_key_is_not_reported() -> None:
+    """It would contradict the default only."""
     tree: dict[str, Any] = {
         "deepspeed": {
             "bf16": {"enabled": False},
@@ -142,8 +142,8 @@ def test_contradictions_are_no_faults_beside_a_faulty_key() -> None:
     }
 
 
-def test_no_clipping_may_be_said_twice() -> None:
-    """Without ZeRO it is generated as a norm that never clips, which stays."""
+def test_no_clipping_may_be_set_twice() -> None:
+    """Without ZeRO the generated value is a norm that never clips, which is kept."""
     config = parse_config(
         {
             "training": {"precision": "fp32"},
@@ -152,11 +152,11 @@ def test_no_clipping_may_be_said_twice() -> None:
             "deepspeed": {"gradient_clipping": 0.0, "zero_optimization": {"overlap_comm": None}},
         }
     )
-    assert deepspeed_config(config, 1) == generated(config, 1)
+    assert deepspeed_config(config, 1) == generated_settings(config, 1)
 
 
 @pytest.mark.parametrize("change", [{"prescale_gradients": True}, {"gradient_predivide_factor": 2}])
-def test_scattered_gradients_are_scaled_after_the_sum(change: dict[str, Any]) -> None:
+def test_scattered_gradients_cannot_be_prescaled(change: dict[str, Any]) -> None:
     tree = {"parallel": {"zero_stage": 2}, "deepspeed": change}
     with pytest.raises(ConfigError, match="reduce_scatter = false"):
         parse_config(tree)
@@ -166,7 +166,7 @@ def test_scattered_gradients_are_scaled_after_the_sum(change: dict[str, Any]) ->
     parse_config({**tree, "deepspeed": {**change, "zero_optimization": {"reduce_scatter": False}}})
 
 
-def test_sizes_may_be_written_as_deepspeed_does() -> None:
+def test_sizes_may_be_floats() -> None:
     sizes = {"reduce_bucket_size": 5e8, "sub_group_size": 1e14, "allgather_bucket_size": 2e8}
     kept = parse_config({"deepspeed": {"zero_optimization": sizes}}).deepspeed.zero_optimization
     assert (kept.reduce_bucket_size, kept.sub_group_size) == (500_000_000, 10**14)
@@ -175,7 +175,7 @@ def test_sizes_may_be_written_as_deepspeed_does() -> None:
         parse_config({"deepspeed": {"zero_optimization": {"reduce_bucket_size": 1.5}}})
 
 
-def test_what_is_written_is_what_was_set() -> None:
+def test_only_set_keys_are_serialised() -> None:
     assert parse_config({}).model_dump()["deepspeed"] == {}
     tree = {"dump_state": False, "zero_optimization": {"overlap_comm": True, "stage": 1}}
     config = parse_config({"deepspeed": tree})

@@ -1,4 +1,4 @@
-"""Layouts that are left when nodes are gone."""
+"""Layouts for fewer processes than configured."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from hg_scale.config.layouts import (
 from tests.shared import ROOT
 
 
-def test_seven_of_eight_nodes_keep_the_batch() -> None:
-    """56 GPUs: 7 divides no batch of 256, but it may divide the pipeline; or 32 GPUs do it."""
+def test_seven_of_eight_nodes_keep_the_global_batch() -> None:
+    """56 GPUs: 7 does not divide a batch of 256 but may be the pipeline size; or 32 GPUs run it."""
     config = load_config(ROOT / "configs" / "hg_1b.json", world_size=64)
     layouts = fitting_layouts(config, 56)
     assert [(x.tensor, x.pipeline, x.data) for x in layouts[:2]] == [(1, 7, 8), (1, 14, 4)]
@@ -31,7 +31,7 @@ def test_seven_of_eight_nodes_keep_the_batch() -> None:
 
 
 @given(st.integers(1, 48), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]))
-def test_every_layout_named_passes_the_checks(world: int, tensor: int, pipeline: int) -> None:
+def test_every_returned_layout_passes_the_checks(world: int, tensor: int, pipeline: int) -> None:
     sets = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
     sets += ["training.micro_batch_size=4", "training.global_batch_size=96"]
     config = load_config(ROOT / "configs" / "quickstart.json", sets)
@@ -59,7 +59,7 @@ QUICKSTART = ROOT / "configs" / "quickstart.json"
     [(8, None, None), (12, None, None), (6, (2, 3, 1), (2, 3, 1)), (7, "none", (2, 2, 1)),
      (10, (1, 5, 2), (1, 5, 2)), (22, (2, 1, 11), (2, 2, 4)), (1, (1, 1, 1), (1, 1, 1))],
 )  # fmt: skip
-def test_an_elastic_configuration_takes_the_nearest_layout(
+def test_elastic_configuration_uses_the_nearest_layout(
     world: int, of_all: object, of_fewer: object
 ) -> None:
     sets = [*ELASTIC, "training.global_batch_size=12", "training.micro_batch_size=1"]
@@ -77,11 +77,11 @@ def test_an_elastic_configuration_takes_the_nearest_layout(
             again, _ = load_elastic(QUICKSTART, sets, started)  # what each rank does
             assert again == config
             assert elastic_line(config, layout, world).startswith(
-                f"parallel.elastic: going on with {started} of {world} processes: --set parallel."
+                f"parallel.elastic: continuing with {started} of {world} processes: --set parallel."
             )
 
 
-def test_other_faults_are_refused_with_all_of_them(tmp_path: Path) -> None:
+def test_other_errors_are_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model.heads"):
         load_elastic(QUICKSTART, [*ELASTIC, "model.heads=3"], 7, fewer=True)
     with pytest.raises(ConfigError, match="parallel.tensor|processes"):

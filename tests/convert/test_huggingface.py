@@ -40,8 +40,10 @@ with torch.no_grad():
     except ValueError as error:
         refused = str(error)
 model.save_pretrained(sys.argv[3])
+fresh = AutoModelForCausalLM.from_config(model.config, trust_remote_code=True)
+drawn = float(fresh.get_input_embeddings().weight.abs().max()) > 0
 missing = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-torch.save((out.logits, float(out.loss), written, missing, refused,
+torch.save((out.logits, float(out.loss), written, missing, refused, drawn,
             sorted(m for m in sys.modules if m.split(".")[0] in ("hg_scale", "pydantic_core"))),
            sys.argv[4])
 """
@@ -71,9 +73,10 @@ def test_transformers_computes_equal_logits(trained: Get, tmp_path: Path, kind: 
         env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    logits, loss, generated, missing, refused, imported = torch.load(tmp_path / "out.pt")
+    logits, loss, generated, missing, refused, drawn, imported = torch.load(tmp_path / "out.pt")
     assert (missing, imported) == ([], [])
-    model = Hourglass(config.model).eval()
+    assert drawn  # a model from the configuration alone has initial weights
+    model = Hourglass(config.model, seed=None).eval()
     model.load_state_dict(full_tensors(trained(kind).path))
     with torch.no_grad():
         expected = model(ids)[..., : config.model.vocab_size]

@@ -69,7 +69,7 @@ def megatron_dims(trees: list[dict[str, Any]]) -> list[dict[str, int | None]]:
     for tree in trees:
         config = parse_config(tree, world_size=2)
         _, parts = make_mesh(config.parallel)
-        named = Hourglass(config.model, parts).named_parameters()
+        named = Hourglass(config.model, parts, seed=None).named_parameters()
         found.append({name: shard_of(p).dim for name, p in named})
     return found
 
@@ -88,7 +88,7 @@ def plain_deepspeed(tree: dict[str, Any], universal: Path, stage: int, bf16: boo
     from hg_scale.model.hourglass import Hourglass
 
     config = parse_config(tree)
-    model, size = Hourglass(config.model), dist.get_world_size()
+    model, size = Hourglass(config.model, seed=None), dist.get_world_size()
     batch_size = config.training.global_batch_size
     settings = {
         "train_micro_batch_size_per_gpu": batch_size // size,

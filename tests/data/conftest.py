@@ -1,4 +1,4 @@
-"""Small prepared corpora: a file without documents and a folder with them. Streams of them."""
+"""Small prepared corpora, of a file without documents and of a folder; streams of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hg_scale.data.index import Index
 from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
 from hg_scale.data.preparation.tokenizer_training import TokenizerTraining, train_tokenizer
 from hg_scale.data.progress import ProgressBar
-from hg_scale.data.schedule import DataSchedule, DataSource, DataState
+from hg_scale.data.sequence_schedule import DataSchedule, DataSource, DataState
 from hg_scale.data.shards import RetryPolicy
 from hg_scale.data.stream import TrainingStream
 
@@ -35,25 +35,34 @@ def schedule(
     state: DataState | None = None,
     position: int = 0,
 ) -> DataSchedule:
-    """The windows of some corpora, of equal weights where nothing else is said."""
+    """The schedule of some corpora; an `Index` has weight 1 and repeats."""
     named = [
         s if isinstance(s, DataSource) else DataSource(f"s{i}", s) for i, s in enumerate(sources)
     ]
     return DataSchedule(named, sequence_length=length, seed=seed, state=state, position=position)
 
 
-def stream(of: DataSchedule, workers: int = 0, rows: int = 12, **options: Any) -> TrainingStream:
-    """A rank's stream, by itself or with processes."""
+def stream(
+    schedule: DataSchedule, workers: int = 0, batch_size: int = 12, **options: Any
+) -> TrainingStream:
+    """A rank's stream; `workers` processes read for it."""
     readers = options.pop("readers", None) or make_readers(workers, RetryPolicy())
-    return TrainingStream(of, readers, global_batch_size=rows, **options)
+    return TrainingStream(schedule, readers, global_batch_size=batch_size, **options)
 
 
 def global_batches(
-    of: DataSchedule, count: int, data_size: int = 1, rows: int = 12, **options: Any
+    schedule: DataSchedule, count: int, data_size: int = 1, batch_size: int = 12, **options: Any
 ) -> NDArray[np.int64]:
-    """Global batches (count, rows, L + 1), joined from the streams of all ranks."""
+    """Global batches (count, batch_size, L + 1), joined from the streams of all ranks."""
     ranks = [
-        stream(of, rows=rows, data_rank=rank, data_size=data_size, batches=count, **options)
+        stream(
+            schedule,
+            batch_size=batch_size,
+            data_rank=rank,
+            data_size=data_size,
+            batches=count,
+            **options,
+        )
         for rank in range(data_size)
     ]
     try:
@@ -65,7 +74,7 @@ def global_batches(
 
 
 def make_folder(folder: Path, files: int = 120) -> dict[str, bytes]:
-    """A folder of documents of 0 to 2,000 random bytes. Their content by relative path."""
+    """Write documents of 0 to 2,000 random bytes; return their content by relative path."""
     random = np.random.default_rng(1)
     documents = {}
     for number in range(files):
@@ -91,13 +100,13 @@ def index(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
 
 
 @pytest.fixture
-def copied(text_file: Path, tmp_path: Path) -> Index:
-    """A corpus of its own, to be damaged by the test."""
+def writable(text_file: Path, tmp_path: Path) -> Index:
+    """A corpus that the test may corrupt."""
     return prepare(text_file, tmp_path / "copy", split=(9_000, 3_000, 0))
 
 
 def prose(words: int, seed: int = 0) -> str:
-    """Text of made-up words, with lines, indents, and some characters beyond ASCII."""
+    """Text of invented words, with lines, indents, and some characters beyond ASCII."""
     random = np.random.default_rng(seed)
     syllables = ["ka", "to", "mi", "ren", "sol", "vé", "u", "st", "ling", "漢", "ion", "qua"]
     vocabulary = ["".join(random.choice(syllables, random.integers(1, 4))) for _ in range(300)]
@@ -110,7 +119,7 @@ def prose(words: int, seed: int = 0) -> str:
 
 @pytest.fixture(scope="session")
 def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small sentencepiece model of ours, trained on `prose`."""
+    """A small sentencepiece model, trained on `prose` by `train_tokenizer`."""
     folder = tmp_path_factory.mktemp("model")
     (folder / "prose.txt").write_text(prose(20_000))
     job = TokenizerTraining((folder / "prose.txt",), folder / "tok.model", 600, "bpe")
@@ -119,6 +128,6 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests end processes, not machines: what they write need not reach the disk."""
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip fsync: tests kill processes, not machines."""
     monkeypatch.setattr(os, "fsync", lambda file: None)

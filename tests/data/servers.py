@@ -1,4 +1,4 @@
-"""Local stores that fail: an HTTP server that answers as a test says."""
+"""A local HTTP server with errors that a test chooses."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-Trouble = Callable[[str, int], str]  # (file, number of the request for it) -> what to do
+ChooseError = Callable[[str, int], str]  # (file, number of the request for it) -> error or ""
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; `trouble` says "", "refuse", "cut" (half the file) or "stall"."""
+    """Serves a folder; `choose_error` returns "", "refuse", "cut" (half the file) or "stall"."""
 
-    trouble: Trouble
-    asked: dict[str, int]
-    stalled = 30.0  # seconds
+    choose_error: ChooseError
+    requests: dict[str, int]
+    stall_seconds = 30.0
 
     def do_GET(self) -> None:
         name = self.path.lstrip("/")
-        self.asked[name] = self.asked.get(name, 0) + 1
-        match self.trouble(name, self.asked[name]):
+        self.requests[name] = self.requests.get(name, 0) + 1
+        match self.choose_error(name, self.requests[name]):
             case "refuse":
                 self.send_error(404)
             case "cut" | "stall" as kind:
@@ -34,7 +34,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
                 self.wfile.write(content[: len(content) // 2])
                 self.wfile.flush()
                 if kind == "stall":
-                    time.sleep(self.stalled)
+                    time.sleep(self.stall_seconds)
             case _:
                 super().do_GET()
 
@@ -43,17 +43,20 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def serve(folder: str, trouble: Trouble = lambda name, number: "") -> Iterator[tuple[str, dict]]:
-    """The URL of a server of `folder`, and how often each file was asked for."""
-    asked: dict[str, int] = {}
-    kind = type("Handler", (_Handler,), {"trouble": staticmethod(trouble), "asked": asked})
+def serve(
+    folder: str, choose_error: ChooseError = lambda name, number: ""
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """Serve `folder`; yield the URL, and the number of requests for each file."""
+    requests: dict[str, int] = {}
+    members = {"choose_error": staticmethod(choose_error), "requests": requests}
+    kind = type("Handler", (_Handler,), members)
     server = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), functools.partial(kind, directory=folder)
     )
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http://127.0.0.1:{server.server_port}", requests
     finally:
         server.shutdown()
         server.server_close()

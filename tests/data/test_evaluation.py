@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 
 from hg_scale.data.errors import DataError
-from hg_scale.data.evaluation import evaluation_windows, split_bytes, split_text
+from hg_scale.data.evaluation import evaluation_batches, split_bytes, split_text
 from tests.data.conftest import TEXT, make_folder, prepare
 
 VALIDATION = np.frombuffer(TEXT[90_003:95_003], np.uint8)  # 5,000 tokens in 2 shards
 
 
 def gather(index, data_size, **options):
-    """The batches of each rank, then all rows in the order of the text."""
-    settings = {"sequence_length": 192, "rows": 2} | options
+    """Inputs and labels of all ranks, each (sequences, L), in the order of the text."""
+    settings = {"sequence_length": 192, "batch_size": 2} | options
     ranks = [
-        list(evaluation_windows(index, "validation", data_rank=r, data_size=data_size, **settings))
+        list(evaluation_batches(index, "validation", data_rank=r, data_size=data_size, **settings))
         for r in range(data_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
@@ -27,27 +27,29 @@ def gather(index, data_size, **options):
 
 
 @pytest.mark.parametrize("data_size", [1, 2, 3, 5, 40])
-@pytest.mark.parametrize(("rows", "length"), [(1, 192), (3, 192), (4, 1000), (2, 7000), (7, 1)])
-def test_every_token_once(index, data_size, rows, length):
-    inputs, labels = gather(index, data_size, rows=rows, sequence_length=length)
-    counts = labels.ravel() >= 0
-    assert np.array_equal(labels.ravel()[counts], VALIDATION)
-    assert np.array_equal(inputs.ravel()[counts], np.concatenate([[0], VALIDATION[:-1]]))
-    assert set(labels.ravel()[~counts]) <= {-1}
+@pytest.mark.parametrize(
+    ("batch_size", "length"), [(1, 192), (3, 192), (4, 1000), (2, 7000), (7, 1)]
+)
+def test_every_token_is_a_label_once(index, data_size, batch_size, length):
+    inputs, labels = gather(index, data_size, batch_size=batch_size, sequence_length=length)
+    scored = labels.ravel() >= 0
+    assert np.array_equal(labels.ravel()[scored], VALIDATION)
+    assert np.array_equal(inputs.ravel()[scored], np.concatenate([[0], VALIDATION[:-1]]))
+    assert set(labels.ravel()[~scored]) <= {-1}
     assert inputs.min() >= 0
-    # Only what fills the windows up to whole batches of all ranks is padding.
-    windows = -(-5000 // length)
-    assert len(labels) == -(-windows // (rows * data_size)) * rows * data_size
+    # Padding fills the last batches of all ranks, and no more.
+    sequences, global_batch = -(-5000 // length), batch_size * data_size
+    assert len(labels) == -(-sequences // global_batch) * global_batch
 
 
 @pytest.mark.parametrize(("limit", "tokens"), [(1, 192), (7, 1344), (26, 4992), (100, 5000)])
-def test_limit_takes_the_first_windows(index, limit, tokens):
+def test_max_sequences_selects_the_first(index, limit, tokens):
     for data_size in (1, 3):
-        _, labels = gather(index, data_size, limit_windows=limit)
+        _, labels = gather(index, data_size, max_sequences=limit)
         assert np.array_equal(labels.ravel()[labels.ravel() >= 0], VALIDATION[:tokens])
 
 
-def test_documents_start_after_an_end(tmp_path):
+def test_first_input_is_the_end_of_document_id(tmp_path):
     documents = make_folder(tmp_path / "in")
     index = prepare(tmp_path / "in", tmp_path / "out", split=(0.5, 0.5, 0.0))
     inputs, labels = gather(index, 2)
@@ -57,8 +59,8 @@ def test_documents_start_after_an_end(tmp_path):
     assert sum(map(len, texts)) == sum(map(len, documents.values()))
 
 
-def test_documents_of_equal_length_are_scored_by_themselves(index):
-    """As images are: what comes before each is nothing, 0."""
+def test_documents_of_equal_length_are_scored_independently(index):
+    """Images: the input before the first token of each is 0."""
     images = index.model_copy(update={"document_tokens": 50})
     images._location = index.location
     for data_size in (1, 3):
@@ -70,7 +72,7 @@ def test_documents_of_equal_length_are_scored_by_themselves(index):
     assert inputs[1, 0] == VALIDATION[24]
 
 
-def test_text_of_a_split(index):
+def test_split_text_and_bytes(index):
     for name, text in {
         "train": TEXT[:90_003],
         "validation": TEXT[90_003:95_003],
@@ -81,6 +83,6 @@ def test_text_of_a_split(index):
     assert len(gzip.compress(split_text(index, "test"))) > 5000  # random bytes
 
 
-def test_empty_split(copied):
+def test_empty_split_is_refused(writable):
     with pytest.raises(DataError, match="'test' is empty"):
-        next(evaluation_windows(copied, "test", sequence_length=8, rows=1))
+        next(evaluation_batches(writable, "test", sequence_length=8, batch_size=1))

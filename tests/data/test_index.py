@@ -11,13 +11,13 @@ from hg_scale.data.index import locate, pack_offsets, read_index, unpack_offsets
 from tests.data.servers import serve
 
 
-def damage(index, **changes):
-    """Write the index again with top-level keys changed."""
+def change_keys(index, **changes):
+    """Rewrite index.json with some top-level keys changed."""
     path = Path(index.location) / "index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_read_back_is_equal(index):
+def test_index_read_back_is_equal(index):
     folder = Path(index.location)
     again = read_index(folder / "index.json")
     assert again == index and again.location == str(folder)
@@ -25,13 +25,13 @@ def test_read_back_is_equal(index):
     assert again.identity == index.identity
 
 
-def test_read_through_a_pipe(index):
+def test_index_is_read_through_a_pipe(index):
     piped = read_index(f"pipe:cat {index.location}/{{}}")
     assert piped.text() == index.text()
     assert piped.url(piped.splits["train"].shards[3]).endswith("/train-00003.tar")
 
 
-def test_a_shard_is_a_line(index):
+def test_index_has_one_line_per_shard(index):
     lines = index.text().splitlines()
     assert (
         sum('{"file": ' in line for line in lines)
@@ -50,25 +50,25 @@ def test_a_shard_is_a_line(index):
          "splits.train: its shards hold 0 tokens, not 5"),
     ],
 )  # fmt: skip
-def test_an_index_of_no_use(copied, changes, message):
-    damage(copied, **changes)
+def test_unusable_index_is_refused_in_one_line(writable, changes, message):
+    change_keys(writable, **changes)
     with pytest.raises(DataError, match=message) as caught:
-        read_index(copied.location)
+        read_index(writable.location)
     assert "\n" not in str(caught.value) and "index.json" in str(caught.value)
 
 
-def test_wrong_sum_and_unsafe_name_are_refused(copied):
-    path = Path(copied.location) / "index.json"
+def test_wrong_sum_and_unsafe_name_are_refused(writable):
+    path = Path(writable.location) / "index.json"
     for old, new, message in [
         ('"tokens": [512, ', '"tokens": [511, ', "shards.0: its members hold 2999, not 3000"),
         ('"train-00000.tar"', '"../train-00000.tar"', "shards.0.file: String should match"),
     ]:
-        path.write_text(copied.text().replace(old, new, 1))
+        path.write_text(writable.text().replace(old, new, 1))
         with pytest.raises(DataError, match=message):
-            read_index(copied.location)
+            read_index(writable.location)
 
 
-def test_missing_and_broken_files(tmp_path):
+def test_missing_and_invalid_index_files(tmp_path):
     with pytest.raises(DataError, match=r"index\.json: no such file; name a folder written by"):
         read_index(tmp_path)
     (tmp_path / "index.json").write_text("{")
@@ -78,8 +78,7 @@ def test_missing_and_broken_files(tmp_path):
         read_index("pipe:exit 3 # {}")
 
 
-def test_a_server_that_refuses_or_falls_silent(index):
-    """One line, and no waiting without end."""
+def test_refused_and_stalled_requests_raise_one_line(index):
     refuses = serve(index.location, lambda name, number: "refuse")
     with refuses as (url, _), pytest.raises(DataError) as caught:
         read_index(url)
@@ -93,12 +92,12 @@ def test_a_server_that_refuses_or_falls_silent(index):
         assert read_index(url).text() == index.text()
 
 
-def test_empty_split(copied):
+def test_empty_split_is_refused(writable):
     with pytest.raises(DataError, match="the split 'test' is empty; use one of train, validation"):
-        copied.split("test")
+        writable.split("test")
 
 
-def test_locations():
+def test_locate_joins_location_and_file():
     assert locate("corpus", "a.tar") == "corpus/a.tar"
     assert locate("https://host/corpus/", "a.tar") == "https://host/corpus/a.tar"
     assert locate("pipe:ssh host cat /c/{}", "a.tar") == "pipe:ssh host cat /c/a.tar"

@@ -12,7 +12,13 @@ import webdataset
 from hg_scale.data import shards as shards_module
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import Index, Members, read_index
-from hg_scale.data.shards import RetryPolicy, ShardFile, ShardReader, SplitReader, check_shard
+from hg_scale.data.shards import (
+    RetryPolicy,
+    ShardFile,
+    ShardReader,
+    SplitReader,
+    check_shard_checksum,
+)
 from tests.data.conftest import TEXT
 from tests.data.servers import serve
 
@@ -24,8 +30,8 @@ def shard_path(index, split="train", number=0):
     return Path(index.location) / shard.file, shard
 
 
-def open_shard(index, shard, patience=RetryPolicy()):  # noqa: B008
-    return ShardReader(ShardFile.of(index, shard), patience)
+def open_shard(index, shard, retry_policy=RetryPolicy()):  # noqa: B008
+    return ShardReader(ShardFile.from_index(index, shard), retry_policy)
 
 
 def read_all(index, shard):
@@ -33,7 +39,7 @@ def read_all(index, shard):
 
 
 def spans(loaded):
-    return [(fault.start, fault.stop) for fault in loaded.faults]
+    return [(span.start, span.stop) for span in loaded.unusable]
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +53,7 @@ def test_shards_hold_the_text_in_order(index):
     assert shards[0].members.tokens == [512] * 5 + [440]
     assert b"".join(read_all(index, shard).tobytes() for shard in shards) == TEXT[:90_003]
     for shard in shards:
-        check_shard(index, shard)
+        check_shard_checksum(index, shard)
 
 
 def test_offsets_point_at_tar_headers(index):
@@ -58,7 +64,7 @@ def test_offsets_point_at_tar_headers(index):
     assert path.stat().st_size == shard.file_bytes
 
 
-def test_webdataset_reads_them_by_itself(index):
+def test_plain_webdataset_reads_the_shards(index):
     path, shard = shard_path(index)
     samples = list(webdataset.WebDataset(str(path), shardshuffle=False).decode())
     assert [sample["__key__"] for sample in samples][:2] == [
@@ -69,8 +75,8 @@ def test_webdataset_reads_them_by_itself(index):
 
 
 @pytest.mark.parametrize("scheme", ["local", "file", "pipe", "http"])
-def test_the_same_through_every_scheme(index, scheme):
-    with serve(index.location) as (url, asked):
+def test_every_scheme_reads_the_same_tokens(index, scheme):
+    with serve(index.location) as (url, requests):
         location = {
             "local": index.location,
             "file": f"file://{index.location}",
@@ -82,11 +88,11 @@ def test_the_same_through_every_scheme(index, scheme):
         reader = open_shard(remote, shard)
         for start, stop in [(1500, 2100), (2099, 2999), (10, 20), (600, 601), (2990, 3000)]:
             assert reader.read(start, stop).tobytes() == TEXT[3000 + start : 3000 + stop]
-        check_shard(remote, shard)
-    assert not asked or asked[shard.file] == 3  # front to back, back to 10, and the check
+        check_shard_checksum(remote, shard)
+    assert not requests or requests[shard.file] == 3  # forward, back to 10, and the checksum
 
 
-def test_spans_across_shards(index):
+def test_split_reader_reads_across_shards(index):
     reader = SplitReader(index, "train")
     for start, stop in [(0, 1), (2999, 3001), (500, 9500), (90_000, 90_003)]:
         assert reader.read(start, stop).tobytes() == TEXT[start:stop]
@@ -94,100 +100,100 @@ def test_spans_across_shards(index):
 
 @pytest.mark.parametrize("keep", [0, 300, 700, 1600, 3000])
 @pytest.mark.parametrize("scheme", ["local", "pipe"])
-def test_truncated_shard(copied, keep, scheme):
-    path, shard = shard_path(copied)
+def test_truncated_shard_is_usable_up_to_the_end(writable, keep, scheme):
+    path, shard = shard_path(writable)
     path.write_bytes(path.read_bytes()[:keep])
     if scheme == "pipe":
-        copied._location = f"pipe:cat {copied.location}/{{}}"
+        writable._location = f"pipe:cat {writable.location}/{{}}"
     with pytest.raises(DataError, match=rf"train-00000\.tar: .*{shard.file_bytes} bytes") as caught:
-        read_all(copied, shard)
+        read_all(writable, shard)
     assert "\n" not in str(caught.value) and "prepare the data again" in str(caught.value)
     with pytest.raises(DataError, match=f"{keep} bytes with sha256"):
-        check_shard(copied, shard)
-    # What lies before the break can still be used, and nothing else.
-    whole = sum(offset + 1152 <= keep for offset in shard.members.offsets)
-    loaded = open_shard(copied, shard).load(0, SHARD)
-    assert spans(loaded)[0][0] == 512 * whole and spans(loaded)[-1][1] == SHARD
-    assert loaded.tokens[: 512 * whole].tobytes() == TEXT[: 512 * whole]
-    assert not loaded.tokens[512 * whole :].any()
+        check_shard_checksum(writable, shard)
+    # The members before the end can be used, and nothing else.
+    complete = sum(offset + 1152 <= keep for offset in shard.members.offsets)
+    loaded = open_shard(writable, shard).load(0, SHARD)
+    assert spans(loaded)[0][0] == 512 * complete and spans(loaded)[-1][1] == SHARD
+    assert loaded.tokens[: 512 * complete].tobytes() == TEXT[: 512 * complete]
+    assert not loaded.tokens[512 * complete :].any()
 
 
-def test_truncated_between_members(copied):
-    path, shard = shard_path(copied)
+def test_shard_truncated_between_members(writable):
+    path, shard = shard_path(writable)
     path.write_bytes(path.read_bytes()[: shard.members.offsets[2]])
     with pytest.raises(DataError, match=r"train-00000\.tar: cannot be read at member 2"):
-        read_all(copied, shard)
-    copied._location = f"pipe:cat {copied.location}/{{}}"
+        read_all(writable, shard)
+    writable._location = f"pipe:cat {writable.location}/{{}}"
     with pytest.raises(DataError, match=r"train-00000\.tar: .*it ends after 2 of 6 members"):
-        read_all(copied, shard)
+        read_all(writable, shard)
 
 
 @pytest.mark.parametrize("scheme", ["local", "pipe"])
-def test_flipped_bit(copied, scheme):
-    path, shard = shard_path(copied)
+def test_flipped_bit_makes_one_member_unusable(writable, scheme):
+    path, shard = shard_path(writable)
     content = bytearray(path.read_bytes())
     content[shard.members.offsets[1] + 512 + 200] ^= 1
     path.write_bytes(content)
     if scheme == "pipe":
-        copied._location = f"pipe:cat {copied.location}/{{}}"
+        writable._location = f"pipe:cat {writable.location}/{{}}"
     with pytest.raises(DataError, match=r"train-00000\.tar: member 1: the checksum differs"):
-        read_all(copied, shard)
+        read_all(writable, shard)
     with pytest.raises(DataError, match="sha256"):
-        check_shard(copied, shard)
-    loaded = open_shard(copied, shard).load(100, SHARD)
+        check_shard_checksum(writable, shard)
+    loaded = open_shard(writable, shard).load(100, SHARD)
     assert spans(loaded) == [(412, 924)]
     assert loaded.tokens[:412].tobytes() == TEXT[100:512]
     assert loaded.tokens[924:].tobytes() == TEXT[1024:SHARD]
 
 
-def test_broken_header_of_a_member(copied):
-    """A local file is entered behind it; what comes through a pipe is lost from there on."""
-    path, shard = shard_path(copied)
+def test_corrupt_header_of_a_member(writable):
+    """A local file is opened at the next member; a pipe cannot be read past the header."""
+    path, shard = shard_path(writable)
     content = bytearray(path.read_bytes())
     content[shard.members.offsets[2] + 150] ^= 0xFF
     path.write_bytes(content)
-    loaded = open_shard(copied, shard).load(0, SHARD)
+    loaded = open_shard(writable, shard).load(0, SHARD)
     assert spans(loaded) == [(1024, 1536)]
-    assert "cannot be read at member 2" in loaded.faults[0].message
-    copied._location = f"pipe:cat {copied.location}/{{}}"
-    loaded = open_shard(copied, shard).load(0, SHARD)
-    assert [loaded.faults[0].start, loaded.faults[-1].stop] == [1024, SHARD]
+    assert "cannot be read at member 2" in loaded.unusable[0].message
+    writable._location = f"pipe:cat {writable.location}/{{}}"
+    loaded = open_shard(writable, shard).load(0, SHARD)
+    assert [loaded.unusable[0].start, loaded.unusable[-1].stop] == [1024, SHARD]
 
 
-def test_missing_shard(copied):
-    path, shard = shard_path(copied)
+def test_missing_shard_is_reported(writable):
+    path, shard = shard_path(writable)
     path.unlink()
-    for read in (read_all, check_shard):
+    for read in (read_all, check_shard_checksum):
         with pytest.raises(DataError, match=r"train-00000\.tar: the shard is missing"):
-            read(copied, shard)
-    assert len(open_shard(copied, shard).load(0, SHARD).faults) == 6
+            read(writable, shard)
+    assert len(open_shard(writable, shard).load(0, SHARD).unusable) == 6
 
 
-def test_failing_pipe(copied):
-    _, shard = shard_path(copied)
-    copied._location = "pipe:exit 7 # {}"
+def test_failing_pipe(writable):
+    _, shard = shard_path(writable)
+    writable._location = "pipe:exit 7 # {}"
     with pytest.raises(DataError, match=r"at member 0 \(the command ended with exit code 7\)"):
-        read_all(copied, shard)
+        read_all(writable, shard)
 
 
-def test_another_shard_under_the_name(copied):
-    path, _ = shard_path(copied)
-    path.write_bytes(shard_path(copied, number=1)[0].read_bytes())
+def test_shard_with_the_name_of_another_is_refused(writable):
+    path, _ = shard_path(writable)
+    path.write_bytes(shard_path(writable, number=1)[0].read_bytes())
     with pytest.raises(DataError, match="member 0 is 'train-00001-000000.npy', not 'train-00000"):
-        read_all(copied, copied.splits["train"].shards[0])
+        read_all(writable, writable.splits["train"].shards[0])
 
 
-def test_wrong_length_type_and_id(copied):
-    path, shard = shard_path(copied)
+def test_wrong_length_type_and_id_are_refused(writable):
+    path, shard = shard_path(writable)
     members = shard.members.model_dump()
     shorter = Members(**(members | {"tokens": [511, *members["tokens"][1:]]}))
     wrong = shard.model_copy(update={"members": shorter})
-    with pytest.raises(DataError, match=r"member 0 holds uint8 \(512,\), the index says uint8"):
-        open_shard(copied, wrong).read(0, 100)
+    with pytest.raises(DataError, match=r"member 0 holds uint8 \(512,\), the index has uint8"):
+        open_shard(writable, wrong).read(0, 100)
 
-    narrow = copied.tokenizer.model_copy(update={"vocab_size": 100})
-    smaller = copied.model_copy(update={"tokenizer": narrow})
-    smaller._location = copied.location
+    narrow = writable.tokenizer.model_copy(update={"vocab_size": 100})
+    smaller = writable.model_copy(update={"tokenizer": narrow})
+    smaller._location = writable.location
     with pytest.raises(DataError, match=r"member 0 holds the id 255, the vocabulary ends at 99"):
         read_all(smaller, shard)
 
@@ -197,13 +203,14 @@ def test_wrong_length_type_and_id(copied):
     crc = [zlib.crc32(member), *members["crc32"][1:]]
     wrong = shard.model_copy(update={"members": Members(**(members | {"crc32": crc}))})
     with pytest.raises(DataError, match="member 0: not a .npy array"):
-        read_all(copied, wrong)
+        read_all(writable, wrong)
 
 
 @pytest.mark.parametrize("name", ["/{outside}/evil.npy", "../evil.npy", "a/../../evil.npy"])
-def test_a_member_is_never_written_anywhere(copied, tmp_path, monkeypatch, name):
-    """Its content may be right; under another name than the index's it is a fault."""
-    path, shard = shard_path(copied)
+def test_member_with_an_unsafe_name_is_refused_and_not_written(
+    writable, tmp_path, monkeypatch, name
+):
+    path, shard = shard_path(writable)
     name = name.format(outside=str(tmp_path).lstrip("/"))
     with tarfile.open(path) as archive:
         contents = [archive.extractfile(member).read() for member in archive]  # type: ignore
@@ -215,14 +222,14 @@ def test_a_member_is_never_written_anywhere(copied, tmp_path, monkeypatch, name)
     (tmp_path / "inside").mkdir()
     monkeypatch.chdir(tmp_path / "inside")
     before = sorted(tmp_path.rglob("*"))
-    loaded = open_shard(copied, shard).load(0, SHARD)
+    loaded = open_shard(writable, shard).load(0, SHARD)
     assert spans(loaded) == [(0, 512)]
-    assert f"member 0 is {name!r}" in loaded.faults[0].message
+    assert f"member 0 is {name!r}" in loaded.unusable[0].message
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def counted(index, monkeypatch, failures, error):
-    """Local shards whose first `failures` openings raise `error`. The pauses made."""
+def failing_reader(index, monkeypatch, failures, error):
+    """A reader whose first `failures` openings raise `error`, and the list of its pauses."""
     pauses, left = [], [failures]
     original = shards_module._Archive.__init__
 
@@ -239,61 +246,60 @@ def counted(index, monkeypatch, failures, error):
     return reader, pauses
 
 
-def test_reads_are_tried_again_after_longer_and_longer_pauses(index, monkeypatch):
-    reader, pauses = counted(index, monkeypatch, 3, OSError(5, "Input/output error"))
+def test_reads_are_retried_with_growing_pauses(index, monkeypatch):
+    reader, pauses = failing_reader(index, monkeypatch, 3, OSError(5, "Input/output error"))
     assert reader.read(0, SHARD).tobytes() == TEXT[:SHARD]
     assert pauses == [0.5, 1.0, 1.5]
 
 
-def test_then_the_fault_says_how_often(index, monkeypatch):
-    reader, pauses = counted(index, monkeypatch, 5, OSError(5, "Input/output error"))
+def test_error_names_the_number_of_tries(index, monkeypatch):
+    reader, pauses = failing_reader(index, monkeypatch, 5, OSError(5, "Input/output error"))
     loaded = reader.load(0, SHARD)
-    # Four tries for member 0; then one for each, until a member reads well.
+    # Four tries for member 0, then one for each until a member reads well.
     assert spans(loaded) == [(0, 512), (512, 1024)] and len(pauses) == 3
-    assert "Input/output error" in loaded.faults[0].message
-    assert loaded.faults[0].message.endswith("(tried 4 times)")
-    assert reader._tries == 3
+    assert "Input/output error" in loaded.unusable[0].message
+    assert loaded.unusable[0].message.endswith("(tried 4 times)")
+    assert reader._retries_left == 3
 
 
-def test_what_a_local_file_holds_is_not_tried_again(copied, monkeypatch):
-    path, shard = shard_path(copied)
+def test_corrupt_local_file_is_not_retried(writable, monkeypatch):
+    path, shard = shard_path(writable)
     path.write_bytes(path.read_bytes()[:700])
-    reader, pauses = counted(copied, monkeypatch, 0, None)
-    assert reader.load(0, SHARD).faults and not pauses
+    reader, pauses = failing_reader(writable, monkeypatch, 0, None)
+    assert reader.load(0, SHARD).unusable and not pauses
 
 
-@pytest.mark.parametrize("trouble", ["refuse", "cut"])
-def test_a_server_that_fails_at_first(index, trouble):
+@pytest.mark.parametrize("error", ["refuse", "cut"])
+def test_failed_requests_are_retried(index, error):
     shard = index.splits["train"].shards[2]
-    fails = lambda name, number: trouble if name == shard.file and number <= 2 else ""  # noqa: E731
-    with serve(index.location, fails) as (url, asked):
+    fails = lambda name, number: error if name == shard.file and number <= 2 else ""  # noqa: E731
+    with serve(index.location, fails) as (url, requests):
         remote = read_index(url)
         reader = open_shard(remote, shard, RetryPolicy(retries=1))
-        message = r"exit code 22\)" if trouble == "refuse" else "tried 2 times"
+        message = r"exit code 22\)" if error == "refuse" else "tried 2 times"
         with pytest.raises(DataError, match=message):
             reader.read(0, SHARD)
         reader = open_shard(remote, shard, RetryPolicy(retries=3))
-        asked.clear()
+        requests.clear()
         assert reader.read(0, SHARD).tobytes() == TEXT[2 * SHARD : 3 * SHARD]
-        assert asked[shard.file] == 3
+        assert requests[shard.file] == 3
 
 
-def test_a_server_that_stands_still(index):
-    """The read fails after the time-out and is tried again."""
+def test_stalled_request_fails_after_the_timeout_and_is_retried(index):
     shard = index.splits["train"].shards[2]
     stalls = lambda name, number: "stall" if name == shard.file and number == 1 else ""  # noqa: E731
     with serve(index.location, stalls) as (url, _):
         remote = read_index(url)
         with pytest.raises(DataError, match=r"no data for 2 seconds"):
             open_shard(remote, shard, RetryPolicy(0, 2)).read(0, SHARD)
-    with serve(index.location, stalls) as (url, asked):
+    with serve(index.location, stalls) as (url, requests):
         remote = read_index(url)
         reader = open_shard(remote, shard, RetryPolicy(5, 2))
         assert reader.read(0, SHARD).tobytes() == TEXT[2 * SHARD : 3 * SHARD]
-        assert asked[shard.file] >= 2
+        assert requests[shard.file] >= 2
 
 
-def test_a_read_can_be_ended_from_another_thread(index):
+def test_abort_ends_a_read_in_another_thread(index):
     index = Index(**index.model_dump())
     index._location = "pipe:sleep 60; cat {}"
     reader = open_shard(index, index.splits["train"].shards[0])
@@ -302,6 +308,6 @@ def test_a_read_can_be_ended_from_another_thread(index):
     thread.start()
     while reader._archive is None:
         time.sleep(0.01)
-    reader.kill()
+    reader.abort()
     thread.join(20)
-    assert not thread.is_alive() and found[0].faults
+    assert not thread.is_alive() and found[0].unusable

@@ -33,7 +33,6 @@ from hg_scale.evaluation.generation import (
 from hg_scale.evaluation.loaded_model import LoadedModel
 from hg_scale.evaluation.pictures import GAP, read_images, write_grid
 from hg_scale.model.hourglass import Hourglass
-from hg_scale.model.initialization import initialize_weights
 from hg_scale.model.sampling import Sampling
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (30, 4, 6, 3), np.uint8)
@@ -45,7 +44,6 @@ def loaded_model(index: Index, **changes: Any) -> LoadedModel:
     config = ModelConfig(**{**sizes, "vocab_size": index.vocab_size, "sequence_length": 72,
                             **changes})  # fmt: skip
     model = Hourglass(config)
-    initialize_weights(list(model.named_parameters()), config, seed=1)
     return LoadedModel(model.eval(), Path("checkpoint"), 0, index, index.open_tokenizer)
 
 

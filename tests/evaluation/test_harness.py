@@ -17,12 +17,11 @@ import torch
 
 from hg_scale.commands.main import main
 from hg_scale.config.schema import ModelConfig
-from hg_scale.data.protocol import Tokens, WindowProtocol
+from hg_scale.data.protocol import SlidingWindows, Tokens
 from hg_scale.data.tokenizer import ByteTokenizer
 from hg_scale.evaluation.loaded_model import LoadedModel
 from hg_scale.evaluation.scoring import score_windows
 from hg_scale.model.hourglass import Hourglass
-from hg_scale.model.initialization import initialize_weights
 from tests.runs import TINY, train_in
 from tests.shared import ROOT
 from tests.world import Worlds
@@ -37,7 +36,6 @@ def loaded() -> LoadedModel:
         pooling="average", upsampling="linear", positions="rotary",
     )  # fmt: skip
     model = Hourglass(config)
-    initialize_weights(list(model.named_parameters()), config, seed=1)
     return LoadedModel(model.eval(), Path("model"), 0, None, lambda: ByteTokenizer(documents=True))
 
 
@@ -53,7 +51,7 @@ def test_rolling_likelihood_equals_that_of_evaluate(loaded: LoadedModel) -> None
     for text, nats in zip(texts, found, strict=True):
         tokens = Tokens(np.frombuffer(text, np.uint8))
         losses = score_windows(
-            loaded.model, tokens, len(text), WindowProtocol(32, 32), start_token=256
+            loaded.model, tokens, len(text), SlidingWindows(32, 32), start_token=256
         )
         assert nats == pytest.approx(-losses.nats.sum(), rel=1e-5)
 

@@ -10,10 +10,9 @@ import torch
 
 from hg_scale.commands.evaluate import position_edges
 from hg_scale.config.schema import ModelConfig
-from hg_scale.data.protocol import Tokens, WindowProtocol
+from hg_scale.data.protocol import SlidingWindows, Tokens
 from hg_scale.evaluation.scoring import MIN_BATCHES, Losses, Score, score_windows, student_95
 from hg_scale.model.hourglass import Hourglass
-from hg_scale.model.initialization import initialize_weights
 
 TEXT = (b"the quick brown fox jumps over the lazy dog. " * 60)[1000:1700]
 TOKENS = Tokens(np.frombuffer(TEXT, np.uint8))
@@ -25,12 +24,10 @@ def model() -> Hourglass:
         hierarchy="1@1 1@2 1@1", d_model=32, heads=2, d_ff=64, sequence_length=64, window=[8, None],
         pooling="average", upsampling="linear", positions="rotary",
     )  # fmt: skip
-    model = Hourglass(config)
-    initialize_weights(list(model.named_parameters()), config, seed=1)
-    return model
+    return Hourglass(config)
 
 
-def score(model: Hourglass, protocol: WindowProtocol, **options: int) -> Score:
+def score(model: Hourglass, protocol: SlidingWindows, **options: int) -> Score:
     return Score(score_windows(model, TOKENS, len(TEXT), protocol, **options), len(TEXT))
 
 
@@ -38,23 +35,23 @@ def test_uniform_model_scores_8_bits_per_byte(model: Hourglass) -> None:
     uniform = Hourglass(model.config)
     torch.nn.init.zeros_(uniform.get_parameter("head.linear.weight"))
     torch.nn.init.zeros_(uniform.get_parameter("head.linear.bias"))
-    for protocol in (WindowProtocol(64, 64), WindowProtocol(64, 16)):
+    for protocol in (SlidingWindows(64, 64), SlidingWindows(64, 16)):
         found = score(uniform, protocol)
         assert found.bits_per_byte == pytest.approx(8, rel=1e-7)
         assert (found.tokens, found.bytes) == (700, 700)
         assert found.byte_interval == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("protocol", [WindowProtocol(64, 64), WindowProtocol(64, 24)])
+@pytest.mark.parametrize("protocol", [SlidingWindows(64, 64), SlidingWindows(64, 24)])
 def test_score_does_not_depend_on_the_batch_size(
-    model: Hourglass, protocol: WindowProtocol
+    model: Hourglass, protocol: SlidingWindows
 ) -> None:
     scores = [score(model, protocol, batch_size=size).nats for size in (1, 3, 16)]
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-6)
 
 
-@pytest.mark.parametrize("protocol", [WindowProtocol(64, 64), WindowProtocol(64, 24)])
-def test_ranges_of_windows_add_up(model: Hourglass, protocol: WindowProtocol) -> None:
+@pytest.mark.parametrize("protocol", [SlidingWindows(64, 64), SlidingWindows(64, 24)])
+def test_ranges_of_windows_add_up(model: Hourglass, protocol: SlidingWindows) -> None:
     expected = score(model, protocol).losses
     count = protocol.count(len(TEXT))
     ends = [0, 1, count // 2, count]
@@ -84,7 +81,7 @@ def test_losses_equal_those_of_a_plain_loop(model: Hourglass, stride: int) -> No
             scored = stop
     counted: list[int] = []
     found = score_windows(
-        model, TOKENS, 700, WindowProtocol(64, stride), batch_size=4, advance=counted.append
+        model, TOKENS, 700, SlidingWindows(64, stride), batch_size=4, advance=counted.append
     )
     assert len(nats) == sum(counted) == int(found.tokens.sum()) == 700
     assert found.nats.sum() == pytest.approx(sum(nats), rel=1e-6)
@@ -96,8 +93,8 @@ def test_losses_equal_those_of_a_plain_loop(model: Hourglass, stride: int) -> No
 def test_window_longer_than_the_text_changes_nothing(model: Hourglass) -> None:
     """Nor does it cost memory or time."""
     found, expected = (
-        score(model, WindowProtocol(10**6, 10**6)),
-        score(model, WindowProtocol(700, 700)),
+        score(model, SlidingWindows(10**6, 10**6)),
+        score(model, SlidingWindows(700, 700)),
     )
     assert found.nats == expected.nats
     assert found.losses.position_tokens.sum() == 700
@@ -154,11 +151,11 @@ def test_interval_is_that_of_bits_per_byte_not_of_nats_per_token() -> None:
 
 
 def test_scored_end_of_sliding_windows_is_a_range_of_its_own() -> None:
-    assert position_edges(WindowProtocol(20, 20)) == [0, 1, 2, 4, 8, 16, 20]
-    assert position_edges(WindowProtocol(20, 6)) == [0, 1, 2, 4, 8, 14, 20]
-    assert position_edges(WindowProtocol(4096, 128))[-3:] == [2048, 3968, 4096]
-    assert position_edges(WindowProtocol(2, 1)) == [0, 1, 2] and position_edges(
-        WindowProtocol(1, 1)
+    assert position_edges(SlidingWindows(20, 20)) == [0, 1, 2, 4, 8, 16, 20]
+    assert position_edges(SlidingWindows(20, 6)) == [0, 1, 2, 4, 8, 14, 20]
+    assert position_edges(SlidingWindows(4096, 128))[-3:] == [2048, 3968, 4096]
+    assert position_edges(SlidingWindows(2, 1)) == [0, 1, 2] and position_edges(
+        SlidingWindows(1, 1)
     ) == [0, 1]
 
 

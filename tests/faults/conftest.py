@@ -1,4 +1,4 @@
-"""Ranks that may die, shared by the tests here."""
+"""Fixtures for runs whose ranks may die."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs with a planted fault, on ranks forked off one process that has imported all."""
+"""Runs with an injected fault, on ranks forked from a process that has imported everything."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ MODULES = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """How each rank ended (negative: by that signal), and what its terminal saw."""
+    """Exit code (negative: a signal) and terminal output of each rank."""
 
     codes: list[int]
-    told: list[str]
+    outputs: list[str]
 
     @property
-    def all_told(self) -> str:
-        return "".join(self.told)
+    def output(self) -> str:
+        """The output of all ranks."""
+        return "".join(self.outputs)
 
 
 def run_with_fault(
@@ -43,9 +44,9 @@ def run_with_fault(
     never_end: Collection[int] = (),
     seconds: float = 200,
 ) -> Outcome:
-    """Train in `folder/run` until all ranks ended; those that `never_end` are killed then."""
-    words = [word for key in sets for word in ("--set", key)]
-    arguments = ["--config", str(config), "--run", str(folder / "run"), *words]
+    """Train in `folder/run` until all ranks but those in `never_end`, which are killed, end."""
+    options = [word for key in sets for word in ("--set", key)]
+    arguments = ["--config", str(config), "--run", str(folder / "run"), *options]
     processes = forks.start(size, train_with, fault, arguments, folder / "terminal")
     try:
         end = time.monotonic() + seconds
@@ -53,13 +54,13 @@ def run_with_fault(
             if rank not in never_end:
                 process.join(max(0.0, end - time.monotonic()))
         hanging = [r for r, p in enumerate(processes) if p.is_alive() and r not in never_end]
-        for rank in hanging:  # faulthandler then shows where its threads are
+        for rank in hanging:  # faulthandler then writes the stacks of its threads
             os.kill(processes[rank].pid, signal.SIGABRT)
             processes[rank].join(5)
     finally:
         for process in processes:
             process.kill()
             process.join()
-    told = [Path(f"{folder / 'terminal'}-{rank}").read_text() for rank in range(size)]
-    assert not hanging, f"ranks {hanging} of {size} do not end:\n{''.join(told)}"
-    return Outcome([process.exitcode for process in processes], told)
+    outputs = [Path(f"{folder / 'terminal'}-{rank}").read_text() for rank in range(size)]
+    assert not hanging, f"ranks {hanging} of {size} do not end:\n{''.join(outputs)}"
+    return Outcome([process.exitcode for process in processes], outputs)

@@ -1,4 +1,4 @@
-"""Dropout without state, and what a forward pass knows."""
+"""Stateless dropout, shorten-factor draws, and the loss of a padded vocabulary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.context import Context, Dropout, draw_factors, mix
 from hg_scale.model.hourglass import Hourglass
-from hg_scale.model.initialization import initialize_weights
 
 
 def small(**changes: object) -> ModelConfig:
@@ -16,28 +15,28 @@ def small(**changes: object) -> ModelConfig:
     return ModelConfig(**{**sizes, **changes})  # type: ignore[arg-type]
 
 
-def test_a_mask_is_a_function_of_seed_step_sample_and_site() -> None:
+def test_dropout_mask_depends_on_seed_step_sample_and_site() -> None:
     layer = Dropout(0.25)
     x = torch.ones(4, 50, 40)
-    whole = layer(x, Context((), (1, 5), 8))
-    assert whole.unique().tolist() == pytest.approx([0, 1 / 0.75])
-    assert (whole == 0).float().mean() == pytest.approx(0.25, abs=0.02)
+    full = layer(x, Context((), (1, 5), 8))
+    assert full.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert (full == 0).float().mean() == pytest.approx(0.25, abs=0.02)
     halves = [layer(x[:2], Context((), (1, 5), 8)), layer(x[2:], Context((), (1, 5), 10))]
-    assert torch.equal(torch.cat(halves), whole)
+    assert torch.equal(torch.cat(halves), full)
     for other in (Context((), (2, 5), 8), Context((), (1, 6), 8), Context((), (1, 5), 9)):
-        assert not torch.equal(layer(x, other), whole)
+        assert not torch.equal(layer(x, other), full)
     layer.site = 1
-    assert not torch.equal(layer(x, Context((), (1, 5), 8)), whole)
+    assert not torch.equal(layer(x, Context((), (1, 5), 8)), full)
     assert torch.equal(layer(x, Context(())), x)  # evaluation
 
 
-def test_tensor_ranks_hold_slices_of_one_mask() -> None:
+def test_tensor_ranks_have_slices_of_one_dropout_mask() -> None:
     x = torch.ones(2, 6, 8)
     context = Context((), (1, 1))
-    whole = Dropout(0.5)(x, context)
+    full = Dropout(0.5)(x, context)
     for dim in (1, -1):
         slices = [Dropout(0.5, dim, rank, 2)(x.chunk(2, dim)[rank], context) for rank in (0, 1)]
-        assert torch.equal(torch.cat(slices, dim), whole)
+        assert torch.equal(torch.cat(slices, dim), full)
 
 
 def test_recomputed_blocks_have_the_same_gradients() -> None:
@@ -46,14 +45,13 @@ def test_recomputed_blocks_have_the_same_gradients() -> None:
     gradients = []
     for recompute in (None, [True, True]):
         model = Hourglass(config, recompute=recompute)
-        initialize_weights(list(model.named_parameters()), config, 1)
         model(ids, ids, Context((2,), (1, 1))).backward()
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)
 
 
-def test_drawn_factors_are_a_function_of_seed_and_step() -> None:
+def test_drawn_factors_depend_on_seed_and_step() -> None:
     choices = [[2, 3], [1, 2, 4]]
     drawn = [draw_factors(choices, 1, step) for step in range(400)]
     assert drawn == [draw_factors(choices, 1, step) for step in range(400)]
@@ -62,25 +60,16 @@ def test_drawn_factors_are_a_function_of_seed_and_step() -> None:
     assert drawn != [draw_factors(choices, 2, step) for step in range(400)]
 
 
-def test_a_drawn_factor_is_the_model_with_that_factor() -> None:
+def test_model_with_a_drawn_factor_equals_the_model_of_that_hierarchy() -> None:
     two, three = small(), small(hierarchy="1@1 1@3 1@1")
-    model, other = Hourglass(two), Hourglass(three)
-    initialize_weights(list(model.named_parameters()), two, 1)
+    model, other = Hourglass(two), Hourglass(three, seed=None)
     other.load_state_dict(model.state_dict())
     ids = torch.randint(0, 16, (2, 17))
     assert torch.equal(model(ids, context=Context((3,))), other(ids))
     assert not torch.equal(model(ids), other(ids))
 
 
-def test_a_model_of_resampling_alone_is_initialised() -> None:
-    config = small(hierarchy="0@1 0@2 0@1", initialization="scaled_normal")
-    model = Hourglass(config)
-    initialize_weights(list(model.named_parameters()), config, 1)
-    out = model.get_parameter("level0.shorten.attend.attention.out.weight")
-    assert float(out.detach().std()) == pytest.approx((2 * out.shape[1]) ** -0.5, rel=0.2)
-
-
-def test_mix_spreads() -> None:
+def test_mix_has_no_collisions() -> None:
     seeds = {mix(a, b) for a in range(40) for b in range(40)}
     assert len(seeds) == 1600
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -88,8 +77,7 @@ def test_mix_spreads() -> None:
 
 def test_padded_logits_do_not_change_the_loss() -> None:
     padded, exact = small(vocab_size=13), small(vocab_size=13, vocab_multiple=1)
-    model, plain = Hourglass(padded), Hourglass(exact)
-    initialize_weights(list(model.named_parameters()), padded, 1)
+    model, plain = Hourglass(padded), Hourglass(exact, seed=None)
     weights = {
         name: value[: plain.get_parameter(name).shape[0]]
         for name, value in model.state_dict().items()

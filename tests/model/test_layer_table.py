@@ -1,4 +1,4 @@
-"""The table that `--dry-run` prints: what it says of sharding and cache is what the modules do."""
+"""The table of `--dry-run`: its sharding, cache and costs are those of the modules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TREES = {"paper": PAPER, "by level": BY_LEVEL, "linear": LINEAR, "without weight
 
 
 def sharded_layers(trees: list[dict[str, Any]]) -> list[dict[str, bool]]:
-    """For each model, whether a layer has parameters of which this rank holds a slice."""
+    """Return for each model, by layer, whether any of its parameters is sharded."""
     from hg_scale.model.hourglass import Hourglass
     from hg_scale.model.plan import layer_plan
     from hg_scale.model.sharding import shard_of
@@ -30,7 +30,9 @@ def sharded_layers(trees: list[dict[str, Any]]) -> list[dict[str, bool]]:
     for tree in trees:
         model = parse_config(tree).model
         layers = zip(
-            layer_plan(model), Hourglass(model, megatron.MegatronLayers()).sequence, strict=True
+            layer_plan(model),
+            Hourglass(model, megatron.MegatronLayers(), seed=None).sequence,
+            strict=True,
         )
         found.append({
             plan.name: any(
@@ -43,20 +45,22 @@ def sharded_layers(trees: list[dict[str, Any]]) -> list[dict[str, bool]]:
     return found
 
 
-def test_layers_are_split_where_it_says_so(worlds: Worlds) -> None:
+def test_table_names_the_sharded_layers(worlds: Worlds) -> None:
     for tree, found in zip(
         TREES.values(), worlds.run(2, sharded_layers, list(TREES.values()))[0], strict=True
     ):
         rows = layer_table(parse_config(tree).model)
-        told = {row.name.partition(" ..")[0]: bool(row.split) for row in rows}
-        assert {name: found[name] for name in told} == told
+        split = {row.name.partition(" ..")[0]: bool(row.split) for row in rows}
+        assert {name: found[name] for name in split} == split
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_rows_add_up(name: str) -> None:
+def test_rows_sum_to_the_totals(name: str) -> None:
     model = parse_config(TREES[name]).model
     rows = layer_table(model)
     assert sum(row.share for row in rows) == pytest.approx(1)
-    assert sum(row.cache for row in rows) == cache_bytes(model, model.sequence_length, element=1)
+    assert sum(row.cache for row in rows) == cache_bytes(
+        model, model.sequence_length, element_bytes=1
+    )
     biases = 2 * model.by_level("d_model")[0] * model.shared_position_bias
     assert sum(row.parameters for row in rows) + biases == parameter_count(model)

@@ -1,4 +1,4 @@
-"""Which token follows, against the definitions."""
+"""Sampling against the definitions of temperature, top-k and top-p."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def test_probabilities(sampling: Sampling, expected: list[float]) -> None:
     assert (probabilities / probabilities.sum()).tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_number_decides() -> None:
+def test_the_uniform_number_selects_the_token() -> None:
     uniform = torch.tensor([0.0, 0.49, 0.51, 0.56, 0.74, 0.76, 1 - 2**-24])
     chosen = Sampling().choose(LOGITS.expand(7, -1), uniform)
     assert chosen.tolist() == [0, 0, 1, 2, 2, 3, 3]
     last = Sampling(top_k=1).choose(LOGITS, torch.tensor([1 - 2**-24]))
-    assert last.tolist() == [0]  # nothing of probability 0, at the very end either
+    assert last.tolist() == [0]  # never a token of probability 0, even at the end
 
 
-def test_greedy_takes_the_likeliest() -> None:
+def test_greedy_selects_the_most_likely_token() -> None:
     assert Sampling(0).choose(LOGITS, torch.tensor([0.9])).tolist() == [0]
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-310, 5e-324])
-def test_however_cold_it_is_the_likeliest_are_drawn(temperature: float) -> None:
+def test_tiny_temperatures_do_not_overflow(temperature: float) -> None:
     probabilities = Sampling(temperature).probabilities(torch.tensor([[3.0, 1.0, 3.0, -2.0]]))
     assert probabilities.tolist() == [[0.5, 0, 0.5, 0]]
 
 
-def test_frequencies() -> None:
+def test_frequencies_match_the_probabilities() -> None:
     uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(1))
     chosen = Sampling().choose(LOGITS.expand(20_000, -1), uniform)
     shares = torch.bincount(chosen, minlength=4) / 20_000

@@ -1,4 +1,4 @@
-"""Each line of `hg-scale doctor` where all is well and where it is not."""
+"""Each check of `hg-scale doctor`, on a good machine and on one with the problem."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hg_scale.parallel import doctor
 from hg_scale.parallel.doctor import Finding
 
 
-def test_the_command_prints_a_line_for_each_and_what_to_do(
+def test_the_command_prints_one_line_per_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "WRITE_BYTES", 2**20)
@@ -44,7 +44,7 @@ def test_versions_out_of_range_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("driver", "built", "usable", "state", "word"),
+    ("driver", "built", "usable", "state", "text"),
     [
         (None, None, False, "note", "CPU training only"),
         ("570.1", None, False, "wrong", "built for CPUs"),
@@ -54,25 +54,29 @@ def test_versions_out_of_range_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_driver_and_torch(
-    monkeypatch: pytest.MonkeyPatch, driver: Any, built: Any, usable: bool, state: str, word: str
+    monkeypatch: pytest.MonkeyPatch, driver: Any, built: Any, usable: bool, state: str, text: str
 ) -> None:
     monkeypatch.setattr(doctor, "_nvidia_driver", lambda: driver)
     monkeypatch.setattr(torch.version, "cuda", built)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
     finding = doctor.torch_and_driver()
-    assert finding.state == state and word in finding.message
+    assert finding.state == state and text in finding.message
     assert bool(finding.remedy) == (state == "wrong" or (built and not driver) or False)
 
 
-def test_gpus_that_slurm_gave_and_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allocated_gpus_that_torch_does_not_see_are_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     assert doctor.gpus().state == "wrong"
     monkeypatch.delenv("SLURM_GPUS_ON_NODE")
-    assert doctor.gpus() == Finding("GPUs", "note", "none here")
+    finding = doctor.gpus()
+    assert (finding.state, finding.message) == ("note", "none")
+    assert "DS_ACCELERATOR=cpu" in finding.remedy
 
 
-def test_small_limits_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_limits_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type(shutil.disk_usage("/"))(64 * 2**20, 0, 64 * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert doctor.shared_memory().state == "wrong"
@@ -82,11 +86,11 @@ def test_small_limits_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.memlock().state == "ok"
 
 
-def test_a_folder_that_is_slow_or_not_to_be_written_to(
+def test_a_slow_or_unwritable_run_folder_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "WRITE_BYTES", 2**20)
-    assert doctor.write_rate(tmp_path / "not" / "there").message.startswith(f"{tmp_path}: ")
+    assert doctor.write_rate(tmp_path / "not" / "created").message.startswith(f"{tmp_path}: ")
     monkeypatch.setattr(doctor, "SLOW_WRITE", float("inf"))
     assert doctor.write_rate(tmp_path).state == "wrong"
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", _refuse)
@@ -99,17 +103,17 @@ def _refuse(**_: Any) -> Any:
 
 
 def test_caches_on_a_shared_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_file_system", lambda place: "lustre")
+    monkeypatch.setattr(doctor, "_file_system", lambda path: "lustre")
     finding = doctor.caches()
     assert finding.state == "note" and "HG_SCRATCH" in finding.remedy
 
 
-def test_interfaces_are_matched_as_nccl_does() -> None:
-    assert doctor._names("ib", "ib0") and doctor._names("=ib0,eth", "ib0")
-    assert not doctor._names("=ib", "ib0") and not doctor._names("eth", "ib0")
+def test_nccl_socket_ifname_is_matched_as_nccl_does() -> None:
+    assert doctor._selects("ib", "ib0") and doctor._selects("=ib0,eth", "ib0")
+    assert not doctor._selects("=ib", "ib0") and not doctor._selects("eth", "ib0")
 
 
-def test_a_slurm_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_error_of_srun_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     srun = tmp_path / "srun"
     srun.write_text("#!/bin/sh\necho srun: error: no controller >&2; exit 1\n")
     srun.chmod(0o755)
@@ -120,14 +124,14 @@ def test_a_slurm_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert doctor.slurm().message == "slurm 23.11; srun --mpi: none, pmix"
 
 
-def test_commands_that_never_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An MPI that waits for its network, a controller that is away."""
+def test_commands_that_hang_are_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Such as an MPI that waits for its network, or srun without a controller."""
     for name in ("srun", "python"):
         (tmp_path / name).write_text("#!/bin/sh\nexec sleep 600\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(doctor.sys, "executable", str(tmp_path / "python"))
-    monkeypatch.setattr(doctor, "ANSWER_SECONDS", 0.2)
-    assert doctor.slurm() == Finding("slurm", "note", "srun does not answer: ended after 0.2 s")
+    monkeypatch.setattr(doctor, "COMMAND_TIMEOUT", 0.2)
+    assert doctor.slurm() == Finding("slurm", "note", "srun fails: no answer within 0.2 s")
     finding = doctor.mpi()
-    assert finding.message == "mpi4py loads no MPI: ended after 0.2 s" and finding.remedy
+    assert finding.message == "mpi4py loads no MPI: no answer within 0.2 s" and finding.remedy

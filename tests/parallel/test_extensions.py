@@ -1,4 +1,4 @@
-"""A process that was killed while it compiled holds up nobody."""
+"""A process that was killed while it compiled blocks no later start."""
 
 from __future__ import annotations
 
@@ -22,21 +22,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "deepspeed_shm_comm"
 
 
-def test_the_lock_of_a_dead_process_is_removed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lock_of_a_dead_process_is_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir()
     (folder / "lock").touch()
-    there = []
+    locked = []
     monkeypatch.setattr(
-        extensions, "build_shm_op", lambda: there.append((folder / "lock").exists())
+        extensions, "build_shm_op", lambda: locked.append((folder / "lock").exists())
     )
     load_extensions()
-    assert there == [False]
+    assert locked == [False]
 
 
-def test_that_of_a_living_one_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    building, go_on, seen = threading.Event(), threading.Event(), []
+def test_lock_of_a_running_process_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    building, finish, seen = threading.Event(), threading.Event(), []
 
     def build() -> None:
         if building.is_set():
@@ -44,7 +42,7 @@ def test_that_of_a_living_one_is_not(folder: Path, monkeypatch: pytest.MonkeyPat
             return
         (folder / "lock").touch()  # as torch does
         building.set()
-        go_on.wait(10)
+        finish.wait(10)
         seen.append((folder / "lock").exists())
 
     monkeypatch.setattr(extensions, "build_shm_op", build)
@@ -53,33 +51,35 @@ def test_that_of_a_living_one_is_not(folder: Path, monkeypatch: pytest.MonkeyPat
     assert building.wait(10)
     threads[1].start()
     threads[1].join(0.3)
-    go_on.set()
+    finish.set()
     for thread in threads:
         thread.join(10)
     assert seen == [True, "second"]
 
 
-def test_another_program_at_work_is_waited_for(
+def test_another_program_that_compiles_is_waited_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One without our lock, as any that uses DeepSpeed: it would fail when it removes its file."""
+    """Any other program with DeepSpeed: without its lock file it would fail when it removes it."""
     folder.mkdir()
-    lock, there = folder / "lock", []
+    lock, locked = folder / "lock", []
     hold = "import sys; file = open(sys.argv[1], 'w'); print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(lock)]
-    monkeypatch.setattr(extensions, "build_shm_op", lambda: there.append(lock.exists()))
+    monkeypatch.setattr(extensions, "build_shm_op", lambda: locked.append(lock.exists()))
     with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as other:
         assert other.stdout and other.stdout.readline() == "held\n"
         thread = threading.Thread(target=load_extensions)
         thread.start()
         thread.join(0.5)
-        assert lock.exists() and not there
+        assert lock.exists() and not locked
         other.kill()
     thread.join(10)
-    assert there == [False]
+    assert locked == [False]
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_folder_is_left_to_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
     called = []
@@ -88,8 +88,10 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Monkey
     assert called == [True]
 
 
-def test_the_ninja_of_this_python_builds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starts with one `PATH` and another must not build everything again in turn."""
+def test_ninja_of_this_python_comes_first_on_the_path(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Starts with different PATHs must not compile everything again in turn."""
     other = folder.parent / "bin"
     other.mkdir()
     (other / "ninja").write_text("#!/bin/sh\nexit 1\n")
@@ -103,7 +105,7 @@ def test_the_ninja_of_this_python_builds(folder: Path, monkeypatch: pytest.Monke
     assert os.environ["PATH"].count(sysconfig.get_path("scripts")) == 1
 
 
-def test_whether_it_is_compiled_yet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not extensions.is_compiled()
     (folder / "deepspeed_shm_comm.so").touch()
     assert extensions.is_compiled()

@@ -1,4 +1,4 @@
-"""Ranks under each launcher, from its environment alone."""
+"""Rank, world size and rendezvous under each launcher, from its environment alone."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ VARIABLES = ("SLURM_", "OMPI_", "PMI", "MV2_", "MPI_", "RANK", "WORLD_SIZE", "LO
 
 
 @pytest.mark.parametrize(("environment", "expected"), ENVIRONMENTS)
-def test_the_nearest_launcher_counts(environment: dict[str, str], expected: Launch) -> None:
+def test_rank_and_world_size_are_those_of_the_innermost_launcher(
+    environment: dict[str, str], expected: Launch
+) -> None:
     assert Launch.from_environment(environment) == expected
 
 
@@ -105,61 +107,64 @@ def test_preparations_have_the_ranks_of_training(
 
 
 @pytest.mark.parametrize(
-    ("environment", "told"),
+    ("environment", "message"),
     [
-        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x': expected a whole number from 0 on"),
-        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1': expected a whole number from 0 on"),
-        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE='two': expected a whole number from 1 on"),
-        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE='': expected a whole number from 1 on"),
-        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE='0': expected a whole number from 1 on"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x': expected an integer of at least 0"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1': expected an integer of at least 0"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE='two': expected an integer of at least 1"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE='': expected an integer of at least 1"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE='0': expected an integer of at least 1"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2: expected less than WORLD_SIZE=2"),
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, "LOCAL_RANK='x': expected a whole"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"},
+            "LOCAL_RANK='x': expected an integer",
+        ),
         ({**MPI, "OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK=2: expected less than OMPI_"),
     ],
 )
-def test_variables_that_make_no_sense(environment: dict[str, str], told: str) -> None:
+def test_invalid_variables_are_refused(environment: dict[str, str], message: str) -> None:
     with pytest.raises(LaunchError) as raised:
         Launch.from_environment(environment)
-    assert str(raised.value).startswith(told) and raised.value.exit_code == 2
+    assert str(raised.value).startswith(message) and raised.value.exit_code == 2
 
 
-def test_a_number_of_processes_here_that_makes_no_sense(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_local_world_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
     with pytest.raises(
-        LaunchError, match="LOCAL_WORLD_SIZE='0': expected a whole number from 1 on"
+        LaunchError, match="LOCAL_WORLD_SIZE='0': expected an integer of at least 1"
     ):
-        _ = Launch(0, 2, 0).processes_here
+        _ = Launch(0, 2, 0).local_world_size
 
 
 @pytest.mark.parametrize(
-    ("place", "told", "waits"),
-    [(Launch(0, 16, 0), "a fault\n", []), (Launch(8, 16, 0), "", [10.0])],
+    ("launch", "output", "waits"),
+    [(Launch(0, 16, 0), "an error\n", []), (Launch(8, 16, 0), "", [10.0])],
 )
-def test_the_first_rank_speaks_first(
+def test_rank_0_reports_while_the_others_wait(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    place: Launch,
-    told: str,
+    launch: Launch,
+    output: str,
     waits: list[float],
 ) -> None:
     waited: list[float] = []
     monkeypatch.setattr(launch_module.time, "sleep", waited.append)
-    assert place.refuse(UserError("a fault")) == 1
-    assert (capsys.readouterr().err, waited) == (told, waits)
+    assert launch.report(UserError("an error")) == 1
+    assert (capsys.readouterr().err, waited) == (output, waits)
 
 
-def test_a_plain_srun_leads_to_its_first_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_master_address_under_plain_srun_is_the_first_node(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "")  # so that what is set below is taken back
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores what is set below
         monkeypatch.delenv(name)
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
     launch = Launch.from_environment()
-    launch.find_first()
+    launch.set_master_address()
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu007", "10007")
-    assert launch.processes_here == 8
+    assert launch.local_world_size == 8
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
-    launch.find_first()
+    launch.set_master_address()
     assert os.environ["MASTER_ADDR"] == "10.0.0.1"
 
 
@@ -174,20 +179,21 @@ def test_a_plain_srun_leads_to_its_first_node(monkeypatch: pytest.MonkeyPatch) -
         ("rack[1-2]-ib,x", "rack1-ib"),
     ],
 )
-def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
+def test_first_host_of_a_node_list(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
 
 
 @given(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 50)), min_size=1, max_size=6))
-def test_counts_of_tasks_expand(runs: list[tuple[int, int]]) -> None:
+def test_task_counts_expand(runs: list[tuple[int, int]]) -> None:
     text = ",".join(f"{count}(x{times})" if times > 1 else str(count) for count, times in runs)
     assert expand_counts(text) == [count for count, times in runs for _ in range(times)]
 
 
-def test_a_task_with_fewer_cores_than_promised_is_told() -> None:
-    here = len(os.sched_getaffinity(0))
-    assert affinity_problem({**STEP, "SLURM_CPUS_PER_TASK": str(here)}) is None
-    assert affinity_problem({**BATCH, "SLURM_CPUS_PER_TASK": str(here + 1)}) is None
-    told = affinity_problem({**STEP, "SLURM_CPUS_PER_TASK": str(here + 1)})
-    assert told and f"{here} of the {here + 1} CPUs" in told and "SRUN_CPUS_PER_TASK" in told
+def test_a_task_with_fewer_cores_than_requested_is_described() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert affinity_problem({**STEP, "SLURM_CPUS_PER_TASK": str(cores)}) is None
+    assert affinity_problem({**BATCH, "SLURM_CPUS_PER_TASK": str(cores + 1)}) is None
+    problem = affinity_problem({**STEP, "SLURM_CPUS_PER_TASK": str(cores + 1)})
+    assert problem and f"{cores} of the {cores + 1} CPUs" in problem
+    assert "SRUN_CPUS_PER_TASK" in problem
     assert in_slurm_step(STEP) and not in_slurm_step(BATCH)

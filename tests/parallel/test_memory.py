@@ -1,4 +1,4 @@
-"""Bytes of weights, gradients and optimizer states, worked out by hand."""
+"""Bytes of weights, gradients and optimizer states, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def config(zero: int, precision: str, **parallel: int) -> Any:
         (3, "bf16", 4, (2 + 4 + 12) / 4),
     ],
 )
-def test_bytes_a_parameter(zero: int, precision: str, world: int, per_parameter: float) -> None:
+def test_bytes_per_parameter(zero: int, precision: str, world: int, per_parameter: float) -> None:
     c = config(zero, precision)
     assert state_bytes(c, world) == pytest.approx(
         per_parameter * parameter_count(c.model), rel=1e-6
     )
 
 
-def test_stages_and_tensor_ranks_share_the_parameters() -> None:
-    whole = parameter_count(config(1, "bf16").model)
-    assert rank_parameters(config(1, "bf16", tensor=2)) == pytest.approx(whole / 2, abs=1)
-    assert whole / 2 < rank_parameters(config(1, "bf16", pipeline=2)) < 0.8 * whole
+def test_parameters_are_divided_over_stages_and_tensor_ranks() -> None:
+    unsharded = parameter_count(config(1, "bf16").model)
+    assert rank_parameters(config(1, "bf16", tensor=2)) == pytest.approx(unsharded / 2, abs=1)
+    assert unsharded / 2 < rank_parameters(config(1, "bf16", pipeline=2)) < 0.8 * unsharded

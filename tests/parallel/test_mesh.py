@@ -1,8 +1,10 @@
-"""The mesh: coordinates and groups, against Megatron's and DeepSpeed's at run time."""
+"""Coordinates and groups of the mesh, and how the processes connect."""
 
 from __future__ import annotations
 
 import os
+import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hg_scale.errors import UserError
+from hg_scale.exit_codes import LOST
 from hg_scale.parallel.launch import Launch
 from hg_scale.parallel.mesh import Mesh, compare_group, start_processes
+from tests.runs import train
 
 sizes = st.integers(1, 4)
 
@@ -27,7 +31,7 @@ def test_tensor_ranks_are_adjacent_and_pipeline_is_outermost() -> None:
 
 
 @given(sizes, sizes, sizes)
-def test_groups_share_out_the_world(tensor: int, pipeline: int, data: int) -> None:
+def test_groups_partition_the_world(tensor: int, pipeline: int, data: int) -> None:
     mesh = Mesh(0, tensor, pipeline, data)
     lengths = {"tensor": tensor, "data": data, "pipeline": pipeline, "model": tensor * pipeline}
     for axis, length in lengths.items():
@@ -36,47 +40,70 @@ def test_groups_share_out_the_world(tensor: int, pipeline: int, data: int) -> No
         assert sorted(rank for group in groups for rank in group) == list(range(mesh.world_size))
 
 
-def test_another_librarys_group_that_differs_is_refused() -> None:
+def test_a_different_group_of_a_library_is_refused() -> None:
     mesh = Mesh(0, tensor=2, pipeline=1, data=2)
     compare_group(mesh, "tensor", [0, 1], "Megatron")
     with pytest.raises(RuntimeError, match=r"Megatron's tensor group is \[0, 2\]"):
         compare_group(mesh, "tensor", [0, 2], "Megatron")
 
 
-def test_processes_that_cannot_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_master_port_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("MASTER_PORT", raising=False)
     monkeypatch.delenv("OMPI_COMM_WORLD_RANK", raising=False)
-    with pytest.raises(UserError, match="2 processes .* set MASTER_ADDR and MASTER_PORT"):
-        Launch(0, 2, 0).find_first()
+    with pytest.raises(
+        UserError, match="2 processes cannot connect: set MASTER_ADDR and MASTER_PORT"
+    ):
+        Launch(0, 2, 0).set_master_address()
 
 
 @pytest.mark.parametrize(("visible", "index"), [(8, 5), (1, 0), (4, 1)])
-def test_a_site_may_show_each_task_one_gpu(
+def test_device_index_follows_the_visible_gpus(
     monkeypatch: pytest.MonkeyPatch, visible: int, index: int
 ) -> None:
-    taken: list[torch.device] = []
+    devices: list[torch.device] = []
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setenv("LOCAL_RANK", "")
     monkeypatch.setenv("RANK", "")
     monkeypatch.setenv("WORLD_SIZE", "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     assert start_processes(Launch(13, 64, 5)) == torch.device("cuda", index)
-    assert taken == [torch.device("cuda", index)] and os.environ["LOCAL_RANK"] == str(index)
+    assert devices == [torch.device("cuda", index)] and os.environ["LOCAL_RANK"] == str(index)
 
 
-def test_gpus_that_torch_does_not_see_end_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Instead of days on the CPU, unless the CPU is asked for."""
+def test_allocated_gpus_that_torch_does_not_see_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Unless DS_ACCELERATOR=cpu asks for the CPU."""
     for name, value in {"SLURM_STEP_ID": "0", "SLURM_GPUS_ON_NODE": "8", "RANK": ""}.items():
         monkeypatch.setenv(name, value)
     for name in ("LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    assert start_processes(Launch()).type == "cpu"  # the tests' environment asks for it
+    assert start_processes(Launch()).type == "cpu"  # as set by tests/conftest.py
     monkeypatch.delenv("DS_ACCELERATOR")
-    with pytest.raises(UserError, match="rank 0: Slurm gave this node 8 GPUs and torch sees none"):
+    with pytest.raises(UserError, match="rank 0: Slurm allocated 8 GPUs on this node, but torch"):
         start_processes(Launch())
+
+
+def test_a_port_in_use_is_reported_with_the_options_that_change_it(
+    config: Path, tmp_path: Path
+) -> None:
+    """Really occupied: rank 0 of two cannot listen on it."""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        arguments = ("--config", str(config), "--run", str(tmp_path / "run"))
+        done = train(*arguments, environment=world | address)
+    assert done.returncode == LOST
+    assert done.stderr == (
+        f"rank 0: port {port} on 127.0.0.1 is already in use; choose another one with "
+        "--master_port of deepspeed or torchrun, or with MASTER_PORT\n"
+    )

@@ -1,4 +1,4 @@
-"""How long ranks wait for each other, group by group."""
+"""Timeouts of process groups while a rank is late."""
 
 from __future__ import annotations
 
@@ -12,22 +12,18 @@ from tests.world import Worlds
 SHORT = 0.5
 
 
-def wait_for_the_other() -> list[str]:
-    """What rank 0 meets where rank 1 comes when it has given up."""
-    both = dist.group.WORLD
-    pair, spared = dist.new_group(), dist.new_group(backend="gloo", timeout=LONG)
-    timeouts = Timeouts(SHORT, [spared])
-    met = []
-    for moves, groups in (((timeouts.shorten,), (pair,)), ((timeouts.lengthen,), (both, spared))):
-        for move in moves:
-            move()
-        for group in groups:
-            met.append(_meet(group))
-    return met
+def short_then_long() -> list[str]:
+    """Outcomes of all-reduces in which rank 1 is late: of a short timeout, then of long ones."""
+    pair, excluded = dist.new_group(), dist.new_group(backend="gloo", timeout=LONG)
+    timeouts = Timeouts(SHORT, [excluded])
+    timeouts.shorten()
+    outcomes = [all_reduce_late(pair)]
+    timeouts.lengthen()
+    return [*outcomes, all_reduce_late(dist.group.WORLD), all_reduce_late(excluded)]
 
 
-def _meet(group: dist.ProcessGroup | None) -> str:
-    """The first rank comes at once, the other one when it has waited twice the short time."""
+def all_reduce_late(group: dist.ProcessGroup | None) -> str:
+    """All-reduce with rank 1 late by twice the short timeout; the error in short, or nothing."""
     import time
 
     if dist.get_rank() == 1:
@@ -39,39 +35,39 @@ def _meet(group: dist.ProcessGroup | None) -> str:
     return ""
 
 
-def test_short_and_long(worlds: Worlds) -> None:
-    first, second = worlds.run(2, wait_for_the_other)
+def test_only_the_short_timeout_ends_the_wait(worlds: Worlds) -> None:
+    first, second = worlds.run(2, short_then_long)
     assert first == ["Timed out", "", ""]
     assert second == ["closed", "", ""]
 
 
-def spared() -> str:
+def excluded_group() -> str:
     group = dist.new_group(backend="gloo", timeout=LONG)
     Timeouts(SHORT, [group]).shorten()
-    return _meet(group)
+    return all_reduce_late(group)
 
 
-def test_groups_that_wait_for_the_disk_are_spared(worlds: Worlds) -> None:
-    assert worlds.run(2, spared) == ["", ""]
+def test_excluded_groups_keep_their_timeout(worlds: Worlds) -> None:
+    assert worlds.run(2, excluded_group) == ["", ""]
 
 
 @pytest.mark.parametrize(
-    ("watched", "expected"),
+    ("step_limit", "expected"),
     [(0, 600), (300, 600), (569, 600), (571, 1200), (900, 1200), (1175, 1800), (1800, 1800)],
 )
-def test_groups_wait_until_the_watchdog_has_spoken(
-    worlds: Worlds, watched: float, expected: float
+def test_the_timeout_outlasts_the_limit_of_the_watchdog(
+    worlds: Worlds, step_limit: float, expected: float
 ) -> None:
-    assert worlds.run(1, shortened, watched) == [expected]
+    assert worlds.run(1, shortened_timeout, step_limit) == [expected]
 
 
-def shortened(watched: float) -> float:
+def shortened_timeout(step_limit: float) -> float:
     timeouts = Timeouts(600)
-    timeouts.shorten(watched)
-    seconds = timeouts._now.total_seconds()
+    timeouts.shorten(step_limit)
+    seconds = timeouts._current.total_seconds()
     timeouts.lengthen()
     return seconds
 
 
-def test_a_time_beyond_all_clocks_is_the_long_one() -> None:
+def test_a_huge_timeout_is_clamped_to_the_long_one() -> None:
     assert Timeouts(1e300)._short == LONG

@@ -1,8 +1,8 @@
-"""A real Slurm on this machine: one controller and nine `slurmd` of eight pretend GPUs each.
+"""A real Slurm on this machine: one controller and nine `slurmd` with eight fake GPUs each.
 
-It needs root, Debian's `slurm-wlm` and `munge` (`.ci/run` installs them), and no configuration of
-the machine: keys, sockets, ports, spool folders and logs are the cluster's own. A pretend GPU is an
-empty file, which Slurm hands out as it would a real one.
+Needs root and Debian's `slurm-wlm` and `munge` (`.ci/run` installs them), but no configuration of
+the machine: keys, sockets, ports, spool folders and logs belong to the cluster. A fake GPU is an
+empty file, which Slurm allocates like a real one.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_ME
 
 
 class Cluster:
-    """Start it, submit to it, look at its jobs, lose its nodes, stop it."""
+    """A running cluster: submit jobs, query them, kill nodes."""
 
     def __init__(self) -> None:
-        """Starts everything and waits for the nodes. Raises RuntimeError where they do not come."""
-        # A short path: a socket's may not exceed 108 characters.
+        """Start all daemons and wait until the nodes are idle. Raises RuntimeError."""
+        # A short path: that of a socket may not exceed 108 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._configure()
@@ -42,26 +42,28 @@ class Cluster:
             raise
 
     def submit(
-        self, *words: str, folder: Path, environment: Mapping[str, str] | None = None
+        self, *arguments: str, folder: Path, environment: Mapping[str, str] | None = None
     ) -> int:
-        """`sbatch WORDS` from `folder`, in a plain environment and `environment`; the job's id."""
-        known = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
-        environment = known | self.environment | dict(environment or {})
-        done = self._command("sbatch", "--parsable", *words, folder=folder, environment=environment)
+        """Run `sbatch` from `folder` in a minimal environment plus `environment`; return the id."""
+        inherited = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
+        environment = inherited | self.environment | dict(environment or {})
+        done = self._command(
+            "sbatch", "--parsable", *arguments, folder=folder, environment=environment
+        )
         return int(done.split(";")[0])
 
     def state(self, job: int | str) -> dict[str, str]:
-        """What the controller knows of a job: `JobState`, `ExitCode`, `Restarts`, ..."""
-        told = self._command("scontrol", "--oneliner", "show", "job", str(job))
-        first = told.strip().splitlines()[0]
+        """Return the controller's fields of a job: `JobState`, `ExitCode`, `Restarts`, ..."""
+        output = self._command("scontrol", "--oneliner", "show", "job", str(job))
+        first = output.strip().splitlines()[0]
         return dict(word.split("=", 1) for word in first.split() if "=" in word)
 
     def wait(self, job: int | str, timeout: float = 240) -> dict[str, str]:
-        """The job's state once it has ended. Raises TimeoutError."""
+        """Wait until a job has ended; return its fields. Raises TimeoutError."""
         return self.wait_for(job, _FINAL, timeout)
 
     def wait_for(self, job: int | str, states: set[str], timeout: float = 240) -> dict[str, str]:
-        """The job's state once it is one of these. Raises TimeoutError."""
+        """Wait until a job is in one of the states; return its fields. Raises TimeoutError."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:
             state = self.state(job)
@@ -71,37 +73,37 @@ class Cluster:
         raise TimeoutError(f"job {job} is {state['JobState']} ({state.get('Reason')}): {state}")
 
     def command(self, *words: str) -> str:
-        """A command of Slurm's, as `scancel`, and what it said."""
+        """Run a Slurm command, such as `scancel`; return its output."""
         return self._command(*words)
 
     def lose(self, node: str) -> None:
-        """Kill a node's daemon and all that runs on it, as a power cut would."""
+        """Kill a node's daemon and all its processes, like a power failure."""
         self._processes.pop(node).kill()
         steps = _steps_with(self.folder / f"slurmd-{node}.log")
         if not steps:
-            raise RuntimeError(f"nothing runs on {node} that could be lost")
+            raise RuntimeError(f"no job step runs on {node}")
         _kill(steps)
 
     def start_node(self, node: str) -> None:
-        """Start a node's daemon (again)."""
+        """Start or restart a node's daemon."""
         self._start(node, "slurmd", "-D", "-N", node)
 
     def wait_for_idle(self, nodes: int) -> bool:
-        """Whether so many nodes are idle, within a minute."""
+        """Wait up to a minute until `nodes` nodes are idle; whether they are."""
 
         def are_idle() -> bool:
-            told = subprocess.run(
+            done = subprocess.run(
                 ["sinfo", "--noheader", "--partition=main", "--format=%t %D"],
                 env=self._environment(), capture_output=True, text=True, timeout=30, check=False,
             )  # fmt: skip
-            return f"idle {nodes}" in told.stdout.splitlines()
+            return f"idle {nodes}" in done.stdout.splitlines()
 
         return _wait_until(are_idle, 60)
 
     def stop(self) -> None:
-        """End the jobs, then every daemon, and remove the folder."""
+        """Cancel the jobs, stop every daemon, and remove the folder."""
         if self._alive("slurmctld"):
-            with suppress(RuntimeError):  # there is none
+            with suppress(RuntimeError):  # there is no job
                 self.command("scancel", "--full", "--user=root")
             _wait_until(lambda: not self.command("squeue", "--noheader").strip(), 20)
         for name in sorted(self._processes, key=lambda name: name == "munged"):
@@ -140,7 +142,7 @@ class Cluster:
             for n in range(1, NODES + 1)
         )
         (folder / "slurm.conf").write_text(
-            f"""ClusterName=pretend
+            f"""ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
@@ -230,19 +232,19 @@ def _wait_until(holds: Callable[[], bool], seconds: float) -> bool:
 
 
 def _kill(processes: list[int]) -> None:
-    """End processes that are not our children."""
+    """Kill processes that may not be our children."""
     for number in processes:
         with suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
 
 
 def _adopt_orphans() -> None:
-    """Become the parent of step daemons whose `slurmd` forks twice, so that they can be reaped."""
+    """Become the parent of orphaned step daemons, which `slurmd` forks twice, to reap them."""
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
 def _reap_orphans() -> None:
-    """Take leave of step daemons that have ended; other children are not touched."""
+    """Reap step daemons that have ended; other children are left alone."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal():
             continue
@@ -255,7 +257,7 @@ def _reap_orphans() -> None:
 
 
 def _steps_with(path: Path) -> list[int]:
-    """Step daemons that hold `path`, or a file below it, open, and all that they started."""
+    """PIDs of step daemons with `path` or a file below it open, and of their descendants."""
     parents: dict[int, int] = {}
     roots: set[int] = set()
     for entry in Path("/proc").iterdir():
@@ -278,7 +280,7 @@ def _steps_with(path: Path) -> list[int]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free now."""
+    """Return ports that are free now."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for free in sockets:

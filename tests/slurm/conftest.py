@@ -1,4 +1,4 @@
-"""A cluster for the tests of the launchers, and what a job there needs."""
+"""Fixtures for the tests of the launchers: a cluster, a container, the environment of a job."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ SLURM_COMMANDS = {
     "sacct", "sacctmgr", "salloc", "sattach", "sbatch", "sbcast", "scancel", "scontrol", "scrontab",
     "sdiag", "sinfo", "sprio", "squeue", "sreport", "srun", "sshare", "sstat", "strigger", "sview",
 }  # fmt: skip
-REFUSED = 99  # what the pretend container says where it finds Slurm
+REFUSED = 99  # exit code of the fake container if it finds Slurm
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A Slurm of 9 nodes, for the whole session."""
+    """A Slurm cluster of 9 nodes for the session."""
     if os.geteuid() or not all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged")):
         pytest.skip("needs root, and Debian's slurm-wlm and munge")
-    # Ended from outside, the tests take the cluster down all the same.
+    # If the tests are terminated, the cluster is stopped all the same.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     running = Cluster()
     yield running
@@ -37,12 +37,12 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def container(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A command that runs another where none of Slurm's commands is to be found."""
+    """A command that runs another one with a PATH without Slurm's commands."""
     folder = tmp_path_factory.mktemp("container")
     tools = folder / "bin"
     tools.mkdir()
-    for place in (Path(sys.executable).parent, Path("/usr/bin"), Path("/bin")):
-        for tool in place.iterdir():
+    for source in (Path(sys.executable).parent, Path("/usr/bin"), Path("/bin")):
+        for tool in source.iterdir():
             if tool.name not in SLURM_COMMANDS and not (tools / tool.name).is_symlink():
                 (tools / tool.name).symlink_to(tool)
     script = folder / "run"
@@ -56,13 +56,13 @@ def container(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def job_environment(tmp_path: Path, container: Path) -> dict[str, str]:
-    """Of jobs whose tasks are ranks on CPUs, in the pretend container."""
+    """Environment of jobs whose tasks are ranks on CPUs in the fake container."""
     site = tmp_path / "site.sh"
     site.write_text(f"HG_CONTAINER=({container})\n")
     scratch = tmp_path / "scratch"
     compiled = scratch / f"hg_scale-{os.getuid()}"
     compiled.mkdir(parents=True)
-    # What the machine has compiled before: it takes a minute.
+    # Reuse the compiled extension of this machine: compiling takes a minute.
     (compiled / "torch_extensions").symlink_to(Path.home() / ".cache" / "torch_extensions")
     (Path.home() / ".cache" / "torch_extensions").mkdir(parents=True, exist_ok=True)
     return {
@@ -78,7 +78,7 @@ def job_environment(tmp_path: Path, container: Path) -> dict[str, str]:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Path:
-    """A folder to submit from that is not the repository, with a blank in its name."""
+    """A folder outside the repository to submit from, with a space in its name."""
     folder = tmp_path / "some where"
     folder.mkdir()
     return folder
@@ -86,7 +86,7 @@ def elsewhere(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny_3d(tmp_path: Path, corpus: Path) -> Path:
-    """A configuration of 8 ranks: tensor 2 x pipeline 2 x data 2."""
+    """A configuration for 8 ranks: tensor 2 x pipeline 2 x data 2."""
     path = tmp_path / "tiny3d.json"
     parallel = {"tensor": 2, "pipeline": 2, "zero_stage": 1}
     tree = {**TINY, "data": {"path": str(corpus)}, "parallel": parallel, "checkpoint": {"every": 3}}
@@ -95,10 +95,10 @@ def tiny_3d(tmp_path: Path, corpus: Path) -> Path:
 
 
 def launcher(name: str) -> str:
-    """The path of one of slurm/."""
+    """Return the path of a script of slurm/."""
     return str(ROOT / "slurm" / name)
 
 
 def log_of(folder: Path) -> str:
-    """All that the jobs submitted from a folder have said."""
+    """Return the logs of all jobs submitted from a folder."""
     return "".join(path.read_text() for path in sorted(folder.glob("*.log")))

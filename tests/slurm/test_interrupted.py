@@ -1,4 +1,4 @@
-"""Training that Slurm warns, preempts, ends or takes a node from, and its curve after that."""
+"""Curves of runs that are signalled, preempted, timed out or lose a node, under a real Slurm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.slurm.conftest import launcher, log_of
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(500)]
 Submit = Callable[..., int]
 
-STEPS = 60  # long enough to be met in the middle, each logged
+STEPS = 60  # enough to be interrupted in the middle; all are logged
 INTERRUPTED = "{}: saved at step (\\d+), to be started again"
 
 
@@ -27,7 +27,7 @@ INTERRUPTED = "{}: saved at step (\\d+), to be started again"
 def submit(
     cluster: Cluster, job_environment: dict[str, str], elsewhere: Path, tiny_3d: Path
 ) -> Iterator[Submit]:
-    """`submit(options of sbatch, key=value, ...)` begins a run; tensor 2 x pipeline 2 x data."""
+    """`submit(options of sbatch, key=value, ...)` starts a run with tensor 2 and pipeline 2."""
     jobs = []
 
     def submit(options: tuple[str, ...], *sets: str, steps: int = STEPS) -> int:
@@ -50,7 +50,7 @@ def submit(
 
 @pytest.fixture
 def alone(tiny_3d: Path, tmp_path: Path) -> Callable[..., list[tuple[int, float, float]]]:
-    """The curve of one process that nothing disturbs."""
+    """The curve of an uninterrupted run of one process."""
 
     def alone(*sets: str, steps: int = STEPS, until: int | None = None) -> list:
         keys = (f"training.steps={steps}", "parallel.tensor=1", "parallel.pipeline=1",
@@ -67,7 +67,7 @@ def alone(tiny_3d: Path, tmp_path: Path) -> Callable[..., list[tuple[int, float,
 
 
 def wait_for_step(cluster: Cluster, job: int, folder: Path, step: int) -> None:
-    """Until a step is logged by a job that runs."""
+    """Wait until a running job has logged a step."""
     end = time.monotonic() + 200
     while True:
         run = folder / "run"
@@ -79,13 +79,13 @@ def wait_for_step(cluster: Cluster, job: int, folder: Path, step: int) -> None:
 
 
 def codes(folder: Path) -> list[int]:
-    """Exit codes of the run's jobs."""
+    """Return the exit codes of the run's jobs."""
     lines = map(json.loads, (folder / "run" / "jobs.jsonl").read_text().splitlines())
     return [line["code"] for line in lines if line["event"] == "end"]
 
 
 def saved_at(folder: Path, reason: str) -> int:
-    """The step at which a run says that it was interrupted, and went on."""
+    """Return the step at which a run was interrupted; check that it resumed from there."""
     log = log_of(folder)
     (step,) = re.findall(INTERRUPTED.format(reason), log)
     assert f"resumed at step {step} from" in log
@@ -93,12 +93,12 @@ def saved_at(folder: Path, reason: str) -> int:
     return int(step)
 
 
-def test_the_warning_signal(
+def test_warning_signal_saves_and_requeues(
     cluster: Cluster, submit: Submit, elsewhere: Path, alone: Callable[..., list]
 ) -> None:
     job = submit(("--nodes=8",))
     wait_for_step(cluster, job, elsewhere, 5)
-    cluster.command("scancel", "--signal=USR1", str(job))  # to the ranks, as --signal does
+    cluster.command("scancel", "--signal=USR1", str(job))  # sent to the ranks, as by --signal
     state = cluster.wait(job, 240)
     log = log_of(elsewhere)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), log
@@ -108,10 +108,10 @@ def test_the_warning_signal(
     np.testing.assert_allclose(curve(elsewhere / "run"), alone(), rtol=1e-4)
 
 
-def test_preemption(
+def test_preemption_saves_and_requeues(
     cluster: Cluster, submit: Submit, elsewhere: Path, alone: Callable[..., list]
 ) -> None:
-    """A job of higher priority takes all nodes; 30 s of grace are enough to save."""
+    """By a job of higher priority on all nodes; 30 s of grace are enough to save."""
     job = submit(("--nodes=4", "--signal=URG@1"))
     wait_for_step(cluster, job, elsewhere, 5)
     urgent = ("--partition=urgent", "--nodes=9", "--exclusive", "--output=urgent.txt")
@@ -124,10 +124,10 @@ def test_preemption(
     np.testing.assert_allclose(curve(elsewhere / "run"), alone(), rtol=1e-4)
 
 
-def test_the_time_limit(
+def test_time_limit_saves_and_requeues(
     cluster: Cluster, submit: Submit, elsewhere: Path, alone: Callable[..., list]
 ) -> None:
-    """Nobody warns: the run ends by itself when a step and a save might not fit any more."""
+    """Without a signal: the run ends when another step and a save may not fit in the time left."""
     sets, steps = ("optimizer.learning_rate=1e-6", "training.stop_margin=90"), 10**6
     job = submit(("--nodes=4", "--time=3", "--signal=URG@1"), *sets, steps=steps)
     wait_for_step(cluster, job, elsewhere, 1)
@@ -147,20 +147,20 @@ def test_the_time_limit(
     np.testing.assert_allclose(curve(elsewhere / "run")[:until], expected, rtol=1e-4)
 
 
-def test_a_node_is_lost_in_a_step(
+def test_a_node_lost_in_a_step_restarts_the_job(
     cluster: Cluster, submit: Submit, elsewhere: Path, alone: Callable[..., list]
 ) -> None:
-    """The job comes back on the ninth node."""
+    """On the ninth node in its place."""
     job = submit(("--nodes=8",), "checkpoint.every=4")
     wait_for_step(cluster, job, elsewhere, 6)
-    nodes = names(cluster, job)
+    nodes = node_names(cluster, job)
     (ninth,) = {f"n{number}" for number in range(1, 10)} - set(nodes)
     cluster.lose(nodes[-1])
     try:
         state = cluster.wait(job, 300)
         log = log_of(elsewhere)
         assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), log
-        assert set(names(cluster, job)) == {*nodes[:-1], ninth}
+        assert set(node_names(cluster, job)) == {*nodes[:-1], ninth}
         assert re.search(r"rank \d lost its connection to the others at step \d+: ", log)
         assert "Traceback" not in log
         np.testing.assert_allclose(curve(elsewhere / "run"), alone(), rtol=1e-4)
@@ -168,12 +168,12 @@ def test_a_node_is_lost_in_a_step(
         cluster.start_node(nodes[-1])
 
 
-def test_a_job_of_fewer_nodes_goes_on_in_another_layout(
+def test_elastic_job_resumes_on_fewer_nodes_in_another_layout(
     cluster: Cluster, submit: Submit, elsewhere: Path, alone: Callable[..., list]
 ) -> None:
-    """8 ranks on 4 nodes, of which one is lost: 6 ranks, in a longer pipeline.
+    """8 ranks on 4 nodes, of which one is lost: 6 ranks, with more pipeline stages.
 
-    Two ranks a node: of `--nodes=2-4` with one each, Slurm would give 2, one for each of 2 tasks.
+    Two ranks per node: with one, Slurm would allocate only 2 of `--nodes=2-4`, for 2 tasks.
     """
     spare = "n[5-9]"
     cluster.command("scontrol", "update", f"NodeName={spare}", "State=DRAIN", "Reason=spare")
@@ -183,7 +183,7 @@ def test_a_job_of_fewer_nodes_goes_on_in_another_layout(
         keys = ("parallel.elastic=true", "checkpoint.every=4", "training.global_batch_size=4")
         job = submit(("--nodes=2-4", "--ntasks-per-node=2", "--cpus-per-task=4"), *keys)
         wait_for_step(cluster, job, elsewhere, 6)
-        lost = names(cluster, job)[-1]
+        lost = node_names(cluster, job)[-1]
         cluster.lose(lost)
         # Slurm 22.05 keeps the number of tasks of the first start, and would wait for the node.
         cluster.wait_for(job, {"PENDING"}, 90)
@@ -192,7 +192,7 @@ def test_a_job_of_fewer_nodes_goes_on_in_another_layout(
         log = log_of(elsewhere)
         assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), log
         assert "8 processes: tensor 2 x pipeline 2 x data 2" in log
-        assert "parallel.elastic: going on with 6 of 6 processes: --set parallel.tensor=2" in log
+        assert "parallel.elastic: continuing with 6 of 6 processes: --set parallel.tensor=2" in log
         assert layout_of(elsewhere) == (2, 3, 1)
         np.testing.assert_allclose(curve(elsewhere / "run"), alone(), rtol=1e-4)
     finally:
@@ -201,7 +201,7 @@ def test_a_job_of_fewer_nodes_goes_on_in_another_layout(
             cluster.start_node(lost)
 
 
-def test_tasks_that_fit_no_layout_are_left_idle(
+def test_elastic_job_leaves_tasks_without_a_layout_idle(
     cluster: Cluster, submit: Submit, elsewhere: Path, alone: Callable[..., list]
 ) -> None:
     keys = ("parallel.elastic=true", "training.global_batch_size=4")
@@ -209,19 +209,19 @@ def test_tasks_that_fit_no_layout_are_left_idle(
     state = cluster.wait(job, 240)
     log = log_of(elsewhere)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "0"), log
-    assert "parallel.elastic: going on with 4 of 5 processes: --set parallel.tensor=2" in log
+    assert "parallel.elastic: continuing with 4 of 5 processes: --set parallel.tensor=2" in log
     assert layout_of(elsewhere, 6) == (2, 2, 1)
     np.testing.assert_allclose(curve(elsewhere / "run"), alone(steps=6), rtol=1e-4)
 
 
 def layout_of(folder: Path, step: int = STEPS) -> tuple[int, int, int]:
-    """Tensor, pipeline and data size of the run that wrote a checkpoint."""
+    """Return the tensor, pipeline and data sizes in a checkpoint."""
     manifest = folder / "run" / "checkpoints" / f"step-{step:08}" / "manifest.json"
     layout = json.loads(manifest.read_text())["layout"]
     return layout["tensor"], layout["pipeline"], layout["data"]
 
 
-def names(cluster: Cluster, job: int) -> list[str]:
-    """Of the nodes of a job."""
-    listed = cluster.state(job)["NodeList"]
-    return cluster.command("scontrol", "show", "hostnames", listed).split()
+def node_names(cluster: Cluster, job: int) -> list[str]:
+    """Return the names of a job's nodes."""
+    node_list = cluster.state(job)["NodeList"]
+    return cluster.command("scontrol", "show", "hostnames", node_list).split()

@@ -1,4 +1,4 @@
-"""Training under a real Slurm, by the launchers as they stand."""
+"""Training, preparation and evaluation by the unchanged launchers, under a real Slurm."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(500)]
 Environment = dict[str, str]
 
 
-def test_eight_nodes_train_in_three_dimensions(
+def test_tensor_pipeline_and_data_parallel_training_on_eight_nodes(
     cluster: Cluster, job_environment: Environment, elsewhere: Path, tiny_3d: Path, tmp_path: Path
 ) -> None:
-    """From another folder, in containers without Slurm, to the curve of one process."""
+    """From another folder, in containers without Slurm: the curve equals that of one process."""
     alone = tmp_path / "alone"
     flat = ("--set", "parallel.tensor=1", "--set", "parallel.pipeline=1")
     done = train("--config", str(tiny_3d), "--run", str(alone), *flat)
@@ -42,7 +42,7 @@ def test_eight_nodes_train_in_three_dimensions(
     assert len(list((run / "logs").glob("rank-*.log"))) == 8
 
     steps = [line for line in log.splitlines() if line.startswith("step ")]
-    assert len(steps) == 7, log  # one line a step, and one that says where it is saved
+    assert len(steps) == 7, log  # one line per step, and one about the checkpoint
     assert "8 processes = tensor 2 x pipeline 2 x data 2" in log
     assert "64 GPUs but 8 tasks" in log
     assert f"code {run}/code/{job}" in log
@@ -52,16 +52,16 @@ def test_eight_nodes_train_in_three_dimensions(
     assert Path(journal[0]["log"]).read_text() == log
 
 
-def test_what_does_not_fit_fails_at_once_with_the_reason(
+def test_the_check_fails_before_any_rank_starts(
     cluster: Cluster, job_environment: Environment, elsewhere: Path, tiny_3d: Path, tmp_path: Path
 ) -> None:
-    """Before a rank starts. What else the check finds: tests/training/test_check.py."""
+    """With the reason, within seconds. tests/training/test_check.py tests the check itself."""
     missing = f"data.path={tmp_path / 'nowhere'}"
-    faults = {
+    problems = {
         "parallel.tensor": ("--nodes=3", "--set", "parallel.pipeline=2"),
         "data.path": ("--nodes=8", "--set", missing),
     }
-    for reason, (nodes, *arguments) in faults.items():
+    for reason, (nodes, *arguments) in problems.items():
         environment = {**job_environment, "CONFIG": str(tiny_3d), "RUN": str(tmp_path / reason)}
         words = (nodes, "--ntasks-per-node=1", launcher("train_64gpu.sh"), *arguments)
         job = cluster.submit(*words, folder=elsewhere, environment=environment)
@@ -74,7 +74,7 @@ def test_what_does_not_fit_fails_at_once_with_the_reason(
         assert 3600 * hours + 60 * minutes + seconds < 15
 
 
-def test_an_array_runs_every_point_once(
+def test_sweep_array_runs_every_point_once(
     cluster: Cluster, job_environment: Environment, elsewhere: Path, config: Path
 ) -> None:
     points = elsewhere / "points.txt"
@@ -98,7 +98,7 @@ def test_an_array_runs_every_point_once(
     assert len({curve(path)[1] for path in (elsewhere / "runs" / "points").glob("opt*")}) == 4
 
 
-def test_data_is_prepared_by_the_tasks_of_srun(
+def test_prepare_data_uses_all_tasks(
     cluster: Cluster, job_environment: Environment, elsewhere: Path, tmp_path: Path
 ) -> None:
     texts = tmp_path / "texts"
@@ -115,7 +115,7 @@ def test_data_is_prepared_by_the_tasks_of_srun(
     assert sum(split["documents"] for split in index["splits"].values()) == 30
 
 
-def test_a_run_is_scored_by_a_job(
+def test_evaluate_scores_a_run(
     cluster: Cluster, job_environment: Environment, elsewhere: Path, config: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -126,21 +126,21 @@ def test_a_run_is_scored_by_a_job(
     job = cluster.submit(*words, *options, folder=elsewhere, environment=job_environment)
     assert cluster.wait(job, 240)["JobState"] == "COMPLETED", log_of(elsewhere)
     scores = json.loads((elsewhere / "score.json").read_text())
-    assert [score["step"] for score in scores] == [6]  # the one checkpoint that there is
+    assert [score["step"] for score in scores] == [6]  # the only checkpoint
     bits = scores[-1]["bits_per_byte"]
-    held_out = [r for r in records(run) if "validation_bits_per_byte" in r]
-    assert bits == pytest.approx(held_out[-1]["validation_bits_per_byte"], rel=1e-5)
+    validations = [r for r in records(run) if "validation_bits_per_byte" in r]
+    assert bits == pytest.approx(validations[-1]["validation_bits_per_byte"], rel=1e-5)
 
 
-def test_a_plain_srun_finds_its_ranks(cluster: Cluster, elsewhere: Path) -> None:
-    """Without the launchers: `srun` alone says who is who, and a batch script is one process."""
+def test_ranks_under_plain_srun(cluster: Cluster, elsewhere: Path) -> None:
+    """Without the launchers: ranks come from `srun` alone, and a batch script is one process."""
     script = elsewhere / "plain.sh"
     code = (
         "import os; from hg_scale.parallel.launch import Launch;"
         "launch = Launch.from_environment();"
-        "launch.world_size > 1 and launch.find_first();"
-        "print('I am', launch.rank, launch.world_size, launch.local_rank, launch.processes_here,"
-        " os.environ.get('MASTER_ADDR'))"
+        "launch.world_size > 1 and launch.set_master_address();"
+        "print('launch', launch.rank, launch.world_size, launch.local_rank,"
+        " launch.local_world_size, os.environ.get('MASTER_ADDR'))"
     )
     script.write_text(
         "#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=2 --output=plain.log\n"
@@ -149,10 +149,10 @@ def test_a_plain_srun_finds_its_ranks(cluster: Cluster, elsewhere: Path) -> None
     environment = {"PYTHONPATH": str(Path(launcher("")).parent)}
     job = cluster.submit(str(script), folder=elsewhere, environment=environment)
     cluster.wait(job, 60)
-    told = (elsewhere / "plain.log").read_text().splitlines()
+    lines = (elsewhere / "plain.log").read_text().splitlines()
     nodes = cluster.state(job)["NodeList"]
     first = nodes.replace("[", "").split("-")[0]
-    assert sorted(told) == [
-        "I am 0 1 0 1 None",
-        *(f"I am {rank} 4 {rank % 2} 2 {first}" for rank in range(4)),
+    assert sorted(lines) == [
+        "launch 0 1 0 1 None",
+        *(f"launch {rank} 4 {rank % 2} 2 {first}" for rank in range(4)),
     ]

@@ -73,7 +73,7 @@ def test_a_wrong_number_of_processes_lists_layouts_that_fit(config: Path) -> Non
 def test_an_elastic_run_uses_the_processes_that_fit(config: Path, tmp_path: Path) -> None:
     sets = ["training.global_batch_size=8", "parallel.tensor=2", "parallel.elastic=true"]
     note, last = check_run(config, sets, tmp_path / "run", 7)
-    assert note.startswith("parallel.elastic: going on with 4 of 7 processes: ")
+    assert note.startswith("parallel.elastic: continuing with 4 of 7 processes: ")
     assert last.startswith("4 processes = tensor 2 x pipeline 1 x data 2; ")
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from hg_scale.training.device import Peak, device_name, known_peak, peak_flops
+from hg_scale.training.device import PeakFlops, device_name, known_peak, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -29,8 +29,8 @@ from hg_scale.training.device import Peak, device_name, known_peak, peak_flops
     ],
 )
 def test_known_gpus(name, bf16, fp32):
-    assert known_peak(name, "bf16") == Peak(pytest.approx(bf16), f"known: {name}")
-    assert known_peak(name, "fp32") == Peak(pytest.approx(fp32), f"known: {name}")
+    assert known_peak(name, "bf16") == PeakFlops(pytest.approx(bf16), f"known: {name}")
+    assert known_peak(name, "fp32") == PeakFlops(pytest.approx(fp32), f"known: {name}")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_name_that_only_resembles_a_known_gpu_is_unknown(name):
 
 def test_a_gpu_without_bf16_units_is_unknown_in_bf16():
     assert known_peak("Tesla V100-SXM2-16GB", "bf16") is None
-    assert known_peak("Tesla V100-SXM2-16GB", "fp32") == Peak(
+    assert known_peak("Tesla V100-SXM2-16GB", "fp32") == PeakFlops(
         15.7e12, "known: Tesla V100-SXM2-16GB"
     )
 

@@ -23,9 +23,7 @@ from hg_scale.training.failures import (
     RankEnd,
     as_user_error,
     clear_end,
-    connection_error,
     error_of_peer,
-    out_of_memory,
     write_end,
 )
 from hg_scale.training.interruption import Interruption, StopSignals
@@ -140,25 +138,6 @@ def test_an_error_is_recorded_before_the_connections_close(
     assert code == FAILED and end.code == FAILED and "index.json" in end.line
 
 
-def test_what_is_a_lost_connection() -> None:
-    def raised(error: Exception, of: Exception | None = None) -> Exception:
-        try:
-            raise error from of
-        except Exception as caught:
-            return caught
-
-    gone = RuntimeError(
-        "[/a/gloo/transport/tcp/pair.cc:537] Read error [10.0.0.1]:5: Connection reset by peer. "
-        "This is typically caused by a remote worker hanging."
-    )
-    assert connection_error(gone) == "Read error [10.0.0.1]:5: Connection reset by peer"
-    assert connection_error(raised(ValueError("x"), gone)) == connection_error(gone)
-    nccl = dist.DistBackendError("NCCL error in: /a.cpp:1, remote process exited\nLast error: 3")
-    assert connection_error(nccl) == "NCCL error in: /a.cpp:1, remote process exited"
-    for other in (RuntimeError("shapes differ"), ConnectionResetError(104, "Connection reset")):
-        assert connection_error(other) is None
-
-
 @pytest.mark.parametrize("kind", [RuntimeError, getattr(torch, "AcceleratorError", RuntimeError)])
 def test_recognising_a_lost_gpu(kind: type[RuntimeError]) -> None:
     def reported(message: str, step: int | None = 6) -> object:
@@ -180,22 +159,6 @@ def test_recognising_a_lost_gpu(kind: type[RuntimeError]) -> None:
     assert "during start-up: " in str(busy)
     for bug in ("an illegal memory access was encountered", "device-side assert triggered"):
         assert reported(bug) is None
-
-
-def test_what_is_a_lack_of_memory() -> None:
-    with pytest.raises(RuntimeError) as met:
-        torch.empty(2**62, dtype=torch.uint8)
-    told = "DefaultCPUAllocator: can't allocate memory: you tried to allocate"
-    assert out_of_memory(met.value) == f"{told} {2**62} bytes"
-    gpu = torch.OutOfMemoryError(
-        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB "
-        "of which 1.00 GiB is free."
-    )
-    assert out_of_memory(gpu) == "CUDA out of memory. Tried to allocate 2.00 GiB"
-    assert out_of_memory(MemoryError()) == "MemoryError"
-    runtime = RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
-    assert out_of_memory(runtime) == "CUDA error: out of memory"
-    assert out_of_memory(RuntimeError("shapes differ")) is None
 
 
 def test_end_files_are_written_found_and_cleared(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hg_scale.config.schema import GuardConfig
+from hg_scale.config.training_sections import GuardConfig
 from hg_scale.exit_codes import GAVE_UP
 from hg_scale.training import guard as module
-from hg_scale.training.guard import GaveUp, Guard, describe_culprits, newest_before
+from hg_scale.training.guard import Guard, TooManySkippedSteps, describe_culprits, newest_before
 from tests.run_folders import write_checkpoint
 
 LOSSES = st.lists(st.floats(-10, 10) | st.sampled_from([math.nan, math.inf]), max_size=60)
@@ -119,7 +119,7 @@ def last_step(guard: Guard, bad: list[int], steps: int, folder: Path) -> int:
         if step in bad:
             try:
                 guard.require_progress(step, "why", folder)
-            except GaveUp:
+            except TooManySkippedSteps:
                 return step
     return steps
 
@@ -145,7 +145,7 @@ def test_giving_up_names_the_last_good_checkpoint(tmp_path: Path) -> None:
     guard.record(22, math.nan, True)
     guard.require_progress(22, "gradients are not finite", checkpoints)
     guard.record(25, math.nan, True)
-    with pytest.raises(GaveUp) as caught:
+    with pytest.raises(TooManySkippedSteps) as caught:
         guard.require_progress(25, "gradients are not finite", checkpoints)
     message = str(caught.value)
     good = checkpoints / "step-00000020"
@@ -163,7 +163,9 @@ def test_giving_up_without_an_older_checkpoint(tmp_path: Path) -> None:
     assert newest_before(tmp_path / "none", 5) is None
     write_checkpoint(tmp_path, 10, LAYOUT)
     assert newest_before(tmp_path / "checkpoints", 10) is None
-    assert "no checkpoint is older" in str(GaveUp("gave up", 10, tmp_path / "checkpoints"))
+    assert "no checkpoint is older" in str(
+        TooManySkippedSteps("gave up", 10, tmp_path / "checkpoints")
+    )
 
 
 def test_description_of_tensors_that_are_not_finite() -> None:

@@ -82,7 +82,7 @@ def test_a_model_without_an_engine_loads_a_checkpoint(worlds: Worlds, tmp_path: 
     tree = layout(BY_LEVEL, 2, 2, 1)
     worlds.run(4, run_half, tree, tmp_path, 1)
     config = parse_config(tree)
-    model = Hourglass(config.model)
+    model = Hourglass(config.model, seed=None)
     model.load_state_dict(dict(read_parameters(tmp_path / folder_name(HALF))))
     batch = random_batch(config, HALF + 1)
     with torch.no_grad():

@@ -210,7 +210,7 @@ def train_and_count(command_line: list[str], output: Path) -> tuple[int, int, in
 
     stream = mock.patch.object(batch_loader, "TrainingStream", wraps=batch_loader.TrainingStream)
     windows = mock.patch.object(
-        validation, "evaluation_windows", wraps=validation.evaluation_windows
+        validation, "evaluation_batches", wraps=validation.evaluation_batches
     )
     with stream as trained, windows as validated:
         code = run_train(command_line, output)

@@ -120,7 +120,9 @@ def parse_seed(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at most 63 bits")
 
 
-def run(name: str, work: Callable[[ProgressBar], None], launch: Launch | None = None) -> int:
+def run_preparation(
+    name: str, work: Callable[[ProgressBar], None], launch: Launch | None = None
+) -> int:
     """Run the work and show its progress. Returns an exit code, after a line on stderr for errors.
 
     Ranks that fail wait until all have reported: the launcher kills the others at the first exit.

@@ -90,8 +90,8 @@ def prepare_bytes(job: Preparation, progress: ProgressBar | None = None) -> tupl
     work = job.output / output.WORK
     work.mkdir(parents=True, exist_ok=True)
     with RankGroup(Launch(), work, patience=60.0, progress=progress) as group:
-        output.begin(job.output, _job_of(job, source), resumable=False)
-        index = output.finish(job.output, _write(job, plan, group), plan.tokenizer)
+        output.begin_output(job.output, _job_of(job, source), resumable=False)
+        index = output.finish_output(job.output, _write(job, plan, group), plan.tokenizer)
     output.clear_work(job.output)
     return index, True
 
@@ -128,7 +128,7 @@ def _write(job: Preparation, plan: _Plan, group: RankGroup) -> Index:
 
 def _job_of(job: Preparation, source: dict[str, Any]) -> dict[str, Any]:
     tokenizer = ByteTokenizer(documents=job.input.is_dir())
-    return output.job_of(source, tokenizer.identity.model_dump())
+    return output.job_identity(source, tokenizer.identity.model_dump())
 
 
 def _describe(job: Preparation, progress: ProgressBar) -> dict[str, Any]:

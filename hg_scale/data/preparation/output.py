@@ -53,7 +53,7 @@ def already_prepared(folder: Path, job: dict[str, Any]) -> Index:
     Raises DataError where it is of another job or a shard is missing.
     """
     index = read_index(folder)
-    finished = job_of(index.source, index.tokenizer.model_dump())
+    finished = job_identity(index.source, index.tokenizer.model_dump())
     if different := _differences(finished, job):
         raise DataError(
             f"--output {folder}: contains data prepared from {index.source.get('name')!r} with "
@@ -70,7 +70,7 @@ def already_prepared(folder: Path, job: dict[str, Any]) -> Index:
     return index
 
 
-def begin(folder: Path, job: dict[str, Any], *, resumable: bool) -> None:
+def begin_output(folder: Path, job: dict[str, Any], *, resumable: bool) -> None:
     """Write the description of the job; the caller holds the lock of the folder.
 
     Removes the files of an interrupted run, unless it was the same job and that is `resumable`.
@@ -80,7 +80,7 @@ def begin(folder: Path, job: dict[str, Any], *, resumable: bool) -> None:
     if path.exists():
         old = json.loads(path.read_text())
         different = _differences(old, job)
-        if different and old.get("goes_on") and something_done(folder):
+        if different and old.get("goes_on") and is_started(folder):
             raise DataError(
                 f"--output {folder}: an interrupted preparation there has another {different}; "
                 "use the same input and options to finish it, or remove the folder to start over"
@@ -94,21 +94,21 @@ def begin(folder: Path, job: dict[str, Any], *, resumable: bool) -> None:
     write_durable(path, json.dumps({**job, "goes_on": resumable}) + "\n")
 
 
-def something_done(folder: Path) -> bool:
+def is_started(folder: Path) -> bool:
     """Return whether an unfinished preparation has read documents or written a shard."""
     texts = (folder / WORK / TEXT).glob("*.text")
     return any(path.stat().st_size for path in texts) or any(folder.glob("*.tar"))
 
 
-def abandon(folder: Path) -> None:
+def discard_output(folder: Path) -> None:
     """Remove everything after a user's error, if nothing was done yet."""
-    if not something_done(folder):
+    if not is_started(folder):
         clear_work(folder)
         with suppress(OSError):  # not empty
             folder.rmdir()
 
 
-def finish(folder: Path, index: Index, tokenizer: Tokenizer) -> Index:
+def finish_output(folder: Path, index: Index, tokenizer: Tokenizer) -> Index:
     """Write the tokenizer's model, then the index, which marks the output as finished."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         write_durable(folder / MODEL_FILE, tokenizer.model)
@@ -121,7 +121,7 @@ def clear_work(folder: Path) -> None:
     shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
-def job_of(source: dict[str, Any], tokenizer: dict[str, Any]) -> dict[str, Any]:
+def job_identity(source: dict[str, Any], tokenizer: dict[str, Any]) -> dict[str, Any]:
     """Return what is equal for two runs of the same preparation, as it reads back from JSON."""
     return json.loads(json.dumps({**source, "tokenizer": tokenizer}))
 

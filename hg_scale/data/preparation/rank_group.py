@@ -49,7 +49,7 @@ class RankGroup:
     """This process as one of the ranks that work in `folder`; a context manager, entered by all.
 
     Rank 0 holds the lock of the folder and shows the progress of all ranks. A rank whose count
-    stands still for `patience` seconds is taken for dead.
+    has not advanced for `patience` seconds is considered dead.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class RankGroup:
         return is_listed
 
     def _wait_for_exits(self) -> None:
-        """Wait, on rank 0 after all is done, until the other ranks need the folder no more."""
+        """Wait, on rank 0 after all is done, until the other ranks no longer need the folder."""
         until = time.monotonic() + _EXIT_WAIT
         for rank in range(1, self.size):
             while time.monotonic() < until:

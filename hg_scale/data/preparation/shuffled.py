@@ -100,7 +100,7 @@ def prepare(job: Job, progress: ProgressBar) -> tuple[Index | None, bool]:
     finally:
         # Other ranks still read the error from that folder; with them, the next start clears it.
         if own_error and job.launch.world_size == 1:
-            output.abandon(job.output)
+            output.discard_output(job.output)
     if group.rank == 0:
         output.clear_work(job.output)
     return index, True
@@ -129,7 +129,7 @@ def _prepare(job: Job, work: Path, group: RankGroup) -> Index | None:
 def _read_finished(job: Job) -> Index:
     job.corpus.use_survey(job.corpus.survey())
     identity = job.corpus.tokenizer.identity.model_dump()
-    index = output.already_prepared(job.output, output.job_of(job.description(), identity))
+    index = output.already_prepared(job.output, output.job_identity(job.description(), identity))
     output.clear_work(job.output)  # of a run that was killed after it wrote the index
     return index
 
@@ -139,7 +139,9 @@ def _begin(job: Job, work: Path) -> None:
     survey = job.corpus.survey()
     job.corpus.use_survey(survey)
     identity = job.corpus.tokenizer.identity.model_dump()
-    output.begin(job.output, output.job_of(job.description(), identity), resumable=True)
+    output.begin_output(
+        job.output, output.job_identity(job.description(), identity), resumable=True
+    )
     for folder in (output.TEXT, output.SHARDS):
         (work / folder).mkdir(exist_ok=True)
         for partial in (work / folder).glob(f"*{PARTIAL}"):  # of a process that was killed
@@ -159,7 +161,7 @@ def _sort_documents(job: Job, work: Path, tasks: list[ReadTask], group: RankGrou
         try:
             _sort_task(job, folder, task, group)
         except DataError as error:
-            if error is group.problem or not output.something_done(job.output):
+            if error is group.problem or not output.is_started(job.output):
                 raise
             raise DataError(
                 f"{error}. Part of the work is done in {job.output}: remove that folder to start "
@@ -303,4 +305,4 @@ def _finish(job: Job, work: Path, ranges: list[ShardRange]) -> Index:
             for name in SPLITS
         },
     )
-    return output.finish(job.output, index, corpus.tokenizer)
+    return output.finish_output(job.output, index, corpus.tokenizer)

@@ -19,7 +19,7 @@ from hg_scale.evaluation.report.curves import AXES, segments, validation_x_value
 from hg_scale.evaluation.report.drawing import draw_hierarchy
 from hg_scale.evaluation.report.run_folder import Column, RunFolder
 from hg_scale.evaluation.report.samples import Sample
-from hg_scale.evaluation.report.tables import card, config_differences, score_bars
+from hg_scale.evaluation.report.tables import config_differences, score_bars, summary_card
 from hg_scale.model.layer_table import layer_table
 
 _DIGITS = 5  # significant digits of the values behind the curves
@@ -58,7 +58,7 @@ def render(report: ReportContents) -> str:
         made=time.strftime("%Y-%m-%d %H:%M"),
         report=report,
         runs=runs,
-        cards=[card(run) for run in runs],
+        cards=[summary_card(run) for run in runs],
         bars=bars,
         longest=max((bar.value for part in bars.values() for bar in part), default=1.0),
         charts=charts,

@@ -18,9 +18,10 @@ from pydantic import ValidationError
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import verify_sizes
 from hg_scale.checkpoint.manifest import read_manifest
+from hg_scale.config.data_section import DataConfig, SourceConfig
 from hg_scale.config.errors import ConfigError
 from hg_scale.config.read import read_tree
-from hg_scale.config.schema import DataConfig, ModelConfig, SourceConfig
+from hg_scale.config.schema import ModelConfig
 from hg_scale.convert.open import is_export
 from hg_scale.errors import UserError
 from hg_scale.model.costs import training_flops_per_token

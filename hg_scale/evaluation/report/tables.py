@@ -18,7 +18,7 @@ from hg_scale.model.costs import parameter_count
 
 
 @dataclass(frozen=True)
-class Card:
+class SummaryCard:
     """A run in a few lines; `notes` are what to know before comparing it with others."""
 
     name: str
@@ -41,7 +41,7 @@ class ScoreBar:
     scored: str
 
 
-def card(run: RunFolder) -> Card:
+def summary_card(run: RunFolder) -> SummaryCard:
     """Return the card of a run: model, progress and the main figures."""
     facts = [("step", f"{run.step:,}" + (f" of {run.steps:,}" if run.steps else ""))]
     tokens, hours = _last(run.column("tokens")), _last(x_values(run)["hours"])
@@ -66,7 +66,9 @@ def card(run: RunFolder) -> Card:
     peak = run.column("peak_memory_gib")
     if np.isfinite(peak).any():
         facts.append(("peak memory", f"{float(np.nanmax(peak)):.2f} GiB"))
-    return Card(run.name, str(run.setting("model.hierarchy") or ""), run.state, facts, _notes(run))
+    return SummaryCard(
+        run.name, str(run.setting("model.hierarchy") or ""), run.state, facts, _notes(run)
+    )
 
 
 def _notes(run: RunFolder) -> list[str]:

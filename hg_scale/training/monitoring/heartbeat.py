@@ -1,8 +1,8 @@
-"""A rank's sign of life: `RUN/ranks/rank-00003.json`, written every few seconds by a thread.
+"""Heartbeat of a rank: a thread rewrites `RUN/ranks/rank-00003.json` every few seconds.
 
-The loop only says where it stands, which costs microseconds. Others read the files: the watchdog
-when a step hangs, `hg-scale status` on any machine. A disk that cannot be written costs the
-files, never the run. Imports no torch.
+The training loop only sets its current position, which costs microseconds. The files are read by
+the watchdog when a step hangs, and by `hg-scale status` on any machine. If they cannot be written,
+the run continues without them. Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from hg_scale.atomic_write import write_json
 RunPhase = Literal["start", "step", "save", "validation", "end"]
 Work = Literal["", "data", "forward"]
 
-PERIOD = 5.0  # seconds between two beats
-STALE = 60.0  # seconds without one after which a rank is taken for gone
+PERIOD = 5.0  # seconds between two heartbeats
+STALE = 60.0  # seconds without a heartbeat after which a rank counts as gone
 _TICK = 1.0
-_RECENT = 50  # steps whose duration is known
+_RECENT = 50  # number of steps whose durations are kept
 
 
 class RankPosition(NamedTuple):
-    """Where a rank stands, since when (`time.monotonic`).
+    """Step and phase of a rank, and when the phase began (`since`, of `time.monotonic`).
 
-    `work`: what it does by itself just now; "" where other ranks take part. `turns`: how often it
-    began or ended such work since then.
+    `work`: local work in progress, "" while the rank may wait for others. `turns`: how often such
+    work has begun or ended since then.
     """
 
     step: int
@@ -46,9 +46,10 @@ class RankPosition(NamedTuple):
 
 @dataclass(frozen=True)
 class HeartbeatRecord:
-    """What a rank's file says; times in seconds since 1970, durations in seconds.
+    """Contents of a rank's heartbeat file; times in seconds since 1970, durations in seconds.
 
-    `hung`: its watchdog is ending it. `ended`: it left by itself. `pid_space`: where `pid` counts.
+    `hung`: the rank's watchdog is ending it. `ended`: it exited by itself. `pid_space`: the PID
+    namespace of `pid`.
     """
 
     rank: int
@@ -70,13 +71,13 @@ class HeartbeatRecord:
 
     @property
     def killed(self) -> bool:
-        """Whether its process is no more and did not say so, as far as one can see from here."""
-        seen = not self.ended and self.pid_space and self.pid_space == pid_space()
-        return bool(seen) and not Path(f"/proc/{self.pid}").exists()
+        """Whether the process is gone without `ended`; False in another PID namespace."""
+        same_namespace = self.pid_space and self.pid_space == pid_namespace()
+        return bool(same_namespace) and not self.ended and not Path(f"/proc/{self.pid}").exists()
 
     @property
-    def doing(self) -> str:
-        """In words."""
+    def activity(self) -> str:
+        """What the rank is doing, as `reading data for step 7`."""
         if self.phase == "step":
             work = {"data": "reading data for", "forward": "in the forward pass of"}
             return f"{work.get(self.work, 'in')} step {self.step}"
@@ -88,7 +89,7 @@ class HeartbeatRecord:
 
 
 class Heartbeat:
-    """Where this rank stands, and the thread that writes it down. A context manager."""
+    """Position of this rank, and the thread that writes it; a context manager."""
 
     def __init__(
         self,
@@ -100,52 +101,52 @@ class Heartbeat:
     ) -> None:
         self.folder, self.rank, self.world_size = run / "ranks", rank, world_size
         self.host = socket.gethostname()
-        self.place = RankPosition(0, "start", time.monotonic())
-        self.durations: deque[float] = deque(maxlen=_RECENT)  # of the last steps
-        self.own: dict[str, float] = {}  # data_seconds, forward_seconds: averages a step
-        self.table: dict[str, Any] | None = None  # to be written as `stragglers.json`
+        self.position = RankPosition(0, "start", time.monotonic())
+        self.durations: deque[float] = deque(maxlen=_RECENT)  # seconds of the last steps
+        self.own_seconds: dict[str, float] = {}  # data_seconds, forward_seconds: means per step
+        self.table: dict[str, Any] | None = None  # next contents of `stragglers.json`
         self.hung = self.ended = False
-        self.each_tick: Callable[[], None] = lambda: None
+        self.on_tick: Callable[[], None] = lambda: None
         self._warn, self._period, self._warned = warn, period, False
         self._writing = threading.Lock()
-        self._leave = threading.Event()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
 
     def enter(self, phase: RunPhase, step: int) -> None:
-        """The next step begins, or a pause after one."""
-        now, before = time.monotonic(), self.place
-        if before.phase == "step":
-            self.durations.append(now - before.since)
-        self.place = RankPosition(step, phase, now)
+        """Begin a step, or a phase after step `step`."""
+        now, previous = time.monotonic(), self.position
+        if previous.phase == "step":
+            self.durations.append(now - previous.since)
+        self.position = RankPosition(step, phase, now)
 
     def begin(self, work: Work) -> None:
-        """From here on this rank works by itself."""
-        step, phase, since, _, turns = self.place
-        self.place = RankPosition(step, phase, since, work, turns + 1)
+        """Begin local work, in which this rank waits for no other."""
+        step, phase, since, _, turns = self.position
+        self.position = RankPosition(step, phase, since, work, turns + 1)
 
     def end(self) -> None:
-        """From here on it may wait for others."""
+        """End local work; from now on this rank may wait for others."""
         self.begin("")
 
     def beat(self) -> None:
-        """Write the files now."""
-        place = self.place
+        """Write the heartbeat file, and `stragglers.json` if it has a new table."""
+        position = self.position
         beat = HeartbeatRecord(
             rank=self.rank,
             world_size=self.world_size,
             host=self.host,
             pid=os.getpid(),
             time=time.time(),
-            step=place.step,
-            phase=place.phase,
-            work=place.work,
-            turns=place.turns,
-            since=time.time() - (time.monotonic() - place.since),
+            step=position.step,
+            phase=position.phase,
+            work=position.work,
+            turns=position.turns,
+            since=time.time() - (time.monotonic() - position.since),
             step_seconds=self.durations[-1] if self.durations else None,
             hung=self.hung,
             ended=self.ended,
-            pid_space=pid_space(),
-            **self.own,
+            pid_space=pid_namespace(),
+            **self.own_seconds,
         )
         with self._writing:
             try:
@@ -156,7 +157,7 @@ class Heartbeat:
             except OSError as error:
                 if not self._warned:
                     self._warned = True
-                    self._warn(f"{self.folder}: no heartbeat can be written: {error.strerror}")
+                    self._warn(f"{self.folder}: cannot write the heartbeat: {error.strerror}")
 
     def _keep_beating(self) -> None:
         tick, next_beat = min(_TICK, self._period), 0.0
@@ -165,8 +166,8 @@ class Heartbeat:
                 self.beat()
                 next_beat = time.monotonic() + self._period
             with suppress(OSError, RuntimeError):
-                self.each_tick()
-            if self._leave.wait(tick):
+                self.on_tick()
+            if self._stop.wait(tick):
                 return
 
     def __enter__(self) -> Heartbeat:
@@ -176,15 +177,15 @@ class Heartbeat:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._leave.set()
-        self._thread.join(self._period)  # a disk that hangs must not hold up the end
+        self._stop.set()
+        self._thread.join(self._period)  # a disk that hangs must not delay the end
         self.ended = True
         if not self._thread.is_alive():
             self.beat()
 
 
-def pid_space() -> str:
-    """What differs between two places where one number means two processes: hosts, containers."""
+def pid_namespace() -> str:
+    """Identify the host's boot and the PID namespace, within which PIDs are unique."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -192,7 +193,7 @@ def pid_space() -> str:
 
 
 def clear_ranks(run: Path) -> None:
-    """Remove what the ranks of an earlier start left; for rank 0, before any begins to beat."""
+    """Remove the files of an earlier start; rank 0 calls it before any rank's first heartbeat."""
     folder = run / "ranks"
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -201,12 +202,12 @@ def clear_ranks(run: Path) -> None:
 
 
 def read_heartbeats(run: Path) -> dict[int, HeartbeatRecord]:
-    """The last word of each rank; a file that cannot be understood is passed over."""
+    """Read the heartbeat of each rank; unreadable files are skipped."""
     beats = {}
-    known = {field.name for field in fields(HeartbeatRecord)}
+    names = {field.name for field in fields(HeartbeatRecord)}
     for path in sorted((run / "ranks").glob("rank-*.json")):
         with suppress(OSError, ValueError, TypeError, AttributeError):
             values = json.loads(path.read_text())
-            beat = HeartbeatRecord(**{key: value for key, value in values.items() if key in known})
+            beat = HeartbeatRecord(**{key: value for key, value in values.items() if key in names})
             beats[beat.rank] = beat
     return beats

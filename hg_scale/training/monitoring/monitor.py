@@ -1,4 +1,4 @@
-"""Heartbeat, watchdog and stragglers of a rank, as the loop sees them."""
+"""Heartbeat, watchdog and straggler table of a rank, behind one interface for the training loop."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from hg_scale.config.schema import Config
 from hg_scale.parallel.launch import Launch
 from hg_scale.training.agreement import run_on_all_ranks
 from hg_scale.training.monitoring.heartbeat import Heartbeat, RunPhase, clear_ranks
-from hg_scale.training.monitoring.stragglers import OwnTime, Stragglers
-from hg_scale.training.monitoring.watchdog import Watchdog, clear_alarm, limit_of, period_of
+from hg_scale.training.monitoring.stragglers import RankTimer, Stragglers
+from hg_scale.training.monitoring.watchdog import (
+    Watchdog,
+    clear_alarm,
+    hang_limit,
+    heartbeat_period,
+)
 
 if TYPE_CHECKING:
     from hg_scale.training.console import Console
@@ -22,48 +27,48 @@ if TYPE_CHECKING:
 
 
 class Monitor:
-    """What training tells those who watch it; a few microseconds a step."""
+    """Receives the progress of the training loop; costs a few microseconds per step."""
 
     def __init__(
-        self, config: Config, heart: Heartbeat, own: OwnTime, stragglers: Stragglers
+        self, config: Config, heartbeat: Heartbeat, timer: RankTimer, stragglers: Stragglers
     ) -> None:
         self._config = config
-        self._heart, self._own, self._stragglers = heart, own, stragglers
+        self._heartbeat, self._timer, self._stragglers = heartbeat, timer, stragglers
 
     @property
-    def patience(self) -> float:
-        """Seconds after which the next step is ended as hanging, with the names of who is late.
+    def step_limit(self) -> float:
+        """Seconds after which the watchdog ends the next step as hanging.
 
-        0: never, or not before `parallel.timeout`, which is set below all limits.
+        0 if the watchdog is off, or if `parallel.timeout` is below all of its limits.
         """
         watchdog = self._config.watchdog
         if not watchdog.factor or self._config.parallel.timeout < watchdog.at_least:
             return 0.0
-        return limit_of(watchdog, "step", list(self._heart.durations)).seconds
+        return hang_limit(watchdog, "step", list(self._heartbeat.durations)).seconds
 
     def enter(self, phase: RunPhase, step: int) -> None:
-        """A step begins, or a pause after one."""
-        self._heart.enter(phase, step)
+        """Begin a step, or a phase after step `step`."""
+        self._heartbeat.enter(phase, step)
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Around all steps. However they end, what follows is the end: a save may be under way, for
-        longer than a step may take."""
+        """Surround all steps. Afterwards, also after an error, the phase is "end": a save that is
+        still being written may take longer than a step."""
         try:
             yield
         finally:
-            self._heart.enter("end", self._heart.place.step)
+            self._heartbeat.enter("end", self._heartbeat.position.step)
 
     def reading(self) -> AbstractContextManager[None]:
-        """Around what this rank reads of a step's data."""
-        return self._own.reading()
+        """Surround the reading of a step's data on this rank."""
+        return self._timer.reading()
 
     def attach(self, engine: Engine) -> None:
-        """Clock the engine's forward."""
-        self._own.attach(engine.model)
+        """Time the forward passes of the engine."""
+        self._timer.attach(engine.model)
 
     def record(self) -> dict[str, Any]:
-        """Figures for a logged step. A collective operation of all ranks."""
+        """Return the straggler metrics of a logged step. A collective of all ranks."""
         return self._stragglers.record()
 
 
@@ -71,10 +76,7 @@ class Monitor:
 def monitor_run(
     config: Config, run: Path, launch: Launch, console: Console, device: torch.device
 ) -> Iterator[Monitor]:
-    """While this lasts, the rank's heart beats and its watchdog watches.
-
-    A collective operation of all ranks, at the beginning.
-    """
+    """Run heartbeat and watchdog of this rank. Entering is a collective of all ranks."""
 
     def clear() -> None:
         if launch.rank == 0:
@@ -84,8 +86,10 @@ def monitor_run(
     run_on_all_ranks(clear, device)
     per_stage = launch.world_size // config.parallel.pipeline
     warn: Callable[[str], None] = console.warn
-    heart = Heartbeat(run, launch.rank, launch.world_size, warn, period_of(config.watchdog))
-    own = OwnTime(heart, device)
-    stragglers = Stragglers(heart, own, device, per_stage, config.watchdog.slow_rank, warn)
-    with heart, Watchdog(heart, config.watchdog, run, per_stage, console.print_unlocked):
-        yield Monitor(config, heart, own, stragglers)
+    period = heartbeat_period(config.watchdog)
+    heartbeat = Heartbeat(run, launch.rank, launch.world_size, warn, period)
+    timer = RankTimer(heartbeat, device)
+    stragglers = Stragglers(heartbeat, timer, device, per_stage, config.watchdog.slow_rank, warn)
+    watchdog = Watchdog(heartbeat, config.watchdog, run, per_stage, console.print_unlocked)
+    with heartbeat, watchdog:
+        yield Monitor(config, heartbeat, timer, stragglers)

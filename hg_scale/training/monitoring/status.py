@@ -1,4 +1,4 @@
-"""How a run is doing, from the files of its folder: on any machine that sees them; no torch."""
+"""State of a run, read from the files of its folder on any machine that sees them; no torch."""
 
 from __future__ import annotations
 
@@ -20,45 +20,46 @@ from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import find_latest
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import meaning
-from hg_scale.training.console import format_duration, short_number
+from hg_scale.training.console import format_duration, format_rate
 from hg_scale.training.monitoring.heartbeat import PERIOD, STALE, HeartbeatRecord, read_heartbeats
 from hg_scale.training.monitoring.stalled_ranks import describe_stalled
 
-QUIET_LINES, QUIET_SECONDS = 10, 600  # a run that logs nothing for both is taken for dead
-_SHOWN = 4  # ranks named in a line
+QUIET_LINES, QUIET_SECONDS = 10, 600  # a run that logs nothing for both counts as dead
+_MAX_NAMED = 4  # ranks named in a line
 _TAIL_BYTES = 64 * 1024
-_BAD_WORDS = ("error", "Traceback", "warning", "exit code", "Killed", "CANCELLED", "not saved")
+_ERROR_WORDS = ("error", "Traceback", "warning", "exit code", "Killed", "CANCELLED", "not saved")
 
 
 @dataclass(frozen=True)
-class Status:
-    """What `hg-scale status` shows, label by label; `alive` None where the files do not say."""
+class RunStatus:
+    """Output of `hg-scale status`: `lines` by label. `alive` is None if the files do not tell."""
 
     alive: bool | None
     lines: dict[str, str]
     errors: list[str]
 
 
-def status_of(run: Path, now: float | None = None, last_errors: int = 5) -> Status:
-    """Raises UserError where `run` is no run folder. `now`: seconds since 1970."""
+def read_status(run: Path, now: float | None = None, last_errors: int = 5) -> RunStatus:
+    """Read the status of a run folder. `now`: seconds since 1970. Raises UserError."""
     now = time.time() if now is None else now
-    names = ("config.json", "metrics.jsonl", "jobs.jsonl", "ranks")  # the last from the start on
+    names = ("config.json", "metrics.jsonl", "jobs.jsonl", "ranks")
     if not any((run / name).exists() for name in names):
         raise UserError(f"{run} is not a run folder: no {', '.join(names[:-1])} or {names[-1]}")
-    records = list(_lines_of(run / "metrics.jsonl"))
-    jobs = list(_lines_of(run / "jobs.jsonl"))
+    records = list(_read_records(run / "metrics.jsonl"))
+    jobs = list(_read_records(run / "jobs.jsonl"))
     steps = [record for record in records if "loss" in record]
     total = _total_steps(run)
     beats = read_heartbeats(run)
-    alive, why = liveness(steps, jobs, now, total, beats)
-    lines = {"state": f"{'alive' if alive else 'not running' if alive is False else '?'}: {why}"}
+    alive, reason = liveness(steps, jobs, now, total, beats)
+    state = "alive" if alive else "not running" if alive is False else "?"
+    lines = {"state": f"{state}: {reason}"}
     if steps:
         lines |= _progress(steps, total)
-    held_out = [record for record in records if "validation_loss" in record]
-    if held_out:
-        last = held_out[-1]
+    validations = [record for record in records if "validation_loss" in record]
+    if validations:
+        last = validations[-1]
         lines["validation"] = (
-            f"{last['validation_bits_per_byte']:.4f} bits a byte at step {last['step']:,}"
+            f"{last['validation_bits_per_byte']:.4f} bits per byte at step {last['step']:,}"
         )
     if alive and beats:
         lines["ranks"] = describe_ranks(beats, now, _stages(run))
@@ -69,8 +70,9 @@ def status_of(run: Path, now: float | None = None, last_errors: int = 5) -> Stat
         lines["restarts"] = _restarts(jobs)
         if alive and (ends := jobs[-1].get("ends")):
             lines["job ends"] = f"in {format_duration(max(0, ends - now))}"
-    ends = [] if alive else _ends(run, beats)
-    return Status(alive, lines, [*_errors(run, jobs), *_hangs(run, now), *ends][-last_errors:])
+    ends = [] if alive else _rank_ends(run, beats)
+    errors = [*_log_errors(run, jobs), *_hangs(run, now), *ends]
+    return RunStatus(alive, lines, errors[-last_errors:])
 
 
 def liveness(
@@ -80,18 +82,18 @@ def liveness(
     total: int | None,
     beats: Mapping[int, HeartbeatRecord] = MappingProxyType({}),
 ) -> tuple[bool | None, str]:
-    """Whether the run is at work, and how one knows: Slurm's word, heartbeats, or the last line."""
-    at_work = [beat for beat in beats.values() if not beat.ended and not beat.killed]
-    pulse = max((beat.time for beat in at_work), default=None)
+    """Whether the run is alive, and the evidence: Slurm, heartbeats, or the last logged line."""
+    running = [beat for beat in beats.values() if not beat.ended and not beat.killed]
+    pulse = max((beat.time for beat in running), default=None)
     beating = pulse is not None and now - pulse < STALE
-    # After the last step there is still a save and a validation.
+    # While it still beats, a save or a validation after the last step is in progress.
     if steps and total and steps[-1]["step"] >= total and not beating:
         return False, "trained to the last step"
     last_job = jobs[-1] if jobs else None
-    # A heartbeat since then is of another job, beside which that one was refused.
+    # A later heartbeat is of another job: this one was refused while that one was running.
     outlived = pulse is not None and last_job is not None and pulse > last_job["time"] + PERIOD
     if last_job and last_job["event"] == "end" and not outlived:
-        # Requeued by its script, or since by Slurm itself, as after a node failed.
+        # Requeued by its script, or later by Slurm itself, for instance after a node failure.
         waits = last_job.get("requeued") or queue_state(last_job["job"]) == "PENDING"
         again = ", waiting to start again" if waits else ""
         return False, f"job {last_job['job']} ended: {meaning(last_job['code'])}{again}"
@@ -105,47 +107,48 @@ def liveness(
         killed = [_name(rank, beats) for rank, beat in beats.items() if beat.killed]
         if not killed:
             return False, f"all ranks ended, {ago} ago"
-        how = "by the watchdog" if any(beat.hung for beat in beats.values()) else "without a word"
-        return False, f"{_some(killed)} ended {how}, last heartbeat {ago} ago"
+        hung = any(beat.hung for beat in beats.values())
+        how = "ended by the watchdog" if hung else "died without reporting an error"
+        return False, f"{_shorten_list(killed)} {how}, last heartbeat {ago} ago"
     last = max((r["time"] for r in (*steps[-1:], *jobs[-1:]) if "time" in r), default=None)
     if last is None:
         return None, "nothing logged yet"
     silent, limit = now - last, QUIET_SECONDS
-    pace = [b["time"] - a["time"] for a, b in pairwise(steps[-11:])]
-    if pace:
-        limit = max(limit, QUIET_LINES * statistics.median(pace))
-    said = f"last line {format_duration(silent)} ago"
-    return silent < limit, said if silent < limit else f"{said}, which is too long"
+    intervals = [b["time"] - a["time"] for a, b in pairwise(steps[-11:])]
+    if intervals:
+        limit = max(limit, QUIET_LINES * statistics.median(intervals))
+    last_line = f"last line {format_duration(silent)} ago"
+    return silent < limit, last_line if silent < limit else f"{last_line}, which is too long"
 
 
 def describe_ranks(beats: Mapping[int, HeartbeatRecord], now: float, stages: int = 1) -> str:
-    """What the ranks are doing, and which the others wait for, or which are gone."""
+    """Describe what the ranks are doing, and which ranks the others wait for or which are gone."""
     world = max(beat.world_size for beat in beats.values())
-    doing = Counter(beat.doing for beat in beats.values() if not beat.ended)
-    said = ", ".join(f"{count} of {world} {what}" for what, count in doing.most_common(3))
+    counts = Counter(beat.activity for beat in beats.values() if not beat.ended)
+    activities = ", ".join(f"{count} of {world} {name}" for name, count in counts.most_common(3))
     since = format_duration(max(0, now - min(beat.since for beat in beats.values())))
-    late = describe_stalled(beats, max(1, world // stages), now, silent=STALE)
-    # In a step that takes no longer than usual it says nothing.
+    stalled = describe_stalled(beats, max(1, world // stages), now, silent=STALE)
+    # Ranks are at different positions in any step; that means something only in a slow one.
     usual = max((beat.step_seconds or 0 for beat in beats.values()), default=0)
     slow = now - min(beat.since for beat in beats.values()) > max(STALE, 2 * usual)
     gone = len(beats) < world or any(b.ended or now - b.time > STALE for b in beats.values())
-    return f"{said}, for {since}" + (f"; {late}" if late and (slow or gone) else "")
+    return f"{activities}, for {since}" + (f"; {stalled}" if stalled and (slow or gone) else "")
 
 
 def slow_ranks(run: Path, beats: Mapping[int, HeartbeatRecord]) -> str | None:
-    """Those of the last table that are slower than the median of their stage; None: no table."""
+    """Describe the slow ranks of the last straggler table; None without a table."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         table = json.loads((run / "ranks" / "stragglers.json").read_text())
         rows = sorted(table["ranks"], key=lambda row: -row["ratio"])
         slow = [row for row in rows if row["ratio"] >= table["threshold"] > 0]
-        said = [
+        described = [
             f"{_name(row['rank'], beats)} {row['ratio']:.2f} x the median (data "
-            f"{row['data_seconds']:.3g} s, forward {row['forward_seconds']:.3g} s a step)"
+            f"{row['data_seconds']:.3g} s, forward {row['forward_seconds']:.3g} s per step)"
             for row in slow
         ]
-        first = rows[0]
-        none = f"none; {_name(first['rank'], beats)} takes {first['ratio']:.2f} x the median"
-        return (_some(said) or none) + f", at step {table['step']:,}"
+        slowest = rows[0]
+        none = f"none; {_name(slowest['rank'], beats)} takes {slowest['ratio']:.2f} x the median"
+        return (_shorten_list(described) or none) + f", at step {table['step']:,}"
     return None
 
 
@@ -153,14 +156,14 @@ def _name(rank: int, beats: Mapping[int, HeartbeatRecord]) -> str:
     return f"rank {rank} ({beats[rank].host})" if rank in beats else f"rank {rank}"
 
 
-def _some(names: list[str]) -> str:
-    """The first of them, and how many more there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+def _shorten_list(names: list[str]) -> str:
+    """Join the first names and the number of the others."""
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + more
 
 
 def queue_state(job: str) -> str | None:
-    """What Slurm says of a job (7, or 7_2 of an array); None without it, or where it knows none."""
+    """Return Slurm's state of a job (7, or 7_2 of an array); None if it is unknown."""
     if shutil.which("squeue") is None:
         return None
     with suppress(OSError, subprocess.TimeoutExpired):
@@ -177,15 +180,15 @@ def _progress(steps: list[dict[str, Any]], total: int | None) -> dict[str, str]:
     of = f" of {total:,}" if total else ""
     lines = {"step": f"{last['step']:,}{of}"}
     if last.get("loss") is not None:
-        lines["loss"] = f"{last['loss']:.4f}, {last['bits_per_byte']:.4f} bits a byte"
+        lines["loss"] = f"{last['loss']:.4f}, {last['bits_per_byte']:.4f} bits per byte"
     if last.get("tokens_per_second"):
-        lines["speed"] = f"{short_number(last['tokens_per_second'])} tokens/s"
+        lines["speed"] = f"{format_rate(last['tokens_per_second'])} tokens/s"
         lines["speed"] += f", MFU {last['mfu']:.1%}" if last.get("mfu") is not None else ""
     seconds = [r["step_seconds"] for r in steps[-20:] if r.get("step_seconds")]
     if total and seconds and last["step"] < total:
         lines["time left"] = format_duration((total - last["step"]) * statistics.median(seconds))
     if last.get("skipped_steps"):
-        lines["skipped"] = f"{last['skipped_steps']} steps that were bad"
+        lines["skipped"] = f"{last['skipped_steps']} bad steps"
     return lines
 
 
@@ -207,31 +210,31 @@ def _restarts(jobs: list[dict[str, Any]]) -> str:
     return f"{max(0, len(starts) - 1)}" + (f" ({reasons})" if reasons else "")
 
 
-def _errors(run: Path, jobs: list[dict[str, Any]]) -> list[str]:
-    """Telling lines of the newest job's log."""
+def _log_errors(run: Path, jobs: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of the newest job's log that contain an error word."""
     logs = [Path(job["log"]) for job in jobs if job.get("log")]
     if not logs or not logs[-1].is_file():
         return []
     with logs[-1].open("rb") as file:
         file.seek(max(0, logs[-1].stat().st_size - _TAIL_BYTES))
         lines = file.read().decode("utf-8", "replace").splitlines()
-    return [line for line in lines if any(w.lower() in line.lower() for w in _BAD_WORDS)]
+    return [line for line in lines if any(w.lower() in line.lower() for w in _ERROR_WORDS)]
 
 
 def _hangs(run: Path, now: float) -> list[str]:
-    """What the watchdog said last."""
-    said = list(_lines_of(run / "watchdog.jsonl"))[-1:]
-    return [f"watchdog, {format_duration(max(0, now - s['time']))} ago: {s['line']}" for s in said]
+    """Return the last report of the watchdog, if there is one."""
+    last = list(_read_records(run / "watchdog.jsonl"))[-1:]
+    return [f"watchdog, {format_duration(max(0, now - r['time']))} ago: {r['line']}" for r in last]
 
 
-def _ends(run: Path, beats: Mapping[int, HeartbeatRecord]) -> list[str]:
-    """What ranks of the last start said that ended by a fault of their own."""
-    said = []
+def _rank_ends(run: Path, beats: Mapping[int, HeartbeatRecord]) -> list[str]:
+    """Return the errors of ranks of the last start that ended by an error of their own."""
+    ends = []
     for rank in sorted(beats):
         with suppress(OSError, ValueError, KeyError, TypeError):
             end = json.loads((run / "ranks" / f"rank-{rank:05}.end").read_text())
-            said.append(f"rank {rank} ended with exit code {int(end['code'])}: {end['line']}")
-    return said
+            ends.append(f"rank {rank} ended with exit code {int(end['code'])}: {end['line']}")
+    return ends
 
 
 def _stages(run: Path) -> int:
@@ -246,8 +249,8 @@ def _total_steps(run: Path) -> int | None:
     return None
 
 
-def _lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole lines of a file of JSON objects; one half written is passed over."""
+def _read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON-lines file; incomplete lines are skipped."""
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

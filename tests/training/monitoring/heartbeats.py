@@ -1,4 +1,4 @@
-"""Heartbeats written by hand."""
+"""Heartbeat records made by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEALTHY: dict[str, Any] = {
 
 
 def make_beats(*changes: dict[str, Any]) -> dict[int, HeartbeatRecord]:
-    """One for each of `changes`, of a rank that is well otherwise, on hosts n0, n1, ..."""
+    """Return a healthy record changed by each of `changes`, for ranks on hosts n0, n1, ..."""
     beats = {}
     for rank, change in enumerate(changes):
         values = {**HEALTHY, "world_size": len(changes), **change}
@@ -26,7 +26,7 @@ def make_beats(*changes: dict[str, Any]) -> dict[int, HeartbeatRecord]:
 
 
 def write_beats(run: Path, beats: dict[int, HeartbeatRecord]) -> None:
-    """As the ranks do."""
+    """Write the heartbeat files as the ranks do."""
     (run / "ranks").mkdir(parents=True, exist_ok=True)
     for rank, beat in beats.items():
         write_json(run / "ranks" / f"rank-{rank:05}.json", asdict(beat))

@@ -1,4 +1,4 @@
-"""Who is slow."""
+"""Slow ranks, by their own time."""
 
 from __future__ import annotations
 
@@ -12,52 +12,52 @@ import torch
 from torch import nn
 
 from hg_scale.training.monitoring.heartbeat import Heartbeat, clear_ranks, read_heartbeats
-from hg_scale.training.monitoring.stragglers import OwnTime, Stragglers, compare
+from hg_scale.training.monitoring.stragglers import RankTimer, Stragglers, compare_within_stages
 from tests.runs import records, train_in
 from tests.world import Worlds
 
 CPU = torch.device("cpu")
 
 
-def test_ranks_are_compared_with_their_stage() -> None:
-    ratios, medians = compare([1.0, 2.0, 1.0, 1.0, 8.0, 4.0, 4.0, 2.0], per_stage=4)
+def test_ranks_are_compared_with_the_median_of_their_stage() -> None:
+    ratios, medians = compare_within_stages([1.0, 2.0, 1.0, 1.0, 8.0, 4.0, 4.0, 2.0], per_stage=4)
     assert medians == [1.0, 4.0]
     assert ratios == [1.0, 2.0, 1.0, 1.0, 2.0, 1.0, 1.0, 0.5]
-    assert compare([1.0, 1.5], 2) == ([1.0, 1.5], [1.0])  # of two, by the faster one
-    assert compare([0.0, 3.0], 1) == ([1.0, 1.0], [0.0, 3.0])
+    assert compare_within_stages([1.0, 1.5], 2) == ([1.0, 1.5], [1.0])  # the lower median
+    assert compare_within_stages([0.0, 3.0], 1) == ([1.0, 1.0], [0.0, 3.0])
 
 
-def test_own_time_is_that_of_reading_and_of_forward_in_training(tmp_path: Path) -> None:
-    places: list[Any] = []
-    heart = Heartbeat(tmp_path, 0, 1, print)
+def test_timer_measures_reading_and_forward_in_training_mode(tmp_path: Path) -> None:
+    positions: list[Any] = []
+    heartbeat = Heartbeat(tmp_path, 0, 1, print)
 
     class Slow(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            places.append((heart.place.work, heart.place.turns))
+            positions.append((heartbeat.position.work, heartbeat.position.turns))
             time.sleep(0.02)
             return x
 
     module = Slow()
-    own = OwnTime(heart, CPU)
-    own.attach(module)
+    timer = RankTimer(heartbeat, CPU)
+    timer.attach(module)
     for step in (1, 2):
-        heart.enter("step", step)
-        with own.reading():
-            places.append((heart.place.work, heart.place.turns))
+        heartbeat.enter("step", step)
+        with timer.reading():
+            positions.append((heartbeat.position.work, heartbeat.position.turns))
             time.sleep(0.05)
         module(torch.zeros(1))
         module(torch.zeros(1))
     module.eval()
     module(torch.zeros(1))
-    data, forward = own.collect()
+    data, forward = timer.collect()
     # Means over two steps, of one reading and of two forwards each; sleeps are never shorter.
     assert data >= 0.05 and forward >= 0.04
-    assert places == [("data", 1), ("forward", 3), ("forward", 5)] * 2 + [("forward", 7)]
-    assert own.collect() == (0.0, 0.0)
+    assert positions == [("data", 1), ("forward", 3), ("forward", 5)] * 2 + [("forward", 7)]
+    assert timer.collect() == (0.0, 0.0)
 
 
-class Clock:
-    """An `OwnTime` with times of our own."""
+class FixedTimer:
+    """A stand-in for `RankTimer` with given times."""
 
     def __init__(self, times: list[tuple[float, float]]) -> None:
         self.times = iter(times)
@@ -67,24 +67,23 @@ class Clock:
 
 
 def slow_on_rank_1(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Ten logged steps; rank 1 is slow in the first one, from the third to the eighth, and last."""
-    rank, told = torch.distributed.get_rank(), []  # type: ignore[var-annotated]
+    """Log ten steps; rank 1 is slow in the 1st, 3rd to 8th and 10th. Records and warnings."""
+    rank, warnings = torch.distributed.get_rank(), []  # type: ignore[var-annotated]
     slow = [True, False, *[True] * 6, False, True]
     times = [(0.25, 0.5) if s and rank == 1 else (0.0, 0.5) for s in slow]
-    heart = Heartbeat(folder, rank, 3, print)
-    heart.enter("step", 7)
-    clock: Any = Clock(times)
-    table = Stragglers(heart, clock, CPU, 3, 1.3, told.append)
-    records = [table.record() for _ in times]
-    heart.host = "n1"
-    assert heart.own == {"data_seconds": times[-1][0], "forward_seconds": 0.5}
+    heartbeat = Heartbeat(folder, rank, 3, print)
+    heartbeat.enter("step", 7)
+    timer: Any = FixedTimer(times)
+    stragglers = Stragglers(heartbeat, timer, CPU, 3, 1.3, warnings.append)
+    records = [stragglers.record() for _ in times]
+    assert heartbeat.own_seconds == {"data_seconds": times[-1][0], "forward_seconds": 0.5}
     if rank == 0:
         clear_ranks(folder)
-        heart.beat()
-    return records, told
+        heartbeat.beat()
+    return records, warnings
 
 
-def test_a_rank_that_stays_slow_says_so_once(
+def test_a_rank_that_stays_slow_warns_once(
     worlds: Worlds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = worlds.run(3, slow_on_rank_1, tmp_path)
@@ -92,10 +91,10 @@ def test_a_rank_that_stays_slow_says_so_once(
         ratios = [record["slowest_ratio"] for record in logged]
         assert ratios == [1.5, 1.0, *[1.5] * 6, 1.0, 1.5]
         assert [r["slowest_rank"] for r in logged if r["slowest_ratio"] > 1] == [1] * 8
-    assert [len(told) for _, told in results] == [0, 1, 0]
+    assert [len(warnings) for _, warnings in results] == [0, 1, 0]
     (line,) = results[1][1]
-    assert "is slow, 1.50 x the others of its stage" in line
-    assert "0.25 s of reading data and 0.5 s of forward, and the median of them 0.5 s" in line
+    assert "is slow, 1.50 x the median of its pipeline stage: 0.25 s of reading data and " in line
+    assert line.endswith(" and 0.5 s of forward per step, median 0.5 s in all")
     table = json.loads((tmp_path / "ranks" / "stragglers.json").read_text())
     assert (table["step"], table["threshold"]) == (7, 1.3)
     assert table["ranks"][1] == {
@@ -103,13 +102,13 @@ def test_a_rank_that_stays_slow_says_so_once(
     }  # fmt: skip
 
 
-def test_one_rank_has_nobody_to_be_compared_with(tmp_path: Path) -> None:
-    heart = Heartbeat(tmp_path, 0, 1, print)
-    table = Stragglers(heart, OwnTime(heart, CPU), CPU, 1, 1.3, print)
-    assert table.record() == {} and heart.table is None
+def test_a_single_rank_has_no_table(tmp_path: Path) -> None:
+    heartbeat = Heartbeat(tmp_path, 0, 1, print)
+    stragglers = Stragglers(heartbeat, RankTimer(heartbeat, CPU), CPU, 1, 1.3, print)
+    assert stragglers.record() == {} and heartbeat.table is None
 
 
-def test_a_pipeline_s_stages_are_clocked_and_not_compared(
+def test_pipeline_stages_are_timed_but_not_compared(
     worlds: Worlds, config: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

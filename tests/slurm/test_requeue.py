@@ -1,7 +1,7 @@
-"""What the launcher makes of each way that a training job ends, under a real Slurm.
+"""Which exit codes and events requeue a training job, under a real Slurm.
 
-The ranks are a script that ends as told, so that a case takes no memory; what training itself does
-is tested in `test_training.py`.
+The ranks are a script with given exit codes, which needs no memory. `test_training.py` tests
+training itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 Environment = dict[str, str]
 Start = Callable[..., int]
 
-# Passes the check; then ends as the file `ends` says for this start, once a word a start.
+# Passes the check; then ends as the file $ENDS lists, one word per start.
 RANK = """#!/bin/bash
 for word in "$@"; do [[ $word == --check ]] && exit 0; done
 echo "rank $SLURM_PROCID start ${SLURM_RESTART_COUNT:-0} runs $1 $(cksum <"$1")"
@@ -43,9 +43,9 @@ esac
 
 @pytest.fixture
 def start(cluster: Cluster, job_environment: Environment, elsewhere: Path, tmp_path: Path) -> Start:
-    """`start(end, ...)` submits a job of two tasks that ends so at each of its starts.
+    """`start(end, ...)` submits a job of two tasks with one given end for each of its starts.
 
-    From a copy of the repository, in which the first rank edits `train.py`.
+    It runs from a copy of the repository, in which rank 0 edits `train.py`.
     """
     for name in ("hg_scale", "configs", "data_prep", "slurm"):
         shutil.copytree(
@@ -81,7 +81,7 @@ def journal(folder: Path) -> list[tuple[int, str, int | None]]:
 
 
 def wait_for_log(folder: Path, text: str, timeout: float = 60) -> None:
-    """Until a job has said so."""
+    """Wait until a job has logged `text`."""
     end = time.monotonic() + timeout
     while text not in log_of(folder):
         assert time.monotonic() < end, log_of(folder)
@@ -89,7 +89,7 @@ def wait_for_log(folder: Path, text: str, timeout: float = 60) -> None:
 
 
 @pytest.mark.parametrize("code", [FAILED, CONFIG_ERROR, GAVE_UP])
-def test_what_trying_again_would_not_mend_is_not_requeued(
+def test_errors_that_a_restart_cannot_fix_are_not_requeued(
     cluster: Cluster,
     start: Start,
     elsewhere: Path,
@@ -102,7 +102,7 @@ def test_what_trying_again_would_not_mend_is_not_requeued(
     assert not (elsewhere / "run" / "finished").exists()
 
 
-def test_saved_and_lost_jobs_start_again_with_the_code_of_their_first_start(
+def test_saved_and_lost_jobs_restart_with_the_code_of_their_first_start(
     cluster: Cluster,
     start: Start,
     elsewhere: Path,
@@ -116,19 +116,19 @@ def test_saved_and_lost_jobs_start_again_with_the_code_of_their_first_start(
     assert codes == [REQUEUE, LOST, 128 + signal.SIGKILL, 0], log
     edited = (tmp_path / "repository" / "hg_scale" / "train.py").read_text()
     assert edited.count("# edited") == 4
-    told = {line.split(" runs ")[1] for line in log.splitlines() if line.startswith("rank ")}
-    assert len(told) == 1 and f"/run/code/{job}/hg_scale/train.py" in told.pop()
+    scripts = {line.split(" runs ")[1] for line in log.splitlines() if line.startswith("rank ")}
+    assert len(scripts) == 1 and f"/run/code/{job}/hg_scale/train.py" in scripts.pop()
     assert (elsewhere / "run" / "finished").exists()
 
 
-def test_the_environment_of_a_rank(
+def test_environment_of_a_rank(
     cluster: Cluster,
     start: Start,
     elsewhere: Path,
     tmp_path: Path,
     job_environment: Environment,
 ) -> None:
-    """Where they meet, node-local caches, the CPUs of the batch script, no Slurm on the path."""
+    """Rendezvous, node-local caches, the CPUs of the batch script, no Slurm on the PATH."""
     job = start(0)
     assert cluster.wait(job)["JobState"] == "COMPLETED", log_of(elsewhere)
     for rank in range(2):
@@ -145,10 +145,10 @@ def test_the_environment_of_a_rank(
         assert int(found["HG_END_TIME"]) > time.time()
 
 
-def test_sixty_four_tasks_are_laid_out_as_the_mesh_wants_them(
+def test_ranks_of_64_tasks_are_adjacent_within_a_node(
     cluster: Cluster, start: Start, elsewhere: Path, tmp_path: Path
 ) -> None:
-    """The script as it stands, but for the cores that a pretend node lacks: 8 tasks on each."""
+    """With the unchanged script but fewer cores, which a fake node lacks: 8 tasks per node."""
     job = start(0, options=("--cpus-per-task=1",))
     assert cluster.wait(job)["JobState"] == "COMPLETED", log_of(elsewhere)
     log = log_of(elsewhere)
@@ -157,14 +157,14 @@ def test_sixty_four_tasks_are_laid_out_as_the_mesh_wants_them(
         lines = (tmp_path / f"ends.env-{rank}").read_text().splitlines()
         found = dict(line.split("=", 1) for line in lines if "=" in line)
         assert Launch.from_environment(found) == Launch(rank, 64, rank % 8)
-        assert found["SLURM_NODEID"] == str(rank // 8)  # a node's ranks are adjacent
+        assert found["SLURM_NODEID"] == str(rank // 8)
         assert found["SLURM_STEP_TASKS_PER_NODE"] == "8(x8)"
 
 
-def test_elements_of_an_array_are_requeued_one_by_one(
+def test_array_elements_are_requeued_individually(
     cluster: Cluster, start: Start, elsewhere: Path
 ) -> None:
-    """The last one's number is also that of the whole array."""
+    """The job id of the last element is also that of the whole array."""
     (elsewhere / "points.txt").write_text("training.seed=1\ntraining.seed=2\n")
     array = ("--nodes=1", "--ntasks-per-node=1", "--array=1-2")
     job = start(REQUEUE, name="sweep_array.sh", options=array, POINTS="points.txt")
@@ -180,7 +180,7 @@ def test_elements_of_an_array_are_requeued_one_by_one(
     assert [path.name for path in (elsewhere / "runs/points/code").iterdir()] == [str(job)]
 
 
-def test_words_that_belong_into_variables_are_refused(
+def test_options_that_are_set_by_variables_are_refused(
     cluster: Cluster, elsewhere: Path, job_environment: Environment
 ) -> None:
     script = launcher("train_1node.sh")
@@ -192,7 +192,7 @@ def test_words_that_belong_into_variables_are_refused(
     assert not (elsewhere / "runs").exists()
 
 
-def test_without_progress_a_job_gives_up(
+def test_a_job_without_a_new_checkpoint_gives_up(
     cluster: Cluster,
     start: Start,
     elsewhere: Path,
@@ -203,8 +203,10 @@ def test_without_progress_a_job_gives_up(
     assert "started 2 times without getting past checkpoint none: gave up" in log_of(elsewhere)
 
 
-def test_a_preemption_is_no_start_in_vain(cluster: Cluster, start: Start, elsewhere: Path) -> None:
-    """However often, and before the first checkpoint; what follows counts again."""
+def test_a_preemption_does_not_count_as_a_restart(
+    cluster: Cluster, start: Start, elsewhere: Path
+) -> None:
+    """However often, even before the first checkpoint; later losses count again."""
     job = start("waits", "waits", LOST, LOST, HG_MAX_RESTARTS="1")
     for restarts in range(2):
         cluster.wait_for(job, {"RUNNING"}, 120)
@@ -230,7 +232,7 @@ def test_a_cancelled_job_stays_cancelled(
     assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0"), log_of(elsewhere)
 
 
-def test_a_lost_node_s_job_starts_again_on_others(
+def test_a_job_that_lost_a_node_restarts_on_others(
     cluster: Cluster,
     start: Start,
     elsewhere: Path,

@@ -1,9 +1,9 @@
-"""What heartbeat, watchdog and straggler table cost a run of short steps.
+"""Overhead of heartbeat, watchdog and straggler table in a run of short steps.
 
-    OMP_NUM_THREADS=1 python benchmarks/watching.py [--ranks 2] [--rounds 20]
+    OMP_NUM_THREADS=1 python benchmarks/monitoring.py [--ranks 2] [--rounds 20]
 
-In turn, in one run: steps without them; steps with them; and steps with them and the collective
-operation of a logged step each. Figures are medians, and ratios of them.
+Alternates, in one run, steps without monitoring, steps with it, and steps that are also logged,
+which adds a collective to each. Prints medians and their ratios.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-BLOCK = 20  # steps in a row
+BLOCK = 20  # steps of one kind in a row
 
 
 def measure(rank: int, options: argparse.Namespace, folder: str) -> None:
@@ -50,7 +50,7 @@ def measure(rank: int, options: argparse.Namespace, folder: str) -> None:
         ids = torch.randint(0, 256, (engine.local_batch_size, 33))
         console = Console(1, rank=rank, stream=terminal)
         launch = Launch(rank, options.ranks, rank)
-        times: dict[str, list[float]] = {"bare": [], "watched": [], "logged": []}
+        times: dict[str, list[float]] = {"bare": [], "monitored": [], "logged": []}
         number = 0
 
         def bare() -> None:
@@ -67,39 +67,41 @@ def measure(rank: int, options: argparse.Namespace, folder: str) -> None:
                         bare()
                         times[kind].append(perf_counter() - start)
                     continue
-                with monitor_run(config, Path(folder), launch, console, device) as watch:
-                    watch.attach(engine)
+                with monitor_run(config, Path(folder), launch, console, device) as monitor:
+                    monitor.attach(engine)
                     for _ in range(BLOCK):
                         number += 1
                         start = perf_counter()
-                        watch.enter("step", number)
-                        with watch.reading():
+                        monitor.enter("step", number)
+                        with monitor.reading():
                             pass
                         bare()
                         if kind == "logged":
-                            watch.record()
+                            monitor.record()
                         times[kind].append(perf_counter() - start)
-                    watch.enter("end", number)
+                    monitor.enter("end", number)
                 engine.model._forward_pre_hooks.clear()
                 engine.model._forward_hooks.clear()
         bare_time = median(times["bare"])
-        with monitor_run(config, Path(folder), launch, console, device) as watch:
+        with monitor_run(config, Path(folder), launch, console, device) as monitor:
             start = perf_counter()
             for number in range(10_000):
-                watch.enter("step", number)
-                with watch.reading():
+                monitor.enter("step", number)
+                with monitor.reading():
                     pass
             calls = (perf_counter() - start) / 10_000
-            heart = watch._heart
+            heartbeat = monitor._heartbeat
             start = perf_counter()
             for _ in range(200):
-                heart.beat()
+                heartbeat.beat()
             beat = (perf_counter() - start) / 200
         if rank == 0:
             for kind, seconds in times.items():
-                here = median(seconds)
-                console.print(f"{kind:8} {1e3 * here:.2f} ms a step, {here / bare_time:.4f} x")
-            console.print(f"calls    {1e6 * calls:.1f} us a step; a beat {1e6 * beat:.0f} us")
+                middle = median(seconds)
+                console.print(
+                    f"{kind:9} {1e3 * middle:.2f} ms per step, {middle / bare_time:.4f} x"
+                )
+            console.print(f"calls     {1e6 * calls:.1f} us per step, heartbeat {1e6 * beat:.0f} us")
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""The pipeline's cut: balanced by FLOPs, complete, and better than cuts by layers."""
+"""The pipeline cut: balanced by FLOPs, complete, and better than a cut by layers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.costs import TRAINING_FACTOR, layer_costs
 from hg_scale.model.plan import boundary_shapes, layer_plan
-from hg_scale.parallel.stages import cut_pipeline
+from hg_scale.parallel.pipeline_cut import cut_pipeline
 
 
 def model(hierarchy: str, **changes: object) -> ModelConfig:
-    """Widths large enough for traffic not to decide."""
+    """Widths so large that traffic is negligible."""
     sizes = {"d_model": 4096, "heads": 32, "d_ff": 16384, "sequence_length": 4096}
     return ModelConfig(hierarchy=hierarchy, **{**sizes, **changes})  # type: ignore[arg-type]
 
@@ -27,8 +27,8 @@ def test_equal_blocks_are_cut_evenly() -> None:
     assert [b - a for a, b in pairwise(cut.parts)] == [3, 2, 2, 4]  # embedding, norm and head too
 
 
-def test_short_blocks_count_for_less() -> None:
-    """Half of the layers is no half of the work: `2@1 12@4 2@1` has 4 of 16 blocks outside."""
+def test_shortened_blocks_cost_less() -> None:
+    """Half of the layers is not half of the FLOPs: 12 of the 16 blocks are shortened 4 times."""
     hourglass = model("2@1 12@4 2@1", pooling="average", upsampling="repeat")
     cut = cut_pipeline(hourglass, 2)
     flops = [TRAINING_FACTOR * cost.flops for cost in layer_costs(hourglass)]
@@ -43,8 +43,8 @@ def test_short_blocks_count_for_less() -> None:
     st.sampled_from(["6@1", "2@1 3@3 1@1", "1@1 1@2 2@4 1@2 2@1", "0@1 4@2 1@1"]),
     st.integers(1, 4),
 )
-def test_it_is_the_best_of_all_cuts(hierarchy: str, stages: int) -> None:
-    """Against every other cut with a block in each stage, where traffic costs nothing."""
+def test_cut_is_the_best_of_all(hierarchy: str, stages: int) -> None:
+    """Against every other cut with a block in each stage, without the cost of traffic."""
     config = model(hierarchy)
     costs = layer_costs(config)
     flops = [TRAINING_FACTOR * cost.flops for cost in costs]
@@ -59,7 +59,7 @@ def test_it_is_the_best_of_all_cuts(hierarchy: str, stages: int) -> None:
     assert max(cut.flops) == best
 
 
-def test_a_boundary_inside_the_valley_carries_the_open_skips() -> None:
+def test_a_boundary_between_inner_levels_carries_the_open_skips() -> None:
     config = model("1@1 1@2 2@4 1@2 1@1", d_model=[8, 16, 32], heads=[2, 2, 2], sequence_length=20)
     plan = layer_plan(config)
     deepest = next(i for i, layer in enumerate(plan) if layer.name == "level1.stack.1")
@@ -70,7 +70,7 @@ def test_a_boundary_inside_the_valley_carries_the_open_skips() -> None:
     assert boundary_shapes(config, plan, 0, 20, (2, 2)) == [(20, 8)]
 
 
-def test_bubble_of_one_forward_one_backward() -> None:
+def test_bubble_of_the_1f1b_schedule() -> None:
     cut = cut_pipeline(model("8@1"), 4)
     assert cut.bubble(8) == pytest.approx(3 / 11)
 
@@ -80,7 +80,7 @@ def test_more_stages_than_blocks_are_refused() -> None:
         cut_pipeline(model("4@1"), 5)
 
 
-def test_a_thousand_blocks_are_cut_in_many_stages() -> None:
+def test_a_thousand_blocks_are_cut_into_64_stages() -> None:
     cut = cut_pipeline(model("1000@1"), 64)
     assert len(cut.flops) == 64 and cut.parts[-1] == 1003
     assert 1 < cut.imbalance < 1.04  # 16 blocks are 1.024 of the mean, 15.6

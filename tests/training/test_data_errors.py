@@ -1,4 +1,4 @@
-"""`train.py` in several processes, of which one meets a broken shard: all end, with one line."""
+"""`train.py` in several processes with a corrupt shard: all ranks end, with one line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Index:
     """16 training shards of 1,000 tokens, the fifth of them with a flipped bit."""
-    folder = tmp_path_factory.mktemp("faults")
+    folder = tmp_path_factory.mktemp("corrupt")
     (folder / "text").write_bytes(np.random.default_rng(8).bytes(17_000))
     split = (16_000, 1_000, 0)
     index = prepare(folder / "text", folder / "shards", split=split, shard_tokens=1_000)
@@ -38,9 +38,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Index:
 def start(
     size: int, run: Path, tree: dict[str, Any], nodes: list[Path] | None = None
 ) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of each of `size` processes of one run.
+    """Run `size` processes of one run; return (exit code, stdout, stderr) of each.
 
-    `nodes`: each process is on a node of its own, in this folder there.
+    `nodes`: every process is on a node of its own, with this working directory.
     """
     config = run.with_suffix(".json")
     config.write_text(json.dumps(tree))
@@ -48,15 +48,19 @@ def start(
     command = [sys.executable, str(ROOT / "hg_scale" / "train.py"), "--config", str(config)]
     processes = []
     for rank in range(size):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        environment |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "PYTHONPATH": str(ROOT),
+        }
         if nodes:
-            place |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+            environment |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         processes.append(
             subprocess.Popen(
                 [*command, "--run", str(run)], cwd=nodes[rank] if nodes else None,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                env={**os.environ, **place, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
             )
         )  # fmt: skip
     try:
@@ -71,7 +75,7 @@ def start(
 @pytest.mark.parametrize(
     ("size", "pipeline", "workers"), [(2, 1, 1), (4, 2, 0)], ids=["2 processes", "4 processes"]
 )
-def test_all_end_with_one_line(
+def test_corrupt_shard_ends_all_processes_with_one_line(
     corpus: Index, tmp_path: Path, size: int, pipeline: int, workers: int
 ) -> None:
     tree = merge(TREE, {
@@ -90,21 +94,23 @@ def test_all_end_with_one_line(
 
 
 @pytest.mark.parametrize("without", [0, 1])
-def test_a_node_that_lacks_the_data_ends_all(corpus: Index, tmp_path: Path, without: int) -> None:
-    """Which of them it is is told, and that it is a fault of its own: it is not requeued."""
+def test_node_without_the_data_ends_all_processes(
+    corpus: Index, tmp_path: Path, without: int
+) -> None:
+    """Its end file has the exit code of a user error, so the job is not requeued."""
     tree = merge(TREE, {"training": {"steps": 20}, "data": {"path": "shards"}})
     folders, run = [Path(corpus.location).parent] * 2, tmp_path / "run"
     folders[without] = tmp_path
     ended = start(2, run, tree, folders)
     assert ended[without][0] == 2 and ended[1 - without][0] in (1, 2), ended
-    told = [line for *_, errors in ended for line in errors.splitlines() if "data.path" in line]
-    assert len(told) == 1 and 'data.path = "shards": no such folder' in told[0], ended
+    lines = [line for *_, errors in ended for line in errors.splitlines() if "data.path" in line]
+    assert len(lines) == 1 and 'data.path = "shards": no such folder' in lines[0], ended
     end = json.loads((run / "ranks" / f"rank-{without:05}.end").read_text())
     assert end["code"] == 2
 
 
-def test_the_same_run_goes_on_where_it_may_skip(corpus: Index, tmp_path: Path) -> None:
-    """Two processes with two workers each; the masked windows are counted and written down."""
+def test_corrupt_shard_is_skipped_and_recorded(corpus: Index, tmp_path: Path) -> None:
+    """Two processes with two workers each."""
     tree = merge(TREE, {
         "training": {"steps": 20},
         "data": {"path": corpus.location, "workers": 2, "on_fault": "skip"},
@@ -113,7 +119,9 @@ def test_the_same_run_goes_on_where_it_may_skip(corpus: Index, tmp_path: Path) -
     run = tmp_path / "run"
     ended = start(2, run, tree)
     assert [code for code, *_ in ended] == [0, 0], ended
-    warnings = [line for _, told, _ in ended for line in told.splitlines() if "skipped" in line]
+    warnings = [
+        line for _, output, _ in ended for line in output.splitlines() if "are skipped" in line
+    ]
     assert len(warnings) == 1 and "train-00004.tar: member 1" in warnings[0]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
@@ -121,6 +129,6 @@ def test_the_same_run_goes_on_where_it_may_skip(corpus: Index, tmp_path: Path) -
     assert {"data_wait_p50", "data_wait_p99", "data_wait_rank", "epochs"} <= steps[0].keys()
     (manifest,) = (run / "checkpoints").glob("step-*/manifest.json")
     progress = json.loads(manifest.read_text())["progress"]
-    ledger = progress["data"]["skipped"]
-    assert len(ledger) == steps[-1]["skipped_windows"] > 0
+    skipped = progress["data"]["skipped"]
+    assert len(skipped) == steps[-1]["skipped_windows"] > 0
     assert progress["position"] == 20 * 8 * 64 == progress["data"]["windows"] * 64

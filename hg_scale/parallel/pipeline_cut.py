@@ -1,7 +1,7 @@
-"""Where a pipeline is cut: by floating-point operations, not by layers or parameters.
+"""Cut the layer list into pipeline stages by FLOPs, not by layers or parameters.
 
-A block at factor 3 has the parameters of any other and a third of the work or less. A cut inside
-the valley also carries every open skip, whose traffic is counted. Pure Python: a dry run prints it.
+A block at factor 3 has as many parameters as any other but a third of the FLOPs or less. A cut
+between inner levels also transfers every open skip; its traffic counts. Pure Python, for dry runs.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from hg_scale.config.schema import ModelConfig
 from hg_scale.model.costs import TRAINING_FACTOR, layer_costs
 from hg_scale.model.plan import boundary_shapes, layer_plan
 
-# What a byte across a boundary is worth: bf16 FLOP/s of an H100 over a 400 Gbit/s link.
+# Cost of a byte across a boundary in FLOPs: bf16 FLOP/s of an H100 over a 400 Gbit/s link.
 FLOPS_PER_BYTE = 989e12 / 50e9
 
 
 @dataclass(frozen=True)
-class Cut:
-    """`parts[s]:parts[s + 1]` are the layers of stage s; the rest is for one training window.
+class PipelineCut:
+    """Layers and costs of the pipeline stages: stage s has layers `parts[s]:parts[s + 1]`.
 
-    `flops`: training FLOPs of each stage; `traffic`: elements into each stage, one way; `costs`:
-    what the cut balances, FLOPs and what the traffic is worth in FLOPs.
+    Per training sequence and stage: `flops` of training; `traffic`, elements received in the
+    forward pass; `costs`, FLOPs plus traffic converted to FLOPs, which the cut balances.
     """
 
     parts: tuple[int, ...]
@@ -33,7 +33,7 @@ class Cut:
 
     @property
     def imbalance(self) -> float:
-        """The slowest stage over the mean of all, traffic included; 1 is perfect."""
+        """Cost of the slowest stage over the mean cost; 1 is perfect balance."""
         return max(self.costs) * len(self.costs) / sum(self.costs)
 
     def bubble(self, micro_batches: int) -> float:
@@ -42,10 +42,10 @@ class Cut:
         return idle / (micro_batches + idle)
 
 
-def cut_pipeline(model: ModelConfig, stages: int, bytes_per_element: int = 2) -> Cut:
-    """The cut whose slowest stage, traffic included, is fastest; ties go to less traffic.
+def cut_pipeline(model: ModelConfig, stages: int, bytes_per_element: int = 2) -> PipelineCut:
+    """Return the cut that minimises the cost of the slowest stage, then the traffic.
 
-    Every stage has at least one block. Raises ValueError with fewer blocks than stages.
+    Every stage gets at least one block. Raises ValueError with fewer blocks than stages.
     """
     plan = layer_plan(model)
     flops = [TRAINING_FACTOR * cost.flops for cost in layer_costs(model)]
@@ -60,12 +60,12 @@ def cut_pipeline(model: ModelConfig, stages: int, bytes_per_element: int = 2) ->
     def stage_cost(a: int, b: int) -> float:
         if blocks_before[a] == blocks_before[b]:
             return inf
-        # Activations come in and go out, their gradients the other way.
+        # Both boundaries: activations forward, their gradients backward.
         crossing = 2 * (traffic[a] + (traffic[b] if b < layers else 0))
         return flops_before[b] - flops_before[a] + crossing * bytes_per_element * FLOPS_PER_BYTE
 
-    # rows[n][start]: the best cut of the layers from `start` into n + 1 stages, as (cost of the
-    # slowest, traffic, end of the first).
+    # rows[n][start]: the best cut of layers `start:` into n + 1 stages, as (cost of the slowest
+    # stage, traffic, end of the first stage).
     rows = [[(stage_cost(start, layers), 0, layers) for start in range(layers)]]
     for left in range(2, stages + 1):
         row = []
@@ -73,7 +73,7 @@ def cut_pipeline(model: ModelConfig, stages: int, bytes_per_element: int = 2) ->
             best = (inf, 0, layers)
             for end in range(start + 1, layers - left + 2):
                 if flops_before[end] - flops_before[start] > best[0]:
-                    break  # further ends make the first stage slower still
+                    break  # a later end only makes the first stage slower
                 cost, crossing, _ = rows[-1][end]
                 slowest = max(stage_cost(start, end), cost)
                 best = min(best, (slowest, crossing + traffic[end], end))
@@ -85,7 +85,7 @@ def cut_pipeline(model: ModelConfig, stages: int, bytes_per_element: int = 2) ->
     parts = [0]
     for row in reversed(rows):
         parts.append(row[parts[-1]][2])
-    return Cut(
+    return PipelineCut(
         tuple(parts),
         tuple(sum(flops[a:b]) for a, b in pairwise(parts)),
         tuple(traffic[a] for a in parts[:-1]),
