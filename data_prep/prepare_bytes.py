@@ -5,9 +5,9 @@
         --split 90000000,5000000,5000000
     python data_prep/prepare_bytes.py --input src/ --include '*.py' --output corpora/src
 
-A file (plain, .gz, .xz or .zst) is one text: ids 0..255, split by position. In a folder each file
-is a document: it is in one split, chosen by a hash of its text, and ends with the id 256. The order
-is that of the source, and one process does all the work; prepare_text.py shuffles, reads other
+A file (plain, or compressed with gzip, xz, zstd or bzip2) is one text: ids 0..255, split by
+position. In a folder each file is a document: it is in one split, chosen by a hash of its text, and
+ends with the id 256. The order is that of the source, and one process does all the work; prepare_text.py shuffles, reads other
 formats, and supports other tokenizers and many processes. The output folder gets tar shards for
 webdataset and then index.json. The same input and options always give the same bytes; on finished
 output the script reports that and changes nothing.

@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 from hg_scale.convert.open import is_export
 from hg_scale.data.evaluation import split_bytes
 from hg_scale.data.index import INDEX_FILE, is_local
+from hg_scale.data.preparation.sources import read_blocks
 from hg_scale.data.protocol import SlidingWindows, Tokens, TokenSequence
 from hg_scale.data.shards import SplitReader
 from hg_scale.errors import UserError
@@ -78,7 +79,7 @@ def prepare_evaluation(task: EvaluationTask, device: str | None = None) -> Evalu
         if loaded.image_shape is not None:
             raise UserError(f"{plain}: a plain file is scored as text, but {loaded.data_source} "
                             "contains images: name a prepared corpus with --data")  # fmt: skip
-        raw, tokenizer = plain.read_bytes(), loaded.tokenizer
+        raw, tokenizer = b"".join(read_blocks(plain)), loaded.tokenizer
         size: int | None = len(raw)
         ids = tokenizer.encode(raw)
         text, tokens = Tokens(ids), len(ids)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hg_scale.data.errors import DataError
-from hg_scale.data.preparation.sources import Advance, is_compressed, read_blocks
+from hg_scale.data.preparation.sources import Advance, is_compressed, read_blocks, uncompressed_name
 
 FileKind = Literal["text", "lines", "parquet"]
 
@@ -24,8 +24,7 @@ _SUFFIXES: dict[str, FileKind] = {
 
 def file_kind(path: Path) -> FileKind:
     """Return the format of a file, by its name without .gz, .xz or .zst."""
-    name = path.stem if is_compressed(path) else path.name
-    return _SUFFIXES.get(Path(name).suffix.lower(), "text")
+    return _SUFFIXES.get(Path(uncompressed_name(path)).suffix.lower(), "text")
 
 
 @dataclass(frozen=True)

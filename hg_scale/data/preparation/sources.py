@@ -1,38 +1,32 @@
-"""Read source text in blocks: files and folders of files, plain or compressed (.gz, .xz, .zst)."""
+"""Read source text in blocks: files and folders of files, plain or compressed."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import lzma
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from hg_scale.data.errors import DataError
+from hg_scale.data.preparation.compression import (
+    Compression,
+    DecompressionError,
+    compression_of,
+    decompressed,
+)
 
 Advance = Callable[[int], None]  # receives the number of stored bytes read since the last call
 
 _BLOCK = 1 << 20
 
 
-def _zstd(file: BinaryIO) -> Any:
-    import pyarrow  # its reader, unlike others, detects a truncated file
-
-    return pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd")
-
-
-_OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
-    ".gz": lambda file: gzip.GzipFile(fileobj=file),
-    ".xz": lzma.LZMAFile,
-    ".zst": _zstd,
-}
+_SUFFIXES = {
+    ".gz": "gzip", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bzip2",
+}  # fmt: skip
 _NOT_READ = {
-    ".bz2", ".zstd", ".lz4", ".lzma", ".lz", ".lzo", ".z", ".br", ".sz",
+    ".lz4", ".lzma", ".lz", ".lzo", ".z", ".br", ".sz",
     ".7z", ".rar", ".zip", ".tar", ".tgz", ".tbz", ".tbz2", ".txz",
 }  # fmt: skip
 
@@ -76,9 +70,39 @@ def find_files(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> 
     return sorted(found, key=os.fsencode)
 
 
+def detect_compression(path: Path) -> Compression | None:
+    """Return how a file is compressed, by its first bytes; None where it is plain.
+
+    The name does not matter: gzip may be called `.dz` or `.txt`. Raises DataError where the file
+    cannot be read, or its name promises a compression that its contents do not have.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    compression, promised = compression_of(head), _SUFFIXES.get(path.suffix.lower())
+    if promised and not head:
+        raise DataError(
+            f"{path}: is empty, as after an unfinished copy; download it again, or leave it out "
+            "with --exclude"
+        )
+    if promised and (compression is None or compression.name != promised):
+        found = f"{compression.name} data" if compression else f"no {promised} data"
+        raise DataError(
+            f"{path}: cannot be decompressed (it contains {found}); download it again, or rename it"
+        )
+    return compression
+
+
 def is_compressed(path: Path) -> bool:
-    """Return whether the file is compressed, by its name."""
-    return path.suffix.lower() in _OPENERS
+    """Return whether a file is compressed, by its contents. Raises as `detect_compression`."""
+    return detect_compression(path) is not None
+
+
+def uncompressed_name(path: Path) -> str:
+    """Return the name without the suffix of a compression: `a.jsonl` for `a.jsonl.gz`."""
+    return path.stem if path.suffix.lower() in _SUFFIXES else path.name
 
 
 def refuse_unsupported_compression(path: Path) -> None:
@@ -86,7 +110,7 @@ def refuse_unsupported_compression(path: Path) -> None:
     if path.suffix.lower() in _NOT_READ:
         raise DataError(
             f"{path}: {path.suffix} files are not supported; decompress it, or compress it as "
-            f"{', '.join(_OPENERS)}, or leave it out with --exclude"
+            f"{', '.join(_SUFFIXES)}, or leave it out with --exclude"
         )
 
 
@@ -96,30 +120,30 @@ def read_blocks(path: Path, begin: int = 0, advance: Advance | None = None) -> I
     `begin` skips bytes of a plain file. Raises DataError where the file cannot be read or
     decompressed.
     """
+    compression = detect_compression(path)
     try:
         with path.open("rb") as stored:
             stored.seek(begin)
-            file = _OPENERS[path.suffix.lower()](stored) if is_compressed(path) else stored
             counted = begin
-            with closing(file):
-                while block := file.read(_BLOCK):
-                    if advance:
-                        advance(stored.tell() - counted)
-                        counted = stored.tell()
-                    yield block
-    except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
-        raise _corrupt(path, error) from None
+            blocks = decompressed(stored, compression, _BLOCK) if compression else _plain(stored)
+            for block in blocks:
+                if advance:
+                    advance(stored.tell() - counted)
+                    counted = stored.tell()
+                yield block
+    except DecompressionError as error:
+        name = compression.name if compression else ""
+        raise DataError(
+            f"{path}: cannot be decompressed ({error}); expected a complete {name} file: download "
+            "it again, or leave it out with --exclude"
+        ) from None
     except OSError as error:
-        if error.errno is None and is_compressed(path):  # from the zstd reader
-            raise _corrupt(path, error) from None
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _corrupt(path: Path, error: Exception) -> DataError:
-    return DataError(
-        f"{path}: cannot be decompressed ({error}); expected a complete {path.suffix} file: "
-        "download it again, or rename it if it is not compressed"
-    )
+def _plain(file: BinaryIO) -> Iterator[bytes]:
+    while block := file.read(_BLOCK):
+        yield block
 
 
 def text_length(path: Path) -> int:

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.preparation import documents as module
 from hg_scale.data.preparation import sources
+from hg_scale.data.preparation.compression import compression_of
 from hg_scale.data.preparation.documents import TextFormat, file_kind, read_pieces
 
 PACKERS = {
@@ -70,6 +71,7 @@ def test_parts_of_a_file_contain_each_document_once(
     """The documents and their positions do not depend on the segments or on the block size."""
     path = tmp_path_factory.mktemp("text") / "text"
     content = separator.join(part.replace(separator, b"") for part in parts)
+    assume(compression_of(content) is None)  # drawn from the constants in the code, too
     path.write_bytes(content)
     form = TextFormat(separator=separator)
     assert form.can_split(path)
@@ -87,12 +89,28 @@ def test_parts_of_a_file_contain_each_document_once(
     assert [entry for entry in found if entry[1]] == [entry for entry in expected if entry[1]]
 
 
-def test_files_that_cannot_be_split():
-    assert not TextFormat().can_split(Path("a.txt"))
-    assert not TextFormat(separator=b"\n\n").can_split(Path("a.txt"))
-    assert not TextFormat(separator=b"abcab").can_split(Path("a.txt"))
-    assert not TextFormat(separator=b"\n").can_split(Path("a.txt.gz"))
-    assert TextFormat().can_split(Path("a.jsonl")) and TextFormat().can_split(Path("a.parquet"))
+def test_files_that_cannot_be_split(tmp_path):
+    plain, packed, lines = tmp_path / "a.txt", tmp_path / "a.txt.gz", tmp_path / "a.jsonl"
+    plain.write_bytes(b"a text")
+    packed.write_bytes(gzip.compress(b"a text"))
+    lines.write_bytes(b"{}")
+    assert not TextFormat().can_split(plain)
+    assert not TextFormat(separator=b"\n\n").can_split(plain)
+    assert not TextFormat(separator=b"abcab").can_split(plain)
+    assert not TextFormat(separator=b"\n").can_split(packed)
+    assert TextFormat().can_split(lines)
+
+
+def test_compression_is_recognised_whatever_the_name(tmp_path):
+    """gzip under a name of its own is read, and what is named .gz must be gzip."""
+    path = tmp_path / "dictionary.dz"
+    path.write_bytes(gzip.compress(b"one") + gzip.compress(b" text"))
+    assert read(path) == [(0, b"one text")]
+    assert not TextFormat(separator=b"\n").can_split(path)
+    for name, content in (("a.gz", b"plain"), ("a.xz", gzip.compress(b"x")), ("a.zst", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}: cannot be decompressed \\(it contains "):
+            read(tmp_path / name)
 
 
 @pytest.mark.parametrize("step", [100, 1500, 10_000])

@@ -1,7 +1,7 @@
-"""Packed files (gzip, xz, zstd, bzip2): recognised by their first bytes, unpacked as a stream.
+"""Compressed files (gzip, xz, zstd, bzip2), recognised by their first bytes, read in blocks.
 
-A file may hold several streams, one after the other, as `cat` or parallel packers make them. All
-are read, and an error anywhere in the file is reported, as `gzip -t`, `xz -t`, `zstd -t` and
+A file may hold several streams, one after the other, as `cat` or parallel compressors make them.
+All are read, and an error anywhere in the file is reported, as `gzip -t`, `xz -t`, `zstd -t` and
 `bzip2 -t` do; Python's own readers silently stop at what follows the first stream.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
-_READ = 1 << 16  # packed bytes read at a time
+_READ = 1 << 16  # compressed bytes read at a time
 ZSTD_WINDOW_LOG = 31  # of `zstd --long=31`, the largest; memory is taken as a frame needs it
 
 
@@ -62,8 +62,8 @@ def _zstd() -> Any:
 
 
 @dataclass(frozen=True)
-class Packing:
-    """How a file is packed. `padding`: zero bytes that may follow a stream, a multiple of this."""
+class Compression:
+    """How a file is compressed. `padding`: zeros may follow a stream, in multiples of this."""
 
     name: str
     magic: bytes
@@ -71,28 +71,28 @@ class Packing:
     padding: int | None = None
 
 
-PACKINGS = (
-    Packing("gzip", b"\x1f\x8b\x08", _Gzip, padding=1),
-    Packing("xz", b"\xfd7zXZ\x00", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), padding=4),
-    Packing("zstd", b"\x28\xb5\x2f\xfd", _zstd),
-    Packing("bzip2", b"BZh", bz2.BZ2Decompressor),
+COMPRESSIONS = (
+    Compression("gzip", b"\x1f\x8b\x08", _Gzip, padding=1),
+    Compression("xz", b"\xfd7zXZ\x00", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), padding=4),
+    Compression("zstd", b"\x28\xb5\x2f\xfd", _zstd),
+    Compression("bzip2", b"BZh", bz2.BZ2Decompressor),
 )
 
 
-class UnpackError(Exception):
-    """What is wrong with a packed file."""
+class DecompressionError(Exception):
+    """A compressed file that is corrupt, cut short, or followed by something else."""
 
 
-def packing_of(head: bytes) -> Packing | None:
-    """The packing of a file that begins with `head` (at least 8 bytes, or the entire file)."""
-    for packing in PACKINGS:
-        if head.startswith(packing.magic):
+def compression_of(head: bytes) -> Compression | None:
+    """The compression of a file that begins with `head` (at least 8 bytes, or the entire file)."""
+    for compression in COMPRESSIONS:
+        if head.startswith(compression.magic):
             # "BZh" may begin a text: the block size and the magic of a block follow.
-            if packing.name == "bzip2" and not _is_bzip2(head):
+            if compression.name == "bzip2" and not _is_bzip2(head):
                 continue
-            return packing
+            return compression
     if head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50:  # a skippable frame of zstd
-        return PACKINGS[2]
+        return COMPRESSIONS[2]
     return None
 
 
@@ -101,48 +101,48 @@ def _is_bzip2(head: bytes) -> bool:
     return len(head) >= 10 and head[3] in b"123456789" and head[4:10] in markers
 
 
-def unpacked(file: BinaryIO, packing: Packing, block: int) -> Iterator[bytes]:
-    """The unpacked bytes of a file, in blocks of at most `block`.
+def decompressed(file: BinaryIO, compression: Compression, block: int) -> Iterator[bytes]:
+    """The decompressed bytes of a file, in blocks of at most `block`.
 
-    Raises UnpackError where a stream is corrupt or cut short, or something else follows one.
+    Raises DecompressionError where a stream is corrupt or cut short, or something else follows one.
     """
     data, number = file.read(_READ), 0
     while data:
         number += 1
-        stream = packing.decompressor()
+        stream = compression.decompressor()
         try:
             while not stream.eof:
                 if stream.needs_input and not data and not (data := file.read(_READ)):
-                    raise UnpackError("it is cut short")
+                    raise DecompressionError("it is cut short")
                 out = stream.decompress(data, block)
                 data = b""
                 if out:
                     yield out
         except (lzma.LZMAError, zlib.error, OSError, EOFError, ValueError) as error:
-            raise UnpackError(f"stream {number}: {error}") from None
+            raise DecompressionError(f"stream {number}: {error}") from None
         except Exception as error:  # zstd has an exception of its own
             if type(error).__name__ != "ZstdError":
                 raise
-            raise UnpackError(f"stream {number}: {error}") from None
-        data = _next_stream(file, stream.unused_data or file.read(_READ), packing, number)
+            raise DecompressionError(f"stream {number}: {error}") from None
+        data = _next_stream(file, stream.unused_data or file.read(_READ), compression, number)
 
 
-def _next_stream(file: BinaryIO, data: bytes, packing: Packing, number: int) -> bytes:
+def _next_stream(file: BinaryIO, data: bytes, compression: Compression, number: int) -> bytes:
     """What follows a stream, without padding: the beginning of the next one, or nothing."""
     zeros = 0
     while data:
-        rest = data.lstrip(b"\0") if packing.padding else data
+        rest = data.lstrip(b"\0") if compression.padding else data
         zeros += len(data) - len(rest)
         if rest:
             while len(rest) < 16 and (more := file.read(_READ)):
                 rest += more
-            found = packing_of(rest)
-            if found is not packing or (packing.padding and zeros % packing.padding):
-                raise UnpackError(
-                    f"after stream {number} there is something else than {packing.name}"
+            found = compression_of(rest)
+            if found is not compression or (compression.padding and zeros % compression.padding):
+                raise DecompressionError(
+                    f"something other than {compression.name} follows stream {number}"
                 )
             return rest
         data = file.read(_READ)
-    if packing.padding and zeros % packing.padding:
-        raise UnpackError(f"the padding that follows stream {number} is cut short")
+    if compression.padding and zeros % compression.padding:
+        raise DecompressionError(f"the padding that follows stream {number} is cut short")
     return b""

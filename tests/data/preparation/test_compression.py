@@ -1,4 +1,4 @@
-"""Packed files: every stream is read, and an error anywhere is reported."""
+"""Compressed files: every stream is read, and an error anywhere is reported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hg_scale.data.preparation.unpack import UnpackError, packing_of, unpacked
+from hg_scale.data.preparation.compression import DecompressionError, compression_of, decompressed
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
@@ -25,9 +25,9 @@ TEXT = b"".join(b"line %d of a text\n" % n for n in range(20_000))
 
 
 def unpack(data: bytes, block: int = 1 << 16) -> bytes:
-    packing = packing_of(data[:64])
-    assert packing
-    blocks = list(unpacked(io.BytesIO(data), packing, block))
+    compression = compression_of(data[:64])
+    assert compression
+    blocks = list(decompressed(io.BytesIO(data), compression, block))
     assert all(0 < len(part) <= block for part in blocks)
     return b"".join(blocks)
 
@@ -36,7 +36,7 @@ def unpack(data: bytes, block: int = 1 << 16) -> bytes:
 @given(parts=st.lists(st.binary(max_size=300), min_size=1, max_size=4), block=st.integers(1, 400))
 def test_all_streams_are_read(name: str, parts: list[bytes], block: int) -> None:
     data = b"".join(map(PACK[name], parts))
-    assert packing_of(data).name == name
+    assert compression_of(data).name == name
     assert unpack(data, block) == b"".join(parts)
 
 
@@ -45,7 +45,7 @@ def test_a_file_cut_short_is_reported(name: str) -> None:
     data = PACK[name](TEXT) * 2
     half = len(data) // 2
     for cut in (20, half // 2, half - 1, half + 5, half + half // 2, len(data) - 1):
-        with pytest.raises(UnpackError):
+        with pytest.raises(DecompressionError):
             unpack(data[:cut])
 
 
@@ -57,14 +57,14 @@ def test_corruption_in_a_later_stream_is_reported(name: str) -> None:
         pack = lambda text: zstd.compress(text, options=options)  # noqa: E731
     first, second = pack(b"the first"), bytearray(pack(TEXT))
     second[len(second) // 2] ^= 0x55
-    with pytest.raises(UnpackError, match="stream [12]"):
+    with pytest.raises(DecompressionError, match="stream [12]"):
         unpack(first + second)
 
 
 @pytest.mark.parametrize("name", PACK)
 def test_something_else_after_a_stream_is_reported(name: str) -> None:
     for rest in (b"plain text", b"\1", PACK["gzip" if name != "gzip" else "xz"](b"x")):
-        with pytest.raises(UnpackError, match="something other than"):
+        with pytest.raises(DecompressionError, match="something other than"):
             unpack(PACK[name](TEXT) + rest)
 
 
@@ -73,7 +73,7 @@ def test_padding_between_streams() -> None:
     assert unpack(xz + bytes(4) + xz + bytes(8)) == b"oneone"
     assert unpack(gz + bytes(3) + gz + bytes(500)) == b"oneone"  # as of tapes
     for data in (xz + bytes(3), xz + bytes(5) + xz, zstd.compress(b"one") + bytes(4)):
-        with pytest.raises(UnpackError):
+        with pytest.raises(DecompressionError):
             unpack(data)
 
 
@@ -90,4 +90,4 @@ def test_long_windows_of_zstd() -> None:
 
 @pytest.mark.parametrize("text", [b"", b"BZh", b"BZhang wrote", b"\x1f", b"a text", b"BZh9"])
 def test_texts_are_not_packed(text: bytes) -> None:
-    assert packing_of(text) is None
+    assert compression_of(text) is None
