@@ -7,10 +7,10 @@
 
 A file (plain, or compressed with gzip, xz, zstd or bzip2) is one text: ids 0..255, split by
 position. In a folder each file is a document: it is in one split, chosen by a hash of its text, and
-ends with the id 256. The order is that of the source, and one process does all the work; prepare_text.py shuffles, reads other
-formats, and supports other tokenizers and many processes. The output folder gets tar shards for
-webdataset and then index.json. The same input and options always give the same bytes; on finished
-output the script reports that and changes nothing.
+ends with the id 256. The order is that of the source, and one process does all the work;
+prepare_text.py shuffles, reads other formats, and supports other tokenizers and many processes. The
+output folder gets tar shards for webdataset and then index.json. The same input and options always
+give the same bytes; on finished output the script reports that and changes nothing.
 """
 
 from __future__ import annotations

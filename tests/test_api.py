@@ -191,3 +191,20 @@ def test_import_is_lazy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_mistakes_in_a_session_are_reported_plainly(lm: LoadedModel) -> None:
+    config = hg_scale.load_config(ROOT / "configs" / "quickstart.json")
+    with pytest.raises(TypeError, match="expected a ModelConfig, got a Config; pass its `model`"):
+        hg_scale.Hourglass(config)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="d_model 64 of level 0 is not divisible by its 5 heads"):
+        hg_scale.Hourglass(hg_scale.ModelConfig(hierarchy="2@1", d_model=64, heads=5))
+    with pytest.raises(UserError, match="overrides = .*expected a list of"):
+        hg_scale.load_config(ROOT / "configs" / "quickstart.json", "model.d_model=128")
+    for call in (lambda: lm.generate(5), lambda: lm.bits_per_byte(None)):  # type: ignore[arg-type]
+        with pytest.raises(UserError, match="expected a str or bytes, got"):
+            call()
+    with pytest.raises(UserError, match="README.md: is a file; name a run folder"):
+        hg_scale.load(ROOT / "README.md")
+    assert lm.generate(b"the", tokens=5) == lm.generate("the", tokens=5)
+    assert len(repr(lm)) < 300 and "step" in repr(lm)

@@ -30,6 +30,9 @@ def load_config(
     `world_size`: the number of processes, to check the layout against it; None: unknown. Raises
     ConfigError with all errors.
     """
+    if isinstance(overrides, str):
+        message = 'expected a list of "key.path=value"; put the one override in a list'
+        raise ConfigError([Problem("overrides", message, overrides)])
     tree = read_tree(Path(path))
     problems: list[Problem] = []
     for text in overrides:

@@ -49,6 +49,12 @@ class LoadedModel:
     open_tokenizer: Callable[[], Tokenizer]
     exported_image_shape: tuple[int, int, int] | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"LoadedModel({str(self.path)!r}, step {self.step}, hierarchy "
+            f"{self.config.hierarchy!r}, {self.device})"
+        )
+
     @property
     def config(self) -> ModelConfig:
         """The architecture: the `model` section of the configuration."""
@@ -76,7 +82,7 @@ class LoadedModel:
 
     def generate(
         self,
-        prompt: str = "",
+        prompt: str | bytes = "",
         tokens: int = 500,
         *,
         temperature: float = TEMPERATURE,
@@ -95,7 +101,7 @@ class LoadedModel:
         sampling = Sampling(0.0 if greedy else temperature, top_k, top_p)
         config = GenerationConfig(sampling, tokens, seed, context=context)
         _check_range(config)
-        prompts = [prompt.encode(errors="surrogateescape")]
+        prompts = [_as_bytes(prompt, "prompt")]
         return "".join(chunk.text for chunk in generate_texts(self, prompts, config))
 
     def bits_per_byte(
@@ -123,12 +129,21 @@ class LoadedModel:
             raise UserError(f"window={length}, batch_size={batch_size}: expected 1 or more")
         if not 1 <= stride <= length:
             raise UserError(f"stride={stride}: expected 1 to the window of {length} tokens")
-        data = text.encode() if isinstance(text, str) else text
+        data = _as_bytes(text, "text")
         if not data:
             raise UserError("text: is empty; expected at least one byte to score")
         protocol = SlidingWindows(length, stride)
         score = score_text(self.model, self.tokenizer, data, protocol, batch_size=batch_size)
         return score.bits_per_byte
+
+
+def _as_bytes(text: object, name: str) -> bytes:
+    """UTF-8 of a string; bytes as they are. Raises UserError for anything else."""
+    if isinstance(text, str):
+        return text.encode(errors="surrogateescape")
+    if not isinstance(text, bytes):
+        raise UserError(f"{name}: expected a str or bytes, got {type(text).__name__}")
+    return text
 
 
 def _check_range(config: GenerationConfig) -> None:
@@ -163,9 +178,8 @@ def load(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such folder; name a run folder, a checkpoint folder or an export"
-        )
+        problem = "is a file" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {problem}; name a run folder, a checkpoint folder or an export")
     if precision not in _DTYPES:
         raise UserError(f"precision={precision!r}: expected fp32 or bf16")
     target = _parse_device(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,7 @@ class Hourglass(nn.Module):
         seed: int | None = DEFAULT_SEED,
     ) -> None:
         super().__init__()
+        _require_model_config(model)
         self.config, self.parts = model, layers or PlainLayers()
         self.position_bias = make_shared_bias(model, self.parts)
         self.sequence: list[Layer] = []
@@ -103,6 +105,19 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         hourglass = Hourglass(model, seed=None)
     return {name: tuple(p.shape) for name, p in hourglass.named_parameters()}
+
+
+def _require_model_config(model: Any) -> None:
+    """Raise for mistakes that are easily made where no configuration file was checked."""
+    if type(model).__name__ != "ModelConfig":  # by name: an exported bundle has its own class
+        hint = "; pass its `model` section" if hasattr(model, "model") else ""
+        raise TypeError(f"Hourglass: expected a ModelConfig, got a {type(model).__name__}{hint}")
+    for level in model_levels(model):
+        if level.d_model % level.heads:
+            raise ValueError(
+                f"Hourglass: d_model {level.d_model} of level {level.index} is not divisible by "
+                f"its {level.heads} heads"
+            )
 
 
 def mean_loss(layers: PlainLayers, logits: Tensor, labels: Tensor) -> Tensor:
