@@ -8,12 +8,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from hg_scale.parallel.stages import Cut
 
 from hg_scale.config.load import parse_config
 from hg_scale.model.block import Activations
 from hg_scale.model.plan import boundary_shapes, layer_plan
 from hg_scale.parallel.pipeline import pack, unpack
-from hg_scale.parallel.stages import Cut
 from tests.training.models import BY_LEVEL, layout, run_layout
 from tests.world import Worlds
 
