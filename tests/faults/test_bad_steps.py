@@ -33,7 +33,7 @@ def test_nan_on_one_rank_skips_the_step(
     sets = (*LAYOUTS[layout], "logging.every=6", "checkpoint.every=3")
     found = run_with_fault(forks, "nan rank=1 step=3", config, tmp_path, *sets)
     assert found.codes == [DONE, DONE]
-    (line,) = lines(found.output, "skipped")
+    (line,) = lines(found.output, " skipped: ")
     begin = "warning (rank 0): step 3 skipped: the loss is nan on rank 1; gradients of "
     assert line.startswith(begin) and line.endswith(" more")
     run = tmp_path / "run"
@@ -59,7 +59,7 @@ def test_too_many_skipped_steps_end_the_run(forks: Forks, config: Path, tmp_path
     checkpoints = tmp_path / "run" / "checkpoints"
     assert line.startswith(
         "gave up after step 5: 3 of the last 5 steps were skipped, more than guard.max_skipped "
-        "= 2, the last: the loss is nan on rank 1; "
+        "= 2; the last: the loss is nan on rank 1; "
     )
     assert f"the last good checkpoint is {checkpoints / 'step-00000002'}; start a new run" in line
     newest = find_latest(checkpoints)
@@ -87,13 +87,13 @@ def test_a_loss_spike_is_skipped_with_spike_sigma(
     on = (*sets, "guard.spike_sigma=6.0")
     found = run_with_fault(forks, "spike step=9", config, tmp_path, *on)
     assert found.codes == [DONE, DONE]
-    (line,) = lines(found.output, "skipped")
+    (line,) = lines(found.output, " skipped: ")
     assert line.startswith("warning (rank 0): step 9 skipped: loss ")
     assert " sigma above the last 8, " in line
 
     (tmp_path / "off").mkdir()
     found = run_with_fault(forks, "spike step=9", config, tmp_path / "off", *sets)
-    assert found.codes == [DONE, DONE] and not lines(found.output, "skipped")
+    assert found.codes == [DONE, DONE] and not lines(found.output, " skipped: ")
 
 
 def test_a_full_disk_loses_one_checkpoint(

@@ -117,7 +117,7 @@ def fill_disk(step: int) -> None:
     original = Checkpointer.save
 
     def save(self: Any, progress: Any, *arguments: Any) -> None:
-        filler = self._folder / "filler"
+        filler = self.folder / "filler"
         if progress.step == step:
             self.wait()
             with suppress(OSError), filler.open("wb", buffering=0) as file:
