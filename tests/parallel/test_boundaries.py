@@ -8,12 +8,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hg_scale.parallel.stages import Cut
 
 from hg_scale.config.load import parse_config
 from hg_scale.model.block import Activations
 from hg_scale.model.plan import boundary_shapes, layer_plan
 from hg_scale.parallel.pipeline import pack, unpack
+from hg_scale.parallel.pipeline_cut import PipelineCut
 from tests.training.models import BY_LEVEL, layout, run_layout
 from tests.world import Worlds
 
@@ -48,7 +48,7 @@ def test_packing_keeps_the_order_of_the_skips() -> None:
 def run_with_cut(tree: dict[str, Any], parts: tuple[int, ...]) -> dict[str, list[float]]:
     """Train with a pipeline that is cut at these layers."""
     zeros = (0,) * (len(parts) - 1)
-    cut = Cut(parts, zeros, zeros, tuple(map(float, zeros)))
+    cut = PipelineCut(parts, zeros, zeros, tuple(map(float, zeros)))
     with mock.patch("hg_scale.training.engine.cut_pipeline", lambda *_: cut):
         return run_layout(tree, STEPS)
 
