@@ -247,12 +247,11 @@ def _trainer(
             reading=monitor.reading,
         )
 
-    def make_log() -> RunLog:
-        return RunLog(config, folder, console, progress.step, mesh.rank)
-
     with (
         run_on_all_ranks(make_loader, device) as loader,
-        run_on_all_ranks(make_log, device) as log,
+        run_on_all_ranks(
+            lambda: RunLog(config, folder, console, progress.step, mesh.rank), device
+        ) as log,
         Checkpointer(
             engine,
             run.checkpoints,
