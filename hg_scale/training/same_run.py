@@ -61,7 +61,7 @@ def run_identity(config: Config, folder: Path, options: Mapping[str, Any]) -> di
     """What has to be the same on all ranks, by the name that an error gives it."""
     identity = {key: str(value) for key, value in _flatten(config.model_dump()).items()}
     identity |= {f"--{name.replace('_', '-')}": str(value) for name, value in options.items()}
-    identity["the run folder"] = str(folder.resolve())
+    identity["the run folder"] = str(folder)  # as named: nodes may mount it elsewhere
     identity["the code"] = f"{hg_scale.__version__} ({code_digest()})"
     for names in _LAUNCH_TOKENS:
         if all(name in os.environ for name in names):
