@@ -24,7 +24,7 @@ from hg_scale.training.wandb_log import choose_mode, one_line, run_id
 _POLL = 1.0  # seconds
 
 
-def main() -> None:
+def log_stdin() -> None:
     """Log the records of stdin; never returns."""
     # Slurm signals all processes of a step. This one ends after the run.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
@@ -35,7 +35,7 @@ def main() -> None:
     try:
         folder = tempfile.mkdtemp(prefix="hg_scale-wandb-")
         os.environ["TMPDIR"] = tempfile.tempdir = folder  # also of wandb's service
-        _log_records(read_lines(os.getppid()), folder)
+        _log_records(lines_of_parent(os.getppid()), folder)
     except BaseException as error:
         os.write(terminal, f"disabled: {one_line(error)}\n".encode())
         code = 1
@@ -87,7 +87,7 @@ def _start(options: dict[str, Any], mode: str) -> Any:
     )
 
 
-def read_lines(parent: int) -> Iterator[bytes]:
+def lines_of_parent(parent: int) -> Iterator[bytes]:
     """Yield the lines of stdin until it is closed or the process `parent` has ended.
 
     Processes that the parent has forked may hold the other end of the pipe open.
@@ -112,4 +112,4 @@ def _exit(folder: str, code: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    log_stdin()

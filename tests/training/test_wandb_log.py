@@ -161,7 +161,7 @@ def test_lines_end_with_the_parent_even_if_the_pipe_stays_open(monkeypatch):
         lambda *_, select=select.select: select([reader], [], [], 0),
     )
     os.write(writer, b"one\ntwo\nhalf")
-    assert list(wandb_process.read_lines(parent=-1)) == [b"one", b"two"]
+    assert list(wandb_process.lines_of_parent(parent=-1)) == [b"one", b"two"]
     os.close(reader)
     os.close(writer)
 
