@@ -19,6 +19,8 @@ FILE_KEYS = ("extends", "$schema")  # keys of a file that are not keys of a conf
 
 _MAX_DEPTH = 64  # of nested objects and lists; far below the limit of Python's stack
 _MAX_DIGITS = 20  # those of the largest unsigned 64-bit integer
+# In any capitals, what Python and YAML write for values of JSON.
+_WORDS = {"null": None, "none": None, "~": None, "true": True, "false": False}
 # NUL, which no file name may contain, and lone UTF-16 surrogates, which cannot be encoded.
 _INVALID_TEXT = re.compile("[\0\ud800-\udfff]")
 
@@ -82,7 +84,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], text: str) -> None:
-    """Set `section.key=value` in `tree`; the value is JSON, or else a string."""
+    """Set `section.key=value` in `tree`; the value is as in `parse_value`."""
 
     def fail(key: str, message: str) -> ConfigError:
         return ConfigError([Problem(key, message)])
@@ -94,10 +96,7 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
         raise fail("--set", f"expected key.path=value, got '{text}'")
     if key in FILE_KEYS:
         raise fail(key, "cannot be set with --set: write it into the file")
-    try:
-        value = parse_json(raw, tuple(parts))
-    except json.JSONDecodeError:
-        value = _checked(raw, tuple(parts))
+    value = parse_value(raw, tuple(parts))
     node = tree
     for part in parents:
         child = node.setdefault(part, {})
@@ -105,6 +104,22 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
             raise fail(key, f"cannot be set with --set: '{part}' is not a section")
         node = child
     node[last] = value
+
+
+def parse_value(text: str, location: _Location = ()) -> Any:
+    """Parse the value of an override at `location`: JSON, a word of `_WORDS`, or else a string.
+
+    A text in quotes, double or single, is a string without them. Raises ConfigError if it holds an
+    unsupported value.
+    """
+    try:
+        return parse_json(text, location)
+    except json.JSONDecodeError:
+        pass
+    if (word := text.strip().lower()) in _WORDS:
+        return _WORDS[word]
+    quoted = len(text) >= 2 and text[0] == text[-1] == "'"
+    return _checked(text[1:-1] if quoted else text, location)
 
 
 def parse_json(text: str, location: _Location = ()) -> Any:
