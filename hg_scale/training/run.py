@@ -147,7 +147,7 @@ def _train_connected(run: Run) -> bool:
         os._exit(REQUEUE)
 
     with run.interruption.signals.end_wait_on_signal(leave):
-        device = start_processes(launch)
+        device = start_processes(launch, run.console.warn)
     options = {"stop_at": run.stop_at, "profile": run.profile}
     require_same_run(run.config, folder, options)
     lock = run_on_all_ranks(lambda: RunLock(folder) if launch.rank == 0 else None, device)
