@@ -57,6 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # stdout was closed, as by `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"hg-scale {options.verb}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except UnicodeEncodeError as error:  # an argument with bytes that are no text
+        text = repr(error.object[error.start : error.end])
+        print(f"hg-scale {options.verb}: a name is not UTF-8 ({text}); rename it", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"hg-scale {options.verb}: interrupted", file=sys.stderr)
         return 130

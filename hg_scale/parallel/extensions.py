@@ -36,7 +36,7 @@ from typing import IO
 from hg_scale.errors import UserError
 
 LIMIT = 900.0  # seconds to wait for another process that compiles
-_POLL = 0.2  # seconds
+_POLL, _LOAD = 0.2, 5.0  # seconds
 _NAME = "deepspeed_shm_comm"
 # Runs a command that gets SIGTERM when its parent ends (PR_SET_PDEATHSIG). ninja then ends its
 # compilers.
@@ -112,8 +112,11 @@ def _locked(folder: Path, report: Callable[[str], None], limit: float) -> Iterat
 def _wait_until(
     is_free: Callable[[], bool], lock: Path, report: Callable[[str], None], end: float
 ) -> None:
-    """Wait until the lock is free, or raise ExtensionLocked; report the wait once."""
-    reported = False
+    """Wait until the lock is free, or raise ExtensionLocked; report the wait once.
+
+    It is reported at once if there is something to compile; a load takes a moment.
+    """
+    start, reported = time.monotonic(), False
     while not is_free():
         holder = _holder(lock)
         if time.monotonic() >= end:
@@ -121,7 +124,7 @@ def _wait_until(
                 f"{lock}: still locked by {holder}, which compiles DeepSpeed's collectives; end it "
                 f"if it hangs, or delete {lock.parent}, and start again"
             )
-        if not reported:
+        if not reported and (not is_compiled() or time.monotonic() > start + _LOAD):
             report(f"waiting for {holder}, which compiles DeepSpeed's collectives ({lock})")
             reported = True
         time.sleep(_POLL)
