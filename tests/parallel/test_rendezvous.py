@@ -18,6 +18,7 @@ from hg_scale.parallel.launch import Launch
 from hg_scale.parallel.rendezvous import (
     BadMasterAddress,
     PortInUse,
+    RanksMissing,
     address_advice,
     master_address,
     meet,
@@ -69,6 +70,18 @@ def test_the_ranks_that_are_missing_are_reported_less_and_less_often(
         "waiting for ranks 1, 2 of 3",
         "waiting for rank 1 of 3",
     ]
+
+
+def test_a_long_wait_is_reported_ever_less_often_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, lines = [0.0], list[str]()
+    monkeypatch.setattr(rendezvous.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(rendezvous.time, "sleep", lambda _: clock.append(clock.pop() + 1))
+    patience = rendezvous._Patience(lines.append)
+    with pytest.raises(RanksMissing, match="waiting for rank 1 for 30 minutes; the job") as raised:
+        while True:
+            patience.wait("waiting for rank 1", reported=True)
+    assert raised.value.exit_code == LOST
+    assert lines == [f"waiting for rank 1, for {seconds} s" for seconds in (10, 30, 90, 270, 810)]
 
 
 def test_a_rank_says_that_nothing_answers_until_rank_0_does(
