@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import hg_scale
@@ -87,10 +88,11 @@ class WandbLog:
     def _run(self) -> None:
         """The thread: start the process, pass it the queued records, report its warning."""
         try:
-            process = _start_process()
-            with suppress(BrokenPipeError):  # it has ended, and says why
-                self._feed(process)
-            message, _ = process.communicate()
+            with TemporaryDirectory(prefix="hg_scale-wandb-", ignore_cleanup_errors=True) as folder:
+                process = _start_process(folder)
+                with suppress(BrokenPipeError):  # it has ended, and says why
+                    self._feed(process)
+                message, _ = process.communicate()
         except Exception as error:
             self._warn_once(f"disabled: {one_line(error)}")
             return
@@ -120,17 +122,20 @@ class WandbLog:
             self._warn(f"wandb {message}")
 
 
-def _start_process() -> subprocess.Popen[str]:
-    """Start wandb's process; its stderr is this one's, the rank's log file."""
+def _start_process(folder: str) -> subprocess.Popen[str]:
+    """Start wandb's process, with its temporary files in `folder`, which it deletes if this one
+    ends first. Its stderr is this one's, the rank's log file.
+    """
     root = str(Path(hg_scale.__file__).parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    changes = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1", "TMPDIR": folder}
     return subprocess.Popen(
         [sys.executable, "-m", "hg_scale.training.wandb_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"},
+        env=os.environ | changes,
         start_new_session=True,  # a signal to the run's process group is not for wandb
     )
 

@@ -13,7 +13,6 @@ import select
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,10 +30,8 @@ def log_stdin() -> None:
         signal.signal(number, signal.SIG_IGN)
     terminal = os.dup(1)  # stdin and stdout are pipes of the run, which wandb must not use
     os.dup2(2, 1)
-    code, folder = 0, ""
+    code, folder = 0, os.environ["TMPDIR"]  # of this process and wandb's service alone
     try:
-        folder = tempfile.mkdtemp(prefix="hg_scale-wandb-")
-        os.environ["TMPDIR"] = tempfile.tempdir = folder  # also of wandb's service
         _log_records(lines_of_parent(os.getppid()), folder)
     except BaseException as error:
         os.write(terminal, f"disabled: {one_line(error)}\n".encode())

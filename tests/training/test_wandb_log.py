@@ -83,7 +83,9 @@ def test_an_unresponsive_server_is_one_warning_and_does_not_end_the_run(tmp_path
 def test_a_broken_wandb_is_one_warning(tmp_path, broken, message):
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "__init__.py").write_text(broken + "\n")
-    assert run(tmp_path / "run", PYTHONPATH=str(tmp_path)) == message
+    (temporary := tmp_path / "temporary").mkdir()
+    assert run(tmp_path, PYTHONPATH=str(tmp_path), TMPDIR=str(temporary)) == message
+    assert list(temporary.iterdir()) == []
 
 
 def test_an_unreadable_netrc_or_setting_is_at_most_one_warning(tmp_path):
