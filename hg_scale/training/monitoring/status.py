@@ -74,7 +74,7 @@ def read_status(run: Path, now: float | None = None, last_errors: int = 5) -> Ru
     clocks = {f"{_name(rank, beats)} {format_offset(ahead[rank])}": None for rank in ahead
               if abs(ahead[rank]) > CLOCK_LIMIT}  # fmt: skip
     if clocks:  # first, since it qualifies the times of the reason
-        reason = f"by the times of its files, not the clock of {_shorten_list([*clocks])}; {reason}"
+        reason = f"by file times (the clock of {_shorten_list([*clocks])}): {reason}"
     lines = {"state": f"{state}: {reason}"}
     if steps:
         lines |= _progress(steps, total)

@@ -257,8 +257,8 @@ def test_ages_are_those_of_the_file_system_and_never_negative(run: Path) -> None
     os.utime(save(run, 10) / "manifest.json", (now + 86_400, now + 86_400))
     found = read_status(run)
     assert re.fullmatch(
-        r"alive: by the times of its files, not the clock of rank 1 \(n1\) is 1d 00:00 ahead, "
-        r"rank 2 \(n2\) is 0:05:00 behind; last heartbeat 0:00:2\d ago", found.lines["state"]
+        r"alive: by file times \(the clock of rank 1 \(n1\) is 1d 00:00 ahead, "
+        r"rank 2 \(n2\) is 0:05:00 behind\): last heartbeat 0:00:2\d ago", found.lines["state"]
     ), found.lines["state"]  # fmt: skip
     assert re.fullmatch("3 of 3 in step 120, for 0:00:3.", found.lines["ranks"])
     checkpoint = re.fullmatch("step-00000010, its file is dated (.*) ahead of now",
