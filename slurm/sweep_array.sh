@@ -38,7 +38,7 @@ here=$(dirname "$0")
 export SWEEP=${SWEEP:-runs/$(basename "${POINTS%.*}")}
 HG_COPIES=$SWEEP/code
 # A requeued element keeps its line, whatever has been edited since the first element started.
-copy=$HG_COPIES/$SLURM_ARRAY_JOB_ID/points
+copy=$HG_COPIES/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}/points
 [[ ! -e $copy ]] || POINTS=$copy
 [[ -r $POINTS ]] || hg_die "POINTS=$POINTS: cannot be read"
 point=$(grep -v '^[[:space:]]*\(#\|$\)' "$POINTS" | sed -n "${SLURM_ARRAY_TASK_ID}p")
