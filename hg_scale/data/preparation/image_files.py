@@ -130,13 +130,14 @@ def _refuse_unsupported(path: Path, image: Any) -> None:
     if frames > 1 or _another_follows(path, image):
         count = f"{frames} frames or pages" if frames > 1 else "several images"
         raise DataError(f"{path}: has {count}, expected one; save each as a file of its own")
-    if image.has_transparency_data or image.mode in ("RGBa", "La"):
+    fourth = image.format == "BMP" and "BGRX" in image.tile[0].args  # pillow drops it
+    if image.has_transparency_data or image.mode in ("RGBa", "La") or fourth:
         raise DataError(
             f"{path}: is {image.mode} with transparency, which gray and RGB cannot represent; put "
             "it on a background"
         )
-    if _bits_per_channel(path, image) > 8:
-        raise _refusal(path, "16 bits per channel")
+    if (bits := _bits_per_channel(path, image)) > 8:
+        raise _refusal(path, f"{bits} bits per channel")
     if image.mode not in ("L", "RGB", *_EXACT):
         raise _refusal(path, image.mode)
 
@@ -161,7 +162,7 @@ def _bits_per_channel(path: Path, image: Any) -> int:
         return head[24]
     if image.format == "AVIF":
         properties = head.partition(b"av1C")[2]  # its third byte has a bit for more than 8
-        return 16 if properties[2:3] and properties[2] & 0x40 else 8
+        return 10 if properties[2:3] and properties[2] & 0x40 else 8
     return 8
 
 

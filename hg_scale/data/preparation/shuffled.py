@@ -275,7 +275,7 @@ def _plan(job: Job, spill: Spill) -> dict[str, Any]:
     total = int(size.sum())
     if not total:
         names = ", ".join(str(path) for path in job.inputs)
-        raise DataError(f"--input {names}: contains no documents")
+        raise DataError(f"--input {names}: contains no documents{job.log.summary()}")
     per_byte = _tokens_per_byte(job, spill, size)
     split_bins = 1 << (KEY_BITS - 64 + _BIN_BITS)
     shift = 64 - _BIN_BITS

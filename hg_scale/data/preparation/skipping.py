@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -142,8 +142,8 @@ class SkipLog:
             return
         if self.policy.on_fault == "stop":
             raise TooManySkipped(
-                f"{count} items were left out by an earlier start with --on-fault skip; set it "
-                "again, or remove the output folder to start over"
+                f"--on-fault stop: an earlier start with --on-fault skip left out {self._counts()};"
+                " set it again, or remove the output folder to start over"
             )
         last = self.items[-1]
         raise TooManySkipped(
@@ -151,11 +151,17 @@ class SkipLog:
             f"--max-skipped {self.policy.max_skipped}: fix the input, or raise --max-skipped"
         )
 
-    def merge(self, other: SkipLog) -> None:
-        """Add what another log recorded, without a check."""
-        for item in other.items:
-            self.add(item)
-        self.remarks.update(other.remarks)
+    def summary(self) -> str:
+        """Return `; left out: 2 lines, the first: ...` for an error message, or nothing."""
+        if not self.items:
+            return ""
+        first = self.items[0]
+        return f"; left out: {self._counts()}, the first: {first.where}: {first.reason}"
+
+    def _counts(self) -> str:
+        """Return `2 files, 1 line`."""
+        counts = Counter(item.kind for item in self.items)
+        return ", ".join(f"{n:,} {kind}{'s' * (n > 1)}" for kind, n in sorted(counts.items()))
 
     def write(self, path: Path) -> None:
         """Write the log for `read`; without content the file is removed."""
@@ -184,7 +190,7 @@ class SkipLog:
         for remark, count in sorted(self.remarks.items()):
             yield f"  {count:,} {remark}"
         if self.items:
-            yield f"  left out {describe_counts(item.kind for item in self.items)}: {listed_in}"
+            yield f"  left out {self._counts()}: {listed_in}"
             for item in self.items[:_SHOWN]:
                 yield f"    {item.where}: {item.reason}"
             if len(self.items) > _SHOWN:
@@ -192,12 +198,6 @@ class SkipLog:
 
 
 STOP = SkipLog(SkipPolicy())  # raises every error
-
-
-def describe_counts(kinds: Iterable[str]) -> str:
-    """Return `2 files, 1 line`."""
-    counts = Counter(kinds)
-    return ", ".join(f"{n:,} {kind}{'s' * (n > 1)}" for kind, n in sorted(counts.items()))
 
 
 def read_list(path: Path) -> list[SkippedItem]:

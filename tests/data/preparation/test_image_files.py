@@ -113,6 +113,7 @@ def test_a_trns_chunk_is_transparency(tmp_path, mode, key):
         ("a.tif", "RGBA", {}),
         ("a.tif", "LA", {}),
         ("a.gif", "P", {"transparency": 0}),
+        ("a.bmp", "RGBA", {}),
     ],
 )
 def test_transparency_is_refused(tmp_path, name, mode, options):
@@ -138,7 +139,18 @@ def test_several_images_in_a_ppm_are_refused(tmp_path):
     assert read_picture(path).content == COLOUR.tobytes()
 
 
+def tiff_of_16_bits() -> bytes:
+    """An RGB TIFF of one pixel, which pillow itself does not write."""
+    tags = [(256, 3, 1, 1), (257, 3, 1, 1), (258, 3, 3, 134), (259, 3, 1, 1), (262, 3, 1, 2),
+            (273, 4, 1, 140), (277, 3, 1, 3), (278, 3, 1, 1), (279, 4, 1, 6)]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    return head.ljust(134, b"\0") + struct.pack("<3H", 16, 16, 16) + bytes(6)
+
+
 def test_values_of_more_than_8_bits_are_refused(tmp_path):
+    (tmp_path / "rgb.tif").write_bytes(tiff_of_16_bits())
+    assert "is 16 bits per channel" in refused(tmp_path / "rgb.tif")
     (tmp_path / "a.ppm").write_bytes(b"P6 1 1 65535 " + bytes(6))
     assert "16 bits per channel" in refused(tmp_path / "a.ppm")
     assert "16" in refused(save(tmp_path / "a.tif", Image.fromarray(np.zeros((4, 4), np.uint16))))

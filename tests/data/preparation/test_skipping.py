@@ -171,7 +171,7 @@ def test_the_limit(tmp_path):
     prepare(job(tmp_path / "a.jsonl", tmp_path / "out", exact), ProgressBar())
     again = job(tmp_path / "a.jsonl", tmp_path / "out", exact)
     assert not prepare(again, ProgressBar())[1] and len(again.log.items) == 5
-    with pytest.raises(DataError, match="5 items were left out by an earlier start"):
+    with pytest.raises(DataError, match="earlier start with --on-fault skip left out 5 lines; set"):
         prepare(job(tmp_path / "a.jsonl", tmp_path / "out", SkipPolicy()), ProgressBar())
 
 
