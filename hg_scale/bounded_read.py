@@ -16,9 +16,10 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import islice
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
@@ -31,12 +32,22 @@ TABLE_BYTES = 1 << 30  # grows with ranks or shards: manifests, indexes, headers
 BINARY_BYTES = 1 << 30  # read into memory as it is: tokenizer models
 
 MAX_DEPTH = 64  # of nested objects and lists; far below the limit of Python's stack
+MAX_ITEMS = 1_000_000  # of a tree that was not read from a file of bounded size
 MAX_DIGITS = 20  # those of the largest unsigned 64-bit integer
 # NUL, which no file name may contain, and lone UTF-16 surrogates, which cannot be encoded.
 _INVALID_TEXT = re.compile("[\0\ud800-\udfff]")
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
 
 JsonPath = tuple[str | int, ...]  # keys and list indices that lead to a value
+
+_PART = 1 << 20  # bytes read at a time
+
+
+class SupportsRead(Protocol):
+    """A file or another source of bytes."""
+
+    def read(self, size: int, /) -> bytes: ...
+
 
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 """A number of steps, tokens, bytes or elements."""
@@ -112,10 +123,18 @@ def _require_regular_mode(mode: int) -> None:
 def read_bounded(path: Path, limit: int) -> bytes:
     """Return the content of a regular file. Raises OSError, and FormatError past `limit` bytes."""
     with open_regular(path) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise FormatError(f"expected at most {limit:,} bytes, found more")
-    return content
+        return read_stream(file, limit)
+
+
+def read_stream(file: SupportsRead, limit: int) -> bytes:
+    """Return all that can be read, in memory for its size. Raises FormatError past `limit`."""
+    parts, size = [], 0
+    while part := file.read(_PART):  # reading `limit` at once would take memory for it
+        parts.append(part)
+        size += len(part)
+        if size > limit:
+            raise FormatError(f"expected at most {limit:,} bytes, found more")
+    return b"".join(parts)
 
 
 def read_text(path: Path, limit: int) -> str:
@@ -137,7 +156,7 @@ def read_object(path: Path, limit: int) -> dict[str, Any]:
 
 
 def parse_json(data: bytes | str, location: JsonPath = (), finite: bool = True) -> Any:
-    """Parse JSON, `location` being where it stands, more strictly than Python does.
+    """Parse JSON, which is the value at `location`, more strictly than Python does.
 
     Refused are duplicate keys, deep nesting, long integers, NUL, lone surrogates and, with
     `finite`, NaN and infinity. Raises FormatError.
@@ -173,6 +192,35 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(tree) != len(pairs):
         raise _DuplicateKey
     return tree
+
+
+def as_json(value: Any, location: JsonPath = ()) -> Any:
+    """Return a value that was not read from JSON as if it had been: bounded, without tuples.
+
+    It may hold itself, or one object many times. Raises FormatError.
+    """
+    level, total = [value], 0
+    for _ in range(MAX_DEPTH):
+        inner = (
+            item
+            for outer in level
+            if isinstance(outer, dict | list | tuple)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        )
+        level = list(islice(inner, MAX_ITEMS))
+        total += len(level)
+        if total >= MAX_ITEMS:
+            raise FormatError(f"expected less than {MAX_ITEMS:,} values", location)
+        if not level:
+            break
+    else:
+        raise _too_deep(location)
+    try:
+        return parse_json(json.dumps(value, allow_nan=False), location)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"expected plain values: {error}", location) from None
 
 
 def _is_shallow(value: Any) -> bool:
@@ -272,7 +320,8 @@ def format_errors(path: Path, error: type[Exception], advice: str = "") -> Itera
     try:
         yield
     except FormatError as problem:
-        raise error(f"{path}: {problem}{advice}") from None
+        what = "" if problem.location else "cannot be read: "
+        raise error(f"{path}: {what}{problem}{advice}") from None
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror or problem}{advice}") from None
 
@@ -283,15 +332,18 @@ _RECORD: TypeAdapter[dict[str, Any]] = TypeAdapter(
 )
 
 
-def parse_record(line: bytes | str) -> dict[str, Any] | None:
+def parse_record(line: bytes | str, kind: Any = None) -> dict[str, Any] | None:
     """Return the object in a line of a log of records; None if it is partial or holds none.
 
-    `step`, where a record has one, is a count and `time` a finite number.
+    `step`, where a record has one, is a count and `time` a finite number. `kind`: a TypedDict of
+    further keys with their types; a record that does not fit is None, too.
     """
     if len(line) > RECORD_BYTES:
         return None
     try:
         record = _RECORD.validate_python(from_json(line, allow_inf_nan=False))
+        if kind is not None:
+            record = _adapter(kind).validate_python(record)
     except ValueError:
         return None
     step, time = record.get("step", 0), record.get("time", 0)

@@ -34,8 +34,13 @@ def to_checkpoint(
     workers: int = 1,
     report: ProgressReporter,
     file_bytes: int = FILE_BYTES,
+    allow_non_finite: bool = False,
 ) -> None:
-    """Write the checkpoint folder `out`. Raises CheckpointError, also if the source is corrupt."""
+    """Write the checkpoint folder `out`. Raises CheckpointError, also if the source is corrupt.
+
+    Elements that are not finite are refused, unless `allow_non_finite`: a run would start from
+    them and never recover.
+    """
     source.require_unchanged(workers, report)
     resumable = source.kinds == KINDS and source.progress is not None
     with new_folder(out) as folder:
@@ -55,7 +60,7 @@ def to_checkpoint(
             for number, name in enumerate(names):
                 for kind in KINDS if resumable else ("fp32",):
                     regions[name, kind] = created[f"{number}.{kind}"]
-        copy_tensors(source, regions, workers, report, "importing")
+        copy_tensors(source, regions, workers, report, "importing", allow_non_finite)
         sizes = {file: (folder / file).stat().st_size for file in files}
         report.begin("checksums", sum(sizes.values()))
         entries = []
