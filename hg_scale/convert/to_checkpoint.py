@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from hg_scale.checkpoint.checksum import ComputeChecksum
+from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
 from hg_scale.checkpoint.jobs import ProgressReporter, run_jobs
-from hg_scale.checkpoint.manifest import CHECKPOINT_VERSION, MANIFEST, seal
+from hg_scale.checkpoint.manifest import CHECKPOINT_VERSION, MANIFEST, STEP_FOLDER, seal
 from hg_scale.checkpoint.safetensors_file import TensorRegion, create_safetensors
 from hg_scale.convert.export import copy_tensors, split_into_files
 from hg_scale.convert.output import new_folder
@@ -41,8 +42,11 @@ def to_checkpoint(
     Elements that are not finite are refused, unless `allow_non_finite`: a run would start from
     them and never recover.
     """
-    source.require_unchanged(workers, report)
     resumable = source.kinds == KINDS and source.progress is not None
+    step, match = source.step if resumable else 0, STEP_FOLDER.fullmatch(out.name)
+    if match and int(match[1]) != step:
+        raise CheckpointError(f"{out}: the checkpoint is of step {step}; choose another name")
+    source.require_unchanged(workers, report)
     with new_folder(out) as folder:
         regions: dict[tuple[str, str], TensorRegion] = {}
         files: dict[str, list[str]] = {}
