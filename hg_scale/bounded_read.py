@@ -326,26 +326,38 @@ def format_errors(path: Path, error: type[Exception], advice: str = "") -> Itera
         raise error(f"{path}: cannot be read: {problem.strerror or problem}{advice}") from None
 
 
-_Number = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | float | None
+_Number = bool | Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | float | None
 _RECORD: TypeAdapter[dict[str, Any]] = TypeAdapter(
-    dict[str, _Number | str | dict[str, Any] | list[Any]], config=ConfigDict(strict=True)
+    dict[str, _Number | str | dict[str, Any] | list[Any]],
+    config=ConfigDict(strict=True, allow_inf_nan=False),
 )
+
+
+def _without_nan(record: Any) -> Any:
+    """Return an object with null for NaN and infinity, which other programs write as numbers."""
+    if not isinstance(record, dict):
+        return record
+    floats = [key for key, value in record.items() if type(value) is float and not isfinite(value)]
+    return {**record, **dict.fromkeys(floats)} if floats else record
 
 
 def parse_record(line: bytes | str, kind: Any = None) -> dict[str, Any] | None:
     """Return the object in a line of a log of records; None if it is partial or holds none.
 
-    `step`, where a record has one, is a count and `time` a finite number. `kind`: a TypedDict of
-    further keys with their types; a record that does not fit is None, too.
+    `step`, where a record has one, is a count, and `time` a number; NaN and infinity become None,
+    a `time` of None is left out. `kind`: a TypedDict of further keys with their types; a record
+    that does not fit is None, too.
     """
     if len(line) > RECORD_BYTES:
         return None
     try:
-        record = _RECORD.validate_python(from_json(line, allow_inf_nan=False))
+        record = _RECORD.validate_python(_without_nan(from_json(line)))
+        if record.get("time", 0) is None:
+            del record["time"]
         if kind is not None:
             record = _adapter(kind).validate_python(record)
     except ValueError:
         return None
     step, time = record.get("step", 0), record.get("time", 0)
-    valid = type(step) is int and step >= 0 and type(time) in (int, float) and isfinite(time)
+    valid = type(step) is int and step >= 0 and type(time) in (int, float)
     return record if valid else None

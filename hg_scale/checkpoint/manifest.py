@@ -23,7 +23,6 @@ from hg_scale.bounded_read import (
     FormatError,
     format_errors,
     read_json,
-    show_value,
     validated,
 )
 from hg_scale.checkpoint.checksum import CHECKSUM_MISMATCH, format_checksum, new_digest
@@ -54,9 +53,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if type(version) is not int or version not in (CHECKPOINT_VERSION, *MIGRATIONS):
         newer = isinstance(version, int) and version > CHECKPOINT_VERSION
         remedy = "update hg_scale" if newer else "read it with the hg_scale that wrote it"
-        found = version if type(version) is str else show_value(version)
         raise CheckpointError(
-            f"{path}: format version {found}, expected {CHECKPOINT_VERSION}; {remedy}"
+            f"{path}: format version {version!s:.40}, expected {CHECKPOINT_VERSION}; {remedy}"
         )
     if not _seal_matches(manifest):
         raise CheckpointError(f"{path}: {CHECKSUM_MISMATCH}")

@@ -141,7 +141,7 @@ class MappedSafetensors:
 
 
 def header_problem(checkpoint: Path, file: Mapping[str, Any]) -> str | None:
-    """Return why the header of a file is not that of its manifest entry, or None."""
+    """Return why the header of a file, named first, is not that of its manifest entry, or None."""
     lengths = {
         f"{number}.{kind}": fragment["length"]
         for kind in KINDS
@@ -150,5 +150,5 @@ def header_problem(checkpoint: Path, file: Mapping[str, Any]) -> str | None:
     try:
         MappedSafetensors(checkpoint / file["name"]).require(lengths)
     except CheckpointError as error:
-        return str(error)
+        return str(error).removeprefix(f"{checkpoint}/")
     return None

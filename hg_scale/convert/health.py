@@ -83,7 +83,7 @@ def find_problems(source: WeightSource, workers: int, report: ProgressReporter) 
         files = source.manifest["files"]
         yield from corrupt_files(source.path, files, workers, report)
         headers = [problem for file in files if (problem := header_problem(source.path, file))]
-        yield from headers
+        yield from (f"{source.path}/{problem}" for problem in headers)
         if source.optimizer_step > source.step:
             found = f"expected at most step = {source.step:,}, found {source.optimizer_step:,}"
             yield f"{source.path}: optimizer_step: {found}"

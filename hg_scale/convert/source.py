@@ -63,6 +63,11 @@ class WeightSource(ABC):
         return type(self), self._arguments
 
     @property
+    def paths(self) -> str:
+        """Where the weights come from, for messages."""
+        return str(self.path)
+
+    @property
     def parameters(self) -> int:
         """Number of elements of all parameters, including the padding of the vocabulary."""
         return sum(map(prod, self.shapes.values()))
@@ -118,7 +123,7 @@ def require_usable(source: WeightSource, name: str, kind: str, values: Tensor) -
     if not_finite or negative:
         what = "not finite" if not_finite else "negative"
         raise CheckpointError(
-            f"{source.path}: {kind} of {name}: {not_finite or negative:,} of {values.numel():,} "
+            f"{source.paths}: {kind} of {name}: {not_finite or negative:,} of {values.numel():,} "
             f"elements read are {what}; `hg-scale convert verify` lists all, and imports "
             "write them as they are with --allow-non-finite"
         )

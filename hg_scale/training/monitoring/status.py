@@ -279,7 +279,7 @@ class _JobEntry(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
 
     time: Required[float]
-    job: Required[str]
+    job: Required[str | int]
     event: Required[str]
     code: Count
     ends: float
