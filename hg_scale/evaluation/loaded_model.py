@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hg_scale.bounded_read import BINARY_BYTES, format_errors, read_bounded
 from hg_scale.checkpoint.find import find_latest, verify_checksums
 from hg_scale.checkpoint.load import read_parameters
 from hg_scale.checkpoint.manifest import MANIFEST, read_manifest
@@ -208,7 +210,7 @@ def _parse_device(name: str | None) -> torch.device:
 
 
 def _load_checkpoint(folder: Path, data: str | None) -> LoadedModel:
-    checkpoint = find_latest(folder / "checkpoints")
+    checkpoint = find_latest(folder / "checkpoints", lambda line: print(line, file=sys.stderr))
     if checkpoint is None:
         if (folder / "config.json").is_file():
             raise UserError(f"{folder}: a run without a checkpoint; train until its first one")
@@ -250,7 +252,8 @@ def _load_export(folder: Path, data: str | None) -> LoadedModel:
                 f"{folder}: names no tokenizer; give --data SHARDS, or export with --data"
             )
         file = folder / MODEL_FILE
-        content = file.read_bytes() if file.is_file() else None
+        with format_errors(file, UserError):
+            content = read_bounded(file, BINARY_BYTES) if file.is_file() else None
         return load_tokenizer(TokenizerIdentity.model_validate(identity), content)
 
     if index is not None:
