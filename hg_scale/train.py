@@ -21,7 +21,7 @@ from hg_scale.arguments import add_override_option, positive_int  # noqa: E402
 from hg_scale.config import load_config  # noqa: E402
 from hg_scale.config.layouts import elastic_line, load_elastic  # noqa: E402
 from hg_scale.errors import UserError  # noqa: E402
-from hg_scale.exit_codes import DONE, FAILED, INTERRUPTED  # noqa: E402
+from hg_scale.exit_codes import CONFIG_ERROR, DONE, FAILED, INTERRUPTED  # noqa: E402
 from hg_scale.parallel.launch import Launch, LaunchError, affinity_problem  # noqa: E402
 from hg_scale.standard_streams import protect_standard_streams  # noqa: E402
 from hg_scale.training.interruption import StopSignals  # noqa: E402
@@ -59,6 +59,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--reread-config", action="store_true",
         help="in a requeued Slurm job, use --config as it is now")  # fmt: skip
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+
+
+class BadRunFolder(UserError):
+    """A run folder cannot have this name."""
+
+    exit_code = CONFIG_ERROR
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,6 +109,7 @@ def _run(options: argparse.Namespace, signals: StopSignals) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     try:
+        require_usable_name(folder)
         if options.dry_run:
             return dry_run(options, launch)
         if options.check:
@@ -150,6 +157,16 @@ def use_job_config(options: argparse.Namespace, folder: Path, launch: Launch) ->
     if writes:
         keep_config(options.config, copy)
     return options.config
+
+
+def require_usable_name(folder: Path) -> None:
+    """Raise UserError if the file system refuses the run folder's name, or those of its files."""
+    try:
+        os.lstat(folder / "checkpoints" / ("x" * 128))  # longer than any name in a run folder
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise BadRunFolder(f"--run {folder}: {error.strerror}; choose another name") from None
 
 
 def dry_run(options: argparse.Namespace, launch: Launch) -> int:

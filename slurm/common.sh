@@ -54,13 +54,14 @@ export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$hg_cache/torch_extensions}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$hg_cache/triton}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$hg_cache/inductor}
 
-# Rendezvous of the ranks: the address that Slurm uses for the first node, and a port that depends
-# on the job, below the ephemeral ports of outgoing connections.
+# Rendezvous of the ranks: the address that Slurm uses for the first node, and a port below the
+# ephemeral ports of outgoing connections. It is that of step 0 in port_of_step of
+# hg_scale/parallel/launch.py, so a further `srun` in this job gets another one.
 hg_nodes() { scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n "$1"; } # the first $1 nodes
 hg_first=$(hg_nodes 1)
 MASTER_ADDR=$(scontrol show node "$hg_first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 export MASTER_ADDR=${MASTER_ADDR:-$hg_first}
-export MASTER_PORT=$((10000 + (SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 20000))
+export MASTER_PORT=$((10000 + (64 * SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 19997))
 
 # The job's id for scontrol: the id of an array's last element is also that of the whole array.
 hg_job=$SLURM_JOB_ID

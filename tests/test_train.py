@@ -33,6 +33,20 @@ def test_dry_run_imports_no_torch() -> None:
         assert word in done.stdout
 
 
+@pytest.mark.parametrize("name", ["x" * 256, "y/" * 2040 + "z", "loop/run"])
+def test_a_run_folder_that_cannot_have_this_name_is_refused(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], name: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    for verb in ("train", "status", "report", "summary", "generate", "evaluate"):
+        options = ["--config", str(config), "--run"] if verb == "train" else []
+        assert main([verb, *options, name]) == 2
+        stderr = capsys.readouterr().err
+        assert len(stderr.splitlines()) == 1 and name[:100] in stderr, stderr
+
+
 def test_invalid_configuration_exits_with_2_and_lists_all_errors(config: Path) -> None:
     done = train("--config", str(config), "--set", "model.heads=3", "--set", "model.widht=1")
     assert done.returncode == 2

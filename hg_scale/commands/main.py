@@ -68,11 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output()
         return 141
     except OSError as error:
-        if error.filename is not None or error.errno not in _UNWRITABLE:
+        if error.filename is not None:
+            print(f"{command}: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
+        if error.errno not in _UNWRITABLE:
             raise
         _drop_output()
         print(f"{command}: stdout cannot be written: {error.strerror}", file=sys.stderr)
         return 1
+    except UnicodeEncodeError as error:  # an argument with bytes that are no text
+        text = repr(error.object[error.start : error.end])
+        print(f"{command}: a name is not UTF-8 ({text}); rename it", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         return 130

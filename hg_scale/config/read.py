@@ -25,6 +25,9 @@ from hg_scale.config.errors import ConfigError, Problem
 
 FILE_KEYS = ("extends", "$schema")  # keys of a file that are not keys of a configuration
 
+# In any capitals, what Python and YAML write for values of JSON.
+_WORDS = {"null": None, "none": None, "~": None, "true": True, "false": False}
+
 
 def read_tree(path: Path) -> dict[str, Any]:
     """Read the JSON object in `path`, merged over the file it extends (relative to itself)."""
@@ -81,7 +84,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], text: str) -> None:
-    """Set `section.key=value` in `tree`; the value is JSON, or else a string."""
+    """Set `section.key=value` in `tree`; the value is as in `parse_value`."""
 
     def fail(key: str, message: str) -> ConfigError:
         return ConfigError([Problem(key, message)])
@@ -96,10 +99,7 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
         raise fail("--set", f"expected key.path=value, got '{text}'")
     if key in FILE_KEYS:
         raise fail(key, "cannot be set with --set: write it into the file")
-    try:
-        value = _parse_value(raw, tuple(parts))
-    except FormatError as error:
-        raise _config_error(error) from None
+    value = parse_value(raw, tuple(parts))
     node = tree
     for part in parents:
         child = node.setdefault(part, {})
@@ -109,12 +109,27 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
     node[last] = value
 
 
+def parse_value(text: str, location: JsonPath = ()) -> Any:
+    """Parse the value of an override at `location`: JSON, a word of `_WORDS`, or else a string.
+
+    A text in quotes, double or single, is a string without them. Raises ConfigError if it holds an
+    unsupported value.
+    """
+    try:
+        return _parse_value(text, location)
+    except FormatError as error:
+        raise _config_error(error) from None
+
+
 def _parse_value(text: str, location: JsonPath) -> Any:
-    """Parse JSON, or return the text itself where it is none. Raises FormatError."""
     try:
         return parse_json(text, location, finite=False)  # the schema reports NaN and infinity
     except NotJson:
-        return require_plain(text, location)
+        pass
+    if (word := text.strip().lower()) in _WORDS:
+        return _WORDS[word]
+    quoted = len(text) >= 2 and text[0] == text[-1] == "'"
+    return require_plain(text[1:-1] if quoted else text, location)
 
 
 def _config_error(error: FormatError, source: str = "") -> ConfigError:

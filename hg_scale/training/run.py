@@ -189,7 +189,7 @@ def _train_connected(run: Run) -> bool:
         os._exit(REQUEUE if again else INTERRUPTED)
 
     with run.interruption.signals.end_wait_on_signal(leave):
-        device = start_processes(launch)
+        device = start_processes(launch, run.console.warn)
     options = {"stop_at": run.stop_at, "profile": run.profile}
     require_same_run(run.config, folder, options)
     lock = run_on_all_ranks(lambda: RunLock(folder) if launch.rank == 0 else None, device)
@@ -211,14 +211,13 @@ def _train_connected(run: Run) -> bool:
 
 def build(run: Run, device: torch.device, draw_weights: bool) -> Engine:
     """Build the engine of this rank; without `draw_weights` its weights are uninitialised."""
-    from hg_scale.parallel.extensions import is_compiled  # imports DeepSpeed
-    from hg_scale.training.engine import make_engine
+    from hg_scale.training.engine import make_engine  # imports DeepSpeed
 
-    config, console = run.config, run.console
+    config, launch, console = run.config, run.launch, run.console
     mesh, layers = make_mesh(config.parallel)
-    if device.type == "cpu" and not is_compiled():
-        console.print("compiling DeepSpeed's collectives for CPUs, once: about a minute")
-    engine = make_engine(config, mesh, layers, device, draw=draw_weights)
+    # Rank 0 reports for its node, and so do the first ranks of the others.
+    report = console.warn if launch.rank and launch.local_rank == 0 else console.print
+    engine = make_engine(config, mesh, layers, device, draw_weights, report)
     _describe(run, engine)
     return engine
 

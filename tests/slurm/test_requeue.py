@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from hg_scale.exit_codes import CONFIG_ERROR, FAILED, GAVE_UP, LOST, REQUEUE
-from hg_scale.parallel.launch import Launch
+from hg_scale.parallel.launch import Launch, port_of_step
 from hg_scale.training.monitoring.status import read_status
 from tests.shared import ROOT
 from tests.slurm.cluster import Cluster
@@ -150,10 +150,11 @@ def test_environment_of_a_rank(
     """Rendezvous, node-local caches, the CPUs of the batch script, no Slurm on the PATH."""
     job = start(0)
     assert cluster.wait(job)["JobState"] == "COMPLETED", log_of(elsewhere)
+    port = str(port_of_step({"SLURM_JOB_ID": str(job)}))
     for rank in range(2):
         lines = (tmp_path / f"ends.env-{rank}").read_text().splitlines()
         found = dict(line.split("=", 1) for line in lines if "=" in line)
-        assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("127.0.0.1", str(10000 + job))
+        assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("127.0.0.1", port)
         assert (found["SLURM_PROCID"], found["SLURM_STEP_NUM_TASKS"]) == (str(rank), "2")
         assert found["SLURM_CPUS_PER_TASK"] == found["SRUN_CPUS_PER_TASK"] == "8"
         assert found["SLURM_GPUS_ON_NODE"] == "8"
