@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -24,7 +24,7 @@ from hg_scale.convert.export import load_export
 from hg_scale.convert.export_source import ExportSource
 from hg_scale.convert.open import is_export
 from hg_scale.data.index import Index, read_index
-from hg_scale.data.protocol import SlidingWindows
+from hg_scale.data.protocol import FirstToken, SlidingWindows
 from hg_scale.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerIdentity, load_tokenizer
 from hg_scale.errors import UserError
 from hg_scale.evaluation.generation import TEMPERATURE, GenerationConfig, generate_texts
@@ -113,12 +113,14 @@ class LoadedModel:
         window: int | None = None,
         stride: int | None = None,
         batch_size: int = 8,
+        first_token: FirstToken = "previous",
     ) -> float:
         """Return the bits per byte of `text`, every token scored once.
 
         Windows of `window` tokens (default: the training sequence length), each starting `stride`
         tokens after the one before (default: `window`, no overlap), as in `hg-scale evaluate
-        --data FILE`. Raises UserError for a model of images, an empty text or values out of range.
+        --data FILE`. `first_token`: the first input of each window, the token before it or, with
+        "zero", id 0. Raises UserError for a model of images, an empty text or values out of range.
         """
         if self.image_shape is not None:
             raise UserError(
@@ -131,11 +133,16 @@ class LoadedModel:
             raise UserError(f"window={length}, batch_size={batch_size}: expected 1 or more")
         if not 1 <= stride <= length:
             raise UserError(f"stride={stride}: expected 1 to the window of {length} tokens")
+        if first_token not in get_args(FirstToken):
+            raise UserError(f"first_token={first_token!r}: expected 'previous' or 'zero'")
         data = _as_bytes(text, "text")
         if not data:
             raise UserError("text: is empty; expected at least one byte to score")
         protocol = SlidingWindows(length, stride)
-        score = score_text(self.model, self.tokenizer, data, protocol, batch_size=batch_size)
+        score = score_text(
+            self.model, self.tokenizer, data, protocol, batch_size=batch_size,
+            first_token=first_token,
+        )  # fmt: skip
         return score.bits_per_byte
 
 
