@@ -18,6 +18,7 @@ LAYERS = (
         "exit_codes",
         "arguments",
         "atomic_write",
+        "bounded_read",
         "folder_lock",
         "standard_streams",
         "__init__",

@@ -29,7 +29,7 @@ def read_images(paths: Sequence[Path], shape: tuple[int, int, int], limit: int) 
             entries = iter([read_picture(path)[:2]])
         elif path.suffix.lower() in ARRAYS:
             size = path.stat().st_size if path.is_file() else 0
-            arrays = read_array(path, ArrayOptions(), 0, size, lambda _: None)
+            arrays = read_array(path, ArrayOptions(image=shape), 0, size, lambda _: None)
             entries = (entry[1:] for entry in arrays)
         else:
             raise UserError(f"{path}: not an image; expected {', '.join(PICTURES + ARRAYS)}")

@@ -8,15 +8,18 @@ starting the job again would not fix it. A rank with such an error writes
 
 from __future__ import annotations
 
-import json
 import socket
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+from pydantic import Field
+from typing_extensions import TypedDict  # that of typing lacks what pydantic needs before 3.12
 
 from hg_scale.atomic_write import write_json
+from hg_scale.bounded_read import RECORD_BYTES, FormatError, read_json, validated
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import FAILED, INTERRUPTED, LOST, starts_again
 from hg_scale.parallel.launch import Launch
@@ -43,6 +46,13 @@ class Interrupted(UserError):
 
 class OutOfMemory(UserError):
     """This rank ran out of memory; the other ranks do not know it yet."""
+
+
+class EndEntry(TypedDict):
+    """The content of a rank's end file."""
+
+    code: Annotated[int, Field(ge=0, le=255)]
+    line: str
 
 
 class RankEnd(NamedTuple):
@@ -101,11 +111,11 @@ def error_of_peer(
 
 
 def _read(folder: Path, rank: int, earlier: frozenset[tuple[str, int, int]]) -> RankEnd | None:
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        path = _path(folder, rank)
-        record = json.loads(path.read_text())
-        if not starts_again(int(record["code"])) and _identify(path) not in earlier:
-            return RankEnd(rank, int(record["code"]), str(record["line"]))
+    path = _path(folder, rank)
+    with suppress(OSError, FormatError):
+        end: EndEntry = validated(EndEntry, read_json(path, RECORD_BYTES))
+        if not starts_again(end["code"]) and _identify(path) not in earlier:
+            return RankEnd(rank, end["code"], end["line"])
     return None
 
 

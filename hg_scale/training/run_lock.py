@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from hg_scale.errors import UserError
-from hg_scale.folder_lock import FolderLock
+from hg_scale.folder_lock import FolderLock, FolderOwner, read_folder_owner
 
 _PERIOD = 3.0  # seconds between two updates of the count
 _ADVICE = "is training there; end it, or choose another --run"
@@ -42,10 +40,9 @@ def describe_living_run(folder: Path) -> str | None:
     Takes as long as a living run needs to update its count, and 7 s where a killed one left it.
     """
 
-    def read() -> dict[str, Any] | None:
-        with suppress(OSError, ValueError):
-            owner = json.loads((folder / "owner.json").read_text())
-            return owner if isinstance(owner, dict) else None
+    def read() -> FolderOwner | None:
+        with suppress(OSError):
+            return read_folder_owner(folder)
         return None
 
     first, until = read(), time.monotonic() + 2 * _PERIOD + 1
@@ -54,7 +51,7 @@ def describe_living_run(folder: Path) -> str | None:
         if owner is None:
             return None
         if owner != first:
-            who = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
+            who = f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
             return f"{folder}: {who}, {_ADVICE}"
         time.sleep(0.2)
     return None

@@ -105,7 +105,7 @@ def test_locate_joins_location_and_file():
 
 @given(st.lists(st.integers(0, 2**31), unique=True).map(sorted))
 def test_offsets_survive_packing(offsets):
-    assert unpack_offsets(pack_offsets(offsets)).tolist() == offsets
+    assert unpack_offsets(pack_offsets(offsets), len(offsets)).tolist() == offsets
 
 
 def test_packed_offsets_are_compact():

@@ -35,10 +35,14 @@ _CHANNELS, _WITH_ALPHA = (1, 3), (1, 3, 4)
 
 @dataclass(frozen=True)
 class ArrayOptions:
-    """Which array of a .npz file, and the meaning of its axes; None: found out."""
+    """Which array of a .npz file, and the meaning of its axes; None: found out.
+
+    Where the shape of the images is known, the layout that gives it is preferred.
+    """
 
     name: str | None = None
     layout: str | None = None
+    image: ImageShape | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ def _images_in(path: Path, header: _Header, options: ArrayOptions) -> ArrayImage
     expected = f"{path}: holds {held}; expected uint8 (N, H, W, 3), (N, H, W) or (H, W, 3)"
     if dtype != np.uint8 or (fortran_order and len(shape) > 1) or min(shape, default=0) < 1:
         raise DataError(f"{expected}: convert it and save it again")
-    layout = options.layout or _evident_layout(shape)
+    layout = options.layout or _layout_giving(options.image, shape) or _evident_layout(shape)
     if layout is None:
         fitting = [name for name in LAYOUTS if _fits(name, shape)]
         if not fitting:
@@ -188,8 +192,7 @@ def _images_in(path: Path, header: _Header, options: ArrayOptions) -> ArrayImage
             f"{path}: holds {held}, which is not {layout} (--array-layout); prepare arrays of "
             "another layout separately, or leave it out with --exclude"
         )
-    axes = dict(zip(layout, shape, strict=True))
-    images = ArrayImages(layout, axes.get("N", 1), (axes["H"], axes["W"], axes.get("C", 1)))
+    images = _arrange(layout, shape)
     if images.shape[2] == 4:
         raise DataError(
             f"{path}: holds {held}, as {layout} with 4 channels, RGB with transparency or CMYK; "
@@ -200,6 +203,18 @@ def _images_in(path: Path, header: _Header, options: ArrayOptions) -> ArrayImage
     if images.size > _MAX_IMAGE_BYTES:
         raise DataError(f"{path}: holds {held}, images of more than {_MAX_IMAGE_BYTES} bytes")
     return images
+
+
+def _arrange(layout: str, shape: tuple[int, ...]) -> ArrayImages:
+    axes = dict(zip(layout, shape, strict=True))
+    return ArrayImages(layout, axes.get("N", 1), (axes["H"], axes["W"], axes.get("C", 1)))
+
+
+def _layout_giving(image: ImageShape | None, shape: tuple[int, ...]) -> str | None:
+    """Return the only layout in which an array of `shape` holds images of shape `image`."""
+    fitting = [name for name in LAYOUTS if _fits(name, shape)]
+    giving = [name for name in fitting if _arrange(name, shape).shape == image]
+    return giving[0] if len(giving) == 1 else None
 
 
 def _evident_layout(shape: tuple[int, ...]) -> str | None:

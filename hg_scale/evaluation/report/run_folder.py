@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from hg_scale.bounded_read import FormatError, open_regular, parse_record
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import verify_sizes
 from hg_scale.checkpoint.manifest import read_manifest
@@ -176,17 +176,15 @@ def _read_run(path: Path, name: str) -> RunFolder:
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the valid records; the last line of a live or killed run may be incomplete."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        with open_regular(path) as file:
+            lines = file.read().split(b"\n")
     except FileNotFoundError:
         return
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (OSError, FormatError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
     for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        record = parse_record(line)
+        if record is not None and "step" in record:
             yield record
 
 

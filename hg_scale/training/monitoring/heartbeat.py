@@ -7,7 +7,6 @@ the run continues without them. Imports no torch.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import socket
@@ -16,11 +15,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pydantic import FiniteFloat
+
 from hg_scale.atomic_write import write_json
+from hg_scale.bounded_read import RECORD_BYTES, Count, FormatError, read_json, validated
 
 RunPhase = Literal["start", "step", "save", "validation", "end"]
 Work = Literal["", "data", "forward"]
@@ -53,19 +55,19 @@ class HeartbeatRecord:
     namespace of `pid`.
     """
 
-    rank: int
-    world_size: int
+    rank: Count
+    world_size: Count
     host: str
-    pid: int
-    time: float
-    step: int
+    pid: Count
+    time: FiniteFloat
+    step: Count
     phase: RunPhase
     work: Work
     turns: int
-    since: float
-    step_seconds: float | None = None
-    data_seconds: float | None = None
-    forward_seconds: float | None = None
+    since: FiniteFloat
+    step_seconds: FiniteFloat | None = None
+    data_seconds: FiniteFloat | None = None
+    forward_seconds: FiniteFloat | None = None
     hung: bool = False
     ended: bool = False
     pid_space: str = ""
@@ -245,10 +247,8 @@ def _heartbeat_path(folder: Path, rank: int) -> Path:
 def read_heartbeats(run: Path) -> dict[int, HeartbeatRecord]:
     """Read the heartbeat of each rank; unreadable files are skipped."""
     beats = {}
-    names = {field.name for field in fields(HeartbeatRecord)}
     for path in sorted((run / "ranks").glob("rank-*.json")):
-        with suppress(OSError, ValueError, TypeError, AttributeError):
-            values = json.loads(path.read_text())
-            beat = HeartbeatRecord(**{key: value for key, value in values.items() if key in names})
+        with suppress(OSError, FormatError):
+            beat: HeartbeatRecord = validated(HeartbeatRecord, read_json(path, RECORD_BYTES))
             beats[beat.rank] = beat
     return beats

@@ -5,13 +5,14 @@ A killed rank cannot write it; its heartbeat then shows that it died. The next s
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from hg_scale.atomic_write import write_json
+from hg_scale.bounded_read import RECORD_BYTES, FormatError, read_json, validated
+from hg_scale.training.failures import EndEntry
 
 _NAME = "end.json"
 
@@ -44,8 +45,8 @@ def clear_run_end(run: Path) -> None:
 
 def read_run_end(run: Path) -> RunEnd | None:
     """Return the record, or None if there is none that can be read."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        path = run / _NAME
-        record = json.loads(path.read_text())
-        return RunEnd(int(record["code"]), str(record["line"]), path.stat().st_mtime)
+    path = run / _NAME
+    with suppress(OSError, FormatError):
+        end: EndEntry = validated(EndEntry, read_json(path, RECORD_BYTES))
+        return RunEnd(end["code"], end["line"], path.stat().st_mtime)
     return None

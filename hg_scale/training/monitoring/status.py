@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import subprocess
@@ -13,13 +12,29 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any, Required
 
+from pydantic import ConfigDict, Field, FiniteFloat
+from typing_extensions import TypedDict  # that of typing lacks what pydantic needs before 3.12
+
+from hg_scale.bounded_read import (
+    RECORD_BYTES,
+    TABLE_BYTES,
+    TEXT_BYTES,
+    Count,
+    FormatError,
+    parse_record,
+    read_json,
+    read_object,
+    validated,
+)
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import find_latest
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import REQUEUE, meaning
 from hg_scale.training.console import format_duration, format_rate
+from hg_scale.training.failures import EndEntry
+from hg_scale.training.metrics import MetricsEntry
 from hg_scale.training.monitoring.heartbeat import (
     PERIOD,
     STALE,
@@ -57,8 +72,9 @@ def read_status(run: Path, now: float | None = None, last_errors: int = 5) -> Ru
     names = ("config.json", "metrics.jsonl", "jobs.jsonl", "ranks")
     if not any((run / name).exists() for name in names):
         raise UserError(f"{run} is not a run folder: no {', '.join(names[:-1])} or {names[-1]}")
-    records = list(_read_records(run / "metrics.jsonl"))
-    jobs = list(_read_records(run / "jobs.jsonl"))
+    records = list(_read_records(run / "metrics.jsonl", MetricsEntry))
+    jobs = list(_read_records(run / "jobs.jsonl", _JobEntry))
+    jobs = [job for job in jobs if job["event"] != "end" or "code" in job]
     if now is None:
         now = file_system_time(run)
         beats, ahead = read_heartbeats_by_file_time(run)
@@ -78,7 +94,7 @@ def read_status(run: Path, now: float | None = None, last_errors: int = 5) -> Ru
     lines = {"state": f"{state}: {reason}"}
     if steps:
         lines |= _progress(steps, total)
-    validations = [record for record in records if "validation_loss" in record]
+    validations = [r for r in records if r.get("validation_bits_per_byte") is not None]
     if validations:
         last = validations[-1]
         lines["validation"] = (
@@ -133,7 +149,9 @@ def liveness(
     if last is None:
         return None, "nothing logged yet"
     silent, limit = max(0, now - last), QUIET_SECONDS
-    intervals = [b["time"] - a["time"] for a, b in pairwise(steps[-11:])]
+    intervals = [
+        b["time"] - a["time"] for a, b in pairwise(steps[-11:]) if {"time"} <= a.keys() & b.keys()
+    ]
     if intervals:
         limit = max(limit, QUIET_LINES * statistics.median(intervals))
     last_line = f"last line {format_duration(silent)} ago"
@@ -202,8 +220,9 @@ def describe_ranks(beats: Mapping[int, HeartbeatRecord], now: float, stages: int
 
 def slow_ranks(run: Path, beats: Mapping[int, HeartbeatRecord]) -> str | None:
     """Describe the slow ranks of the last straggler table; None without a table."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        table = json.loads((run / "ranks" / "stragglers.json").read_text())
+    with suppress(OSError, FormatError):
+        path = run / "ranks" / "stragglers.json"
+        table: _StragglerTable = validated(_StragglerTable, read_json(path, TABLE_BYTES))
         rows = sorted(table["ranks"], key=lambda row: -row["ratio"])
         slow = [row for row in rows if row["ratio"] >= table["threshold"] > 0]
         described = [
@@ -244,7 +263,7 @@ def _progress(steps: list[dict[str, Any]], total: int | None) -> dict[str, str]:
     last = steps[-1]
     of = f" of {total:,}" if total else ""
     lines = {"step": f"{last['step']:,}{of}"}
-    if last.get("loss") is not None:
+    if last.get("loss") is not None and last.get("bits_per_byte") is not None:
         lines["loss"] = f"{last['loss']:.4f}, {last['bits_per_byte']:.4f} bits per byte"
     if last.get("tokens_per_second"):
         lines["speed"] = f"{format_rate(last['tokens_per_second'])} tokens/s"
@@ -258,16 +277,19 @@ def _progress(steps: list[dict[str, Any]], total: int | None) -> dict[str, str]:
 
 
 def _checkpoint(run: Path, now: float) -> str:
+    skipped: list[str] = []
     try:
-        newest = find_latest(run / "checkpoints")
+        newest = find_latest(run / "checkpoints", skipped.append)
     except CheckpointError as error:
         return str(error)
     if newest is None:
         return "none yet"
     age = now - (newest / "manifest.json").stat().st_mtime
     if age < -CLOCK_LIMIT:  # copied from elsewhere, or its file system's clock was changed
-        return f"{newest.name}, its file is dated {format_duration(-age)} ahead of now"
-    return f"{newest.name}, {format_duration(max(0, age))} ago"
+        dated = f"its file is dated {format_duration(-age)} ahead of now"
+    else:
+        dated = f"{format_duration(max(0, age))} ago"
+    return "; ".join([f"{newest.name}, {dated}", *skipped])
 
 
 def _restarts(jobs: list[dict[str, Any]]) -> str:
@@ -291,7 +313,7 @@ def _log_errors(run: Path, jobs: list[dict[str, Any]]) -> list[str]:
 
 def _hangs(run: Path, now: float) -> list[str]:
     """Return the last report of the watchdog, if there is one."""
-    last = list(_read_records(run / "watchdog.jsonl"))[-1:]
+    last = list(_read_records(run / "watchdog.jsonl", _WatchdogEntry))[-1:]
     return [f"watchdog, {format_duration(max(0, now - r['time']))} ago: {r['line']}" for r in last]
 
 
@@ -299,30 +321,68 @@ def _rank_ends(run: Path, beats: Mapping[int, HeartbeatRecord]) -> list[str]:
     """Return the errors of ranks of the last start that ended by an error of their own."""
     ends = []
     for rank in sorted(beats):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            end = json.loads((run / "ranks" / f"rank-{rank:05}.end").read_text())
-            ends.append(f"rank {rank} ended with exit code {int(end['code'])}: {end['line']}")
+        with suppress(OSError, FormatError):
+            path = run / "ranks" / f"rank-{rank:05}.end"
+            end: EndEntry = validated(EndEntry, read_json(path, RECORD_BYTES))
+            ends.append(f"rank {rank} ended with exit code {end['code']}: {end['line']}")
     return ends
 
 
 def _stages(run: Path) -> int:
-    with suppress(OSError, ValueError, KeyError):
-        return json.loads((run / "config.json").read_text())["parallel"]["pipeline"]
-    return 1
+    return _setting(run, "parallel", "pipeline") or 1
 
 
 def _total_steps(run: Path) -> int | None:
-    with suppress(OSError, ValueError, KeyError):
-        return json.loads((run / "config.json").read_text())["training"]["steps"]
+    return _setting(run, "training", "steps")
+
+
+def _setting(run: Path, section: str, key: str) -> int | None:
+    """Return a count of the run's configuration; None if it cannot be read."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return validated(Count, read_object(run / "config.json", TEXT_BYTES)[section][key])
     return None
 
 
-def _read_records(path: Path) -> Iterator[dict[str, Any]]:
+class _JobEntry(TypedDict, total=False):
+    """A line of jobs.jsonl, which slurm/common.sh writes."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+
+    time: Required[float]
+    job: Required[str | int]
+    event: Required[str]
+    code: Count
+    ends: float
+    log: str
+
+
+class _StragglerRow(TypedDict):
+    rank: Count
+    ratio: FiniteFloat
+    data_seconds: FiniteFloat
+    forward_seconds: FiniteFloat
+
+
+class _StragglerTable(TypedDict):
+    """The content of stragglers.json."""
+
+    ranks: Annotated[list[_StragglerRow], Field(min_length=1)]
+    threshold: FiniteFloat
+    step: Count
+
+
+class _WatchdogEntry(TypedDict):
+    """A line of watchdog.jsonl."""
+
+    time: float
+    line: str
+
+
+def _read_records(path: Path, kind: Any) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSON-lines file; incomplete lines are skipped."""
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict):
-                yield record
+        record = parse_record(line, kind)
+        if record is not None:
+            yield record
