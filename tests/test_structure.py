@@ -13,7 +13,16 @@ from tests.shared import ROOT
 
 PACKAGE = ROOT / "hg_scale"
 LAYERS = (
-    ("errors", "exit_codes", "arguments", "atomic_write", "folder_lock", "__init__"),
+    (
+        "errors",
+        "exit_codes",
+        "arguments",
+        "atomic_write",
+        "folder_lock",
+        "formats",
+        "metrics_file",
+        "__init__",
+    ),
     ("config",),
     ("model",),
     ("parallel",),

@@ -20,7 +20,9 @@ from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import find_latest
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import meaning
-from hg_scale.training.console import format_duration, format_rate
+from hg_scale.formats import format_duration, format_number
+from hg_scale.metrics_file import read_recent
+from hg_scale.training.metrics import RECENT_LINES, seconds_left
 from hg_scale.training.monitoring.heartbeat import PERIOD, STALE, HeartbeatRecord, read_heartbeats
 from hg_scale.training.monitoring.stalled_ranks import describe_stalled
 
@@ -45,9 +47,8 @@ def read_status(run: Path, now: float | None = None, last_errors: int = 5) -> Ru
     names = ("config.json", "metrics.jsonl", "jobs.jsonl", "ranks")
     if not any((run / name).exists() for name in names):
         raise UserError(f"{run} is not a run folder: no {', '.join(names[:-1])} or {names[-1]}")
-    records = list(_read_records(run / "metrics.jsonl"))
+    steps, validation = read_recent(run / "metrics.jsonl", RECENT_LINES)
     jobs = list(_read_records(run / "jobs.jsonl"))
-    steps = [record for record in records if "loss" in record]
     total = _total_steps(run)
     beats = read_heartbeats(run)
     alive, reason = liveness(steps, jobs, now, total, beats)
@@ -55,12 +56,9 @@ def read_status(run: Path, now: float | None = None, last_errors: int = 5) -> Ru
     lines = {"state": f"{state}: {reason}"}
     if steps:
         lines |= _progress(steps, total)
-    validations = [record for record in records if "validation_loss" in record]
-    if validations:
-        last = validations[-1]
-        lines["validation"] = (
-            f"{last['validation_bits_per_byte']:.4f} bits per byte at step {last['step']:,}"
-        )
+    bits = validation and validation.get("validation_bits_per_byte")
+    if validation and bits is not None:
+        lines["validation"] = f"{bits:.4f} bits per byte at step {validation['step']:,}"
     if alive and beats:
         lines["ranks"] = describe_ranks(beats, now, _stages(run))
     if slow := slow_ranks(run, beats):
@@ -182,11 +180,10 @@ def _progress(steps: list[dict[str, Any]], total: int | None) -> dict[str, str]:
     if last.get("loss") is not None:
         lines["loss"] = f"{last['loss']:.4f}, {last['bits_per_byte']:.4f} bits per byte"
     if last.get("tokens_per_second"):
-        lines["speed"] = f"{format_rate(last['tokens_per_second'])} tokens/s"
+        lines["speed"] = f"{format_number(last['tokens_per_second'])} tokens/s"
         lines["speed"] += f", MFU {last['mfu']:.1%}" if last.get("mfu") is not None else ""
-    seconds = [r["step_seconds"] for r in steps[-20:] if r.get("step_seconds")]
-    if total and seconds and last["step"] < total:
-        lines["time left"] = format_duration((total - last["step"]) * statistics.median(seconds))
+    if (left := seconds_left(steps, total)) is not None:
+        lines["time left"] = format_duration(left)
     if last.get("skipped_steps"):
         lines["skipped"] = f"{last['skipped_steps']} bad steps"
     return lines
