@@ -3,7 +3,7 @@
 # make test        lint, types and the tests
 # make test-cluster  those that need Slurm, a browser or kills
 # make test-all    also those that take minutes each
-# make docs        docs/config.md and the JSON Schema, from the code
+# make docs        docs/config.md, the JSON Schema and docs/metrics.md, from the code
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -51,6 +51,7 @@ test-all: lint
 
 docs: setup
 	$(BIN)/python -m hg_scale.config.docs
+	$(BIN)/python -m hg_scale.training.metric_keys
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -141,7 +141,7 @@ def read_columns(
 
 def _read_batch(file: BinaryIO) -> list[dict[str, Any] | None]:
     """Read up to _BATCH lines, None for what is no record; empty at the end of the file."""
-    lines = []
+    lines: list[bytes] = []
     while len(lines) < _BATCH and (line := file.readline(MAX_LINE + 1)):
         lines.append(line if len(line) <= MAX_LINE else b"")
     return [parse_record(line) for line in lines]

@@ -78,6 +78,9 @@ hg_tasks=${SLURM_NTASKS:-1}
 # Errors of srun itself, such as a node that does not respond, count as a lost node: exit_codes.py.
 export SLURM_EXIT_ERROR=76
 
+# The ranks leave the events of the end to this script, which knows whether the job is requeued.
+export HG_EVENTS=1
+
 # hg_srun TASKS ARGUMENTS...: run python ARGUMENTS as TASKS tasks; a single one on the first node.
 hg_srun() {
   hg_step "$@"
@@ -130,6 +133,7 @@ hg_train() {
   [[ ${SLURM_RESTART_COUNT:-0} != 0 ]] || rm -f "$run/restarts"
 
   local train=("$HG_CODE/hg_scale/train.py" --config "$config" --run "$run" "$@")
+  hg_train_options=("${train[@]:1}") # global, for hg_event
   output=$(hg_srun 1 "${train[@]}" --check --world-size "$hg_tasks")
   code=$?
   [[ -z $output ]] || echo "$output"
@@ -222,7 +226,15 @@ hg_finish() {
   [[ $2 != 0 ]] || echo "${hg_arguments[*]}" >"$1/finished"
   hg_say "exit code $2: $3"
   hg_journal "$1" end "\"code\": $2, \"requeued\": false"
+  hg_event "$2" "$3"
   exit "$2"
+}
+
+# hg_event CODE REASON: tell `logging.on_event` that the run ended or gave up; its ranks are gone.
+hg_event() {
+  [[ -n ${hg_train_options:-} ]] || return 0
+  timeout 60 "${HG_CONTAINER[@]}" "$HG_PYTHON" -m hg_scale.training.monitoring.event_process \
+    --event "$1" "$2" "${hg_train_options[@]}"
 }
 
 # Restart from the last checkpoint, unless too many restarts brought no new checkpoint. Preemptions

@@ -21,6 +21,7 @@ LAYERS = (
         "folder_lock",
         "formats",
         "metrics_file",
+        "run_starts",
         "__init__",
     ),
     ("config",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -33,11 +34,13 @@ from hg_scale.training.failures import (
     OutOfMemory,
     as_user_error,
     clear_end,
+    error_of_peer,
     report_failure,
     write_end,
 )
 from hg_scale.training.interruption import Interruption, StopSignals, end_of_job
 from hg_scale.training.loop import Meter, Trainer
+from hg_scale.training.monitoring.events import BATCH_SENDS, EventSender
 from hg_scale.training.monitoring.monitor import Monitor, monitor_run
 from hg_scale.training.profiling import StepProfiler
 from hg_scale.training.resume import ResumePoint, agree_on_resume_point
@@ -56,6 +59,7 @@ class Run:
     """What to train, and where.
 
     stop_at, profile: the step to stop after, and the step to profile, if any.
+    began: when this start did, in seconds since 1970. events: what `logging.on_event` is told.
     """
 
     config: Config
@@ -65,6 +69,8 @@ class Run:
     interruption: Interruption
     stop_at: int | None
     profile: int | None
+    began: float
+    events: EventSender
 
     @property
     def checkpoints(self) -> Path:
@@ -93,6 +99,7 @@ def train(
     ranks. If the ranks did not agree to end, the process group is not destroyed, and the process
     has to exit by `exit_process` of `train.py`.
     """
+    began = time.time()
     interruption = Interruption(signals or StopSignals(), config.training.stop_margin, end_of_job())
     failure: UserError | None = None
     interrupted, agreed = False, True
@@ -106,7 +113,10 @@ def train(
             print(f"{folder}: {why}; choose another --run", file=sys.stderr)
             return FAILED
         console = Console(config.training.steps, rank=launch.rank, stream=terminal)
-        run = Run(config, folder, launch, console, interruption, stop_at, profile)
+        events = EventSender(
+            config.logging.on_event, folder, config.training.steps, console.warn, terminal.fileno()
+        )
+        run = Run(config, folder, launch, console, interruption, stop_at, profile, began, events)
         try:
             with console:
                 interrupted = _train_connected(run)
@@ -118,6 +128,7 @@ def train(
             agreed = not isinstance(failure, LostRank | OutOfMemory)
             if failure is None:  # a bug
                 write_end(folder, launch.rank, FAILED, f"{type(error).__name__}: {error}")
+                _send_end(run, FAILED, f"{type(error).__name__}: {error}")
                 raise
             if failure is not error:
                 traceback.print_exc()  # into the rank's log
@@ -127,8 +138,22 @@ def train(
         if dist.is_initialized() and agreed:
             dist.destroy_process_group()
     if failure is None:
-        return REQUEUE if interrupted else DONE
-    return report_failure(failure, folder, launch)
+        code, reason = REQUEUE if interrupted else DONE, ""
+    else:
+        code, reason = report_failure(failure, folder, launch), str(failure)
+        if isinstance(failure, StoppedByPeer) and (
+            peer := error_of_peer(folder, launch.rank, launch.world_size, timeout=0)
+        ):
+            reason = f"rank {peer.rank}: {peer.line}"
+    if not isinstance(failure, RunFolderLocked):  # that run has not ended
+        _send_end(run, code, reason)
+    return code
+
+
+def _send_end(run: Run, code: int, reason: str) -> None:
+    """Send the end of this start, unless the batch script does, which knows what follows."""
+    if run.launch.rank == 0 and BATCH_SENDS not in os.environ:
+        run.events.send_end(code, reason, run.interruption.step)
 
 
 def _train_connected(run: Run) -> bool:
@@ -151,7 +176,7 @@ def _train_connected(run: Run) -> bool:
     options = {"stop_at": run.stop_at, "profile": run.profile}
     require_same_run(run.config, folder, options)
     lock = run_on_all_ranks(lambda: RunLock(folder) if launch.rank == 0 else None, device)
-    monitoring = monitor_run(run.config, folder, launch, run.console, device)
+    monitoring = monitor_run(run.config, folder, launch, run.console, device, run.events)
     with lock or nullcontext(), monitoring as monitor:
         resume = agree_on_resume_point(run.config, run.checkpoints, run.console, device)
         sources = run_on_all_ranks(lambda: open_sources(run.config), device)
@@ -250,7 +275,17 @@ def _trainer(
     with (
         run_on_all_ranks(make_loader, device) as loader,
         run_on_all_ranks(
-            lambda: RunLog(config, folder, console, progress.step, mesh.rank), device
+            lambda: RunLog(
+                config,
+                folder,
+                console,
+                progress.step,
+                mesh.rank,
+                ranks=mesh.world_size,
+                began=run.began,
+                events=run.events if mesh.rank == 0 else None,
+            ),
+            device,
         ) as log,
         Checkpointer(
             engine,

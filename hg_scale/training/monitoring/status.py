@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -22,23 +23,31 @@ from hg_scale.errors import UserError
 from hg_scale.exit_codes import meaning
 from hg_scale.formats import format_duration, format_number
 from hg_scale.metrics_file import read_recent
+from hg_scale.run_starts import read_starts
 from hg_scale.training.metrics import RECENT_LINES, seconds_left
 from hg_scale.training.monitoring.heartbeat import PERIOD, STALE, HeartbeatRecord, read_heartbeats
+from hg_scale.training.monitoring.run_state import STATUS_CODES, RunState, classify, is_stalled
 from hg_scale.training.monitoring.stalled_ranks import describe_stalled
 
 QUIET_LINES, QUIET_SECONDS = 10, 600  # a run that logs nothing for both counts as dead
 _MAX_NAMED = 4  # ranks named in a line
 _TAIL_BYTES = 64 * 1024
+_JSON_STEP_KEYS = ("step", "loss", "bits_per_byte", "tokens_per_second", "mfu", "skipped_steps")
 _ERROR_WORDS = ("error", "Traceback", "warning", "exit code", "Killed", "CANCELLED", "not saved")
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Output of `hg-scale status`: `lines` by label. `alive` is None if the files do not tell."""
+    """Output of `hg-scale status`: `lines` by label. `alive` is None if the files do not tell.
+
+    `values`: the keys of `--json`.
+    """
 
     alive: bool | None
     lines: dict[str, str]
     errors: list[str]
+    state: RunState
+    values: dict[str, Any]
 
 
 def read_status(run: Path, now: float | None = None, last_errors: int = 5) -> RunStatus:
@@ -52,11 +61,16 @@ def read_status(run: Path, now: float | None = None, last_errors: int = 5) -> Ru
     total = _total_steps(run)
     beats = read_heartbeats(run)
     alive, reason = liveness(steps, jobs, now, total, beats)
-    state = "alive" if alive else "not running" if alive is False else "?"
-    lines = {"state": f"{state}: {reason}"}
+    ends = {} if alive else _rank_ends(run, beats)
+    state = _state(run, alive, steps, total, jobs, beats, ends, now)
+    if ends and not steps:
+        rank, (code, line) = next(iter(ends.items()))
+        reason = f"failed before the first step: rank {rank}, exit code {code}: {line}"
+    label = {"running": "alive", "stalled": "stalled", "unknown": "?"}.get(state, "not running")
+    lines = {"state": f"{label}: {reason}"}
     if steps:
         lines |= _progress(steps, total)
-    bits = validation and validation.get("validation_bits_per_byte")
+    bits = _number(validation or {}, "validation_bits_per_byte")
     if validation and bits is not None:
         lines["validation"] = f"{bits:.4f} bits per byte at step {validation['step']:,}"
     if alive and beats:
@@ -64,13 +78,69 @@ def read_status(run: Path, now: float | None = None, last_errors: int = 5) -> Ru
     if slow := slow_ranks(run, beats):
         lines["slow ranks"] = slow
     lines["checkpoint"] = _checkpoint(run, now)
-    if jobs:
-        lines["restarts"] = _restarts(jobs)
-        if alive and (ends := jobs[-1].get("ends")):
-            lines["job ends"] = f"in {format_duration(max(0, ends - now))}"
-    ends = [] if alive else _rank_ends(run, beats)
-    errors = [*_log_errors(run, jobs), *_hangs(run, now), *ends]
-    return RunStatus(alive, lines, errors[-last_errors:])
+    if jobs or (starts := read_starts(run)):
+        lines["restarts"] = _restarts(jobs) if jobs else f"{len(starts) - 1}"
+    if jobs and alive and (until := jobs[-1].get("ends")):
+        lines["job ends"] = f"in {format_duration(max(0, until - now))}"
+    errors = [*_log_errors(run, jobs), *_hangs(run, now)]
+    errors += [f"rank {r} ended with exit code {code}: {line}" for r, (code, line) in ends.items()]
+    values = status_values(run, reason, steps, validation, total, jobs)
+    shown = errors[-last_errors:] if last_errors else []
+    values |= {"state": state, "exit_code": STATUS_CODES[state], "errors": shown, "time": now}
+    return RunStatus(alive, lines, shown, state, values)
+
+
+def _state(
+    run: Path,
+    alive: bool | None,
+    steps: list[dict[str, Any]],
+    total: int | None,
+    jobs: list[dict[str, Any]],
+    beats: Mapping[int, HeartbeatRecord],
+    ends: Mapping[int, tuple[int, str]],
+    now: float,
+) -> RunState:
+    seconds = [s for record in steps if isinstance(s := record.get("step_seconds"), float)]
+    return classify(
+        alive,
+        finished=bool(steps and total and steps[-1]["step"] >= total),
+        stalled=is_stalled(beats, now, seconds, _section(run, "watchdog")),
+        job=jobs[-1] if jobs else None,
+        queue=queue_state(jobs[-1]["job"]) if jobs else None,
+        codes=[code for code, _ in ends.values()],
+        beats=beats,
+    )
+
+
+def status_values(
+    run: Path,
+    reason: str,
+    steps: list[dict[str, Any]],
+    validation: dict[str, Any] | None,
+    total: int | None,
+    jobs: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Return the values of `hg-scale status --json` but for the state; null what is unknown."""
+    last, seen = steps[-1] if steps else {}, validation or {}
+    starts = read_starts(run)
+    try:
+        newest = find_latest(run / "checkpoints")
+    except CheckpointError:
+        newest = None
+    journal = max(0, sum(job.get("event") == "start" for job in jobs) - 1)
+    return {
+        "run": str(run),
+        "reason": reason,
+        "steps": total,
+        **{key: _number(last, key) for key in _JSON_STEP_KEYS},
+        "seconds_left": seconds_left(steps, total),
+        "validation_step": seen.get("step"),
+        "validation_bits_per_byte": _number(seen, "validation_bits_per_byte"),
+        "checkpoint": str(newest) if newest else None,
+        "restarts": journal if jobs else max(0, len(starts) - 1),
+        "job": jobs[-1].get("job") if jobs else last.get("job"),
+        "job_ends": jobs[-1].get("ends") if jobs else None,
+    }
 
 
 def liveness(
@@ -224,26 +294,41 @@ def _hangs(run: Path, now: float) -> list[str]:
     return [f"watchdog, {format_duration(max(0, now - r['time']))} ago: {r['line']}" for r in last]
 
 
-def _rank_ends(run: Path, beats: Mapping[int, HeartbeatRecord]) -> list[str]:
-    """Return the errors of ranks of the last start that ended by an error of their own."""
-    ends = []
-    for rank in sorted(beats):
+def _rank_ends(run: Path, beats: Mapping[int, HeartbeatRecord]) -> dict[int, tuple[int, str]]:
+    """Return exit code and error of the ranks of the last start that ended by one of their own.
+
+    Without a heartbeat the start failed before its first one, and all files are of that start.
+    """
+    ends = {}
+    for path in sorted((run / "ranks").glob("rank-*.end")):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            end = json.loads((run / "ranks" / f"rank-{rank:05}.end").read_text())
-            ends.append(f"rank {rank} ended with exit code {int(end['code'])}: {end['line']}")
+            rank, end = int(path.stem.removeprefix("rank-")), json.loads(path.read_text())
+            if rank in beats or not beats:
+                ends[rank] = int(end["code"]), str(end["line"])
     return ends
 
 
+def _number(record: Mapping[str, Any], key: str) -> float | None:
+    value = record.get(key)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _section(run: Path, name: str) -> dict[str, Any]:
+    """Return a section of the run's configuration; empty where it has none."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        section = json.loads((run / "config.json").read_text())[name]
+        return section if isinstance(section, dict) else {}
+    return {}
+
+
 def _stages(run: Path) -> int:
-    with suppress(OSError, ValueError, KeyError):
-        return json.loads((run / "config.json").read_text())["parallel"]["pipeline"]
-    return 1
+    stages = _section(run, "parallel").get("pipeline")
+    return stages if isinstance(stages, int) and stages > 0 else 1
 
 
 def _total_steps(run: Path) -> int | None:
-    with suppress(OSError, ValueError, KeyError):
-        return json.loads((run / "config.json").read_text())["training"]["steps"]
-    return None
+    steps = _section(run, "training").get("steps")
+    return steps if isinstance(steps, int) else None
 
 
 def _read_records(path: Path) -> Iterator[dict[str, Any]]:
