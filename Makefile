@@ -5,7 +5,7 @@
 # make test-all    also those that take minutes each
 # make fuzz        10,000 changed files for every reader of files (hours; FUZZ_EXAMPLES=600: minutes)
 # make evidence      what takes minutes to show, again, into docs/evidence
-# make docs        docs/config.md and the JSON Schema, from the code
+# make docs        docs/config.md, the JSON Schema and docs/metrics.md, from the code
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -61,6 +61,7 @@ evidence: setup
 
 docs: setup
 	$(BIN)/python -m hg_scale.config.docs
+	$(BIN)/python -m hg_scale.training.metric_keys
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -79,6 +79,9 @@ hg_tasks=${SLURM_NTASKS:-1}
 # Errors of srun itself, such as a node that does not respond, count as a lost node: exit_codes.py.
 export SLURM_EXIT_ERROR=76
 
+# The ranks leave the events of the end to this script, which knows whether the job is requeued.
+export HG_EVENTS=1
+
 # hg_srun TASKS ARGUMENTS...: run python ARGUMENTS as TASKS tasks; a single one on the first node.
 hg_srun() {
   hg_step "$@"
@@ -133,6 +136,7 @@ hg_train() {
   code=$?
   [[ -z $output ]] || echo "$output"
   [[ $output != refused:* ]] || exit "$code"
+  hg_train_options=("${train[@]:1}") # global, for hg_event
   hg_journal "$run" start \
     "\"nodes\": \"$SLURM_JOB_NODELIST\", \"tasks\": $hg_tasks, \"ends\": ${HG_END_TIME:-null}"
   [[ ${SLURM_RESTART_COUNT:-0} != 0 ]] || rm -f "$run/restarts"
@@ -218,7 +222,15 @@ hg_finish() {
   [[ $2 != 0 ]] || echo "${hg_arguments[*]}" >"$1/finished"
   hg_say "exit code $2: $3"
   hg_journal "$1" end "\"code\": $2, \"requeued\": false${4:+, \"state\": \"$4\"}"
+  hg_event "$2" "$3"
   exit "$2"
+}
+
+# hg_event CODE REASON: tell `logging.on_event` that the run ended or gave up; its ranks are gone.
+hg_event() {
+  [[ -n ${hg_train_options:-} ]] || return 0
+  timeout 60 "${HG_CONTAINER[@]}" "$HG_PYTHON" -m hg_scale.training.monitoring.event_process \
+    --event "$1" "$2" "${hg_train_options[@]}"
 }
 
 # Why Slurm ends the job, which does not run any more: REQUEUED (a lost node, scontrol requeue),

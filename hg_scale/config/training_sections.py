@@ -10,6 +10,9 @@ from hg_scale.config.constants import DEFAULT_SEED
 from hg_scale.config.section import Fraction, NonNegative, Positive, Ratio, Seconds, Section
 
 Precision = Literal["fp32", "bf16"]
+NonEmptyCommand = Annotated[
+    list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1000)
+]
 RateFactor = Annotated[float, Field(ge=1e-6, le=1_000_000)]
 
 
@@ -203,6 +206,23 @@ class LoggingConfig(Section):
     """What is recorded besides `metrics.jsonl` in the run folder, which is always written."""
 
     every: Positive = Field(10, description="Steps between logged lines.")
+    norms_every: NonNegative = Field(
+        0,
+        description="Steps between norms of weights and updates by level, in logged steps; 0: "
+        "never. Such a step copies the rank's share of the fp32 weights once.",
+    )
+    on_event: Annotated[str, Field(min_length=1)] | NonEmptyCommand | None = Field(
+        None,
+        exclude=True,  # it may hold a secret: not in config.json, checkpoints, wandb and reports
+        description="What to tell when the run ends, gives up, skips a step or hangs: a shell "
+        "command or list of arguments, which gets a JSON object on stdin, or the URL of a webhook, "
+        "to which it is posted. `$NAME` in a URL is an environment variable. See docs/watching.md.",
+    )
+    tensorboard: bool = Field(
+        False,
+        description="Also write TensorBoard's files, to `RUN/tensorboard`; needs the package "
+        "tensorboard.",
+    )
     wandb_project: str | None = Field(
         None, description="Weights & Biases project; null: not used. Offline without an API key."
     )

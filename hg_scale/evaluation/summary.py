@@ -30,7 +30,7 @@ def comparison(run: Path, with_compressors: bool) -> Table:
     table = Table(title="held-out text, bits per byte (less is better)")
     table.add_column("model or compressor")
     table.add_column("bits per byte", justify="right")
-    step = folder.validation[known[-1]]["step"]
+    step = int(folder.validation_column("step")[known[-1]])
     name = f"hourglass {folder.setting('model.hierarchy')}, step {step}"
     table.add_row(name, f"{values[known[-1]]:.3f}", style="bold")
     if with_compressors:

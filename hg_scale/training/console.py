@@ -12,8 +12,8 @@ import ctypes
 import faulthandler
 import os
 import sys
-import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
@@ -24,7 +24,9 @@ from rich import console as rich
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
+from hg_scale.formats import format_duration, format_number
 from hg_scale.standard_streams import lossy_stream
+from hg_scale.training.metrics import RECENT_LINES, seconds_left
 
 
 class Console:
@@ -42,11 +44,10 @@ class Console:
         rank: int = 0,
         tty: bool | None = None,
         stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total_steps, self.rank = total_steps, rank
         self._stream = stream or sys.stdout
-        self._eta = _Eta(total_steps, clock)
+        self._recent: deque[Mapping[str, Any]] = deque(maxlen=RECENT_LINES)
         self._live: Progress | None = None
         self._task = TaskID(0)
         if rank == 0 and (_is_terminal(self._stream) if tty is None else tty):
@@ -85,7 +86,9 @@ class Console:
         """Show a logged step."""
         if self.rank != 0:
             return
-        step, figures = record["step"], step_figures(record, self._eta.seconds(record["step"]))
+        self._recent.append(record)
+        step, left = record["step"], seconds_left(tuple(self._recent), self.total_steps)
+        figures = step_figures(record, left)
         if self._live:
             self._live.update(self._task, completed=step, description=figures)
         else:
@@ -152,30 +155,12 @@ class _Terminal(rich.Console):
         return rich.ConsoleDimensions(columns, lines) if columns else super().size
 
 
-class _Eta:
-    """Estimates the time left; the first logged step, which includes compilation, is left out."""
-
-    def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
-        self._total, self._clock = total_steps, clock
-        self._first: tuple[int, float] | None = None
-
-    def seconds(self, step: int) -> float | None:
-        """Return the seconds left at `step`; None at the first step, without an estimate."""
-        now = self._clock()
-        if self._first is None:
-            self._first = step, now
-        first_step, first_time = self._first
-        if step <= first_step:
-            return None
-        return (now - first_time) / (step - first_step) * (self._total - step)
-
-
 _STEP_FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("loss", "loss {:.4f}".format),
     ("bits_per_byte", "bpb {:.4f}".format),
     ("grad_norm", "grad {:.3f}".format),
     ("learning_rate", "lr {:.2e}".format),
-    ("tokens_per_second", lambda rate: f"{format_rate(rate)} tok/s"),
+    ("tokens_per_second", lambda rate: f"{format_number(rate)} tok/s"),
     ("mfu", "mfu {:.1%}".format),
 )
 _VALIDATION_FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
@@ -199,23 +184,6 @@ def _fields(
     record: Mapping[str, Any], fields: tuple[tuple[str, Callable[[float], str]], ...]
 ) -> list[str]:
     return [show(record[key]) for key, show in fields if record.get(key) is not None]
-
-
-def format_rate(number: float) -> str:
-    """Format a number with three digits and an SI suffix: 812, 31.2k, 4.05M."""
-    for suffix in ("", "k", "M", "G"):
-        if not number >= 999.5 or suffix == "G":  # `not >=` also stops at NaN
-            break
-        number /= 1000
-    return f"{number:.3g}{suffix}"
-
-
-def format_duration(seconds: float) -> str:
-    """Format a duration as hours, minutes and seconds, or with days: 1:02:03, 2d 03:04."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return f"{days}d {hours:02}:{minutes:02}" if days else f"{hours}:{minutes:02}:{rest:02}"
 
 
 @contextmanager

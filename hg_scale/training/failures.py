@@ -13,10 +13,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
-
-from pydantic import Field
-from typing_extensions import TypedDict  # that of typing lacks what pydantic needs before 3.12
+from typing import TYPE_CHECKING, NamedTuple
 
 from hg_scale.atomic_write import write_json
 from hg_scale.bounded_read import RECORD_BYTES, FormatError, read_json, validated
@@ -25,6 +22,7 @@ from hg_scale.exit_codes import FAILED, INTERRUPTED, LOST, starts_again
 from hg_scale.parallel.launch import Launch
 from hg_scale.parallel.runtime_errors import connection_error, gpu_error, out_of_memory
 from hg_scale.training.agreement import StoppedByPeer
+from hg_scale.training.monitoring.run_end import EndEntry
 
 if TYPE_CHECKING:
     from hg_scale.training.interruption import Interruption
@@ -46,13 +44,6 @@ class Interrupted(UserError):
 
 class OutOfMemory(UserError):
     """This rank ran out of memory; the other ranks do not know it yet."""
-
-
-class EndEntry(TypedDict):
-    """The content of a rank's end file."""
-
-    code: Annotated[int, Field(ge=0, le=255)]
-    line: str
 
 
 class RankEnd(NamedTuple):

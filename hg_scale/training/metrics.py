@@ -9,10 +9,11 @@ import json
 import math
 import os
 import resource
+import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Required
@@ -25,6 +26,7 @@ from hg_scale.bounded_read import Count, parse_record, require_regular
 MetricsRecord = dict[str, Any]
 StepPhase = Literal["data", "compute", "rest", "paused"]
 
+RECENT_LINES = 20  # logged steps from which the time left is estimated
 _GIB = 2**30
 
 
@@ -122,6 +124,22 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def seconds_left(steps: Sequence[Mapping[str, Any]], total: int | None) -> float | None:
+    """Estimate the seconds of training that are left, without validations and checkpoints.
+
+    steps: the last RECENT_LINES records of steps. Only those of the last start count, and not its
+    first one, which includes compilation. None if the number of steps is unknown, or nothing left.
+    """
+    if not steps or not total or steps[-1]["step"] >= total:
+        return None
+    start = steps[-1].get("start")
+    recent = [record for record in steps if record.get("start") == start]
+    seconds = [s for record in recent if (s := record.get("step_seconds"))]
+    if len(recent) < RECENT_LINES:
+        del seconds[:1]
+    return (total - steps[-1]["step"]) * statistics.median(seconds) if seconds else None
 
 
 class StepTimer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -39,6 +40,7 @@ from hg_scale.training.failures import (
 )
 from hg_scale.training.interruption import Interruption, StopSignals, end_of_job
 from hg_scale.training.loop import Meter, Trainer
+from hg_scale.training.monitoring.events import BATCH_SENDS, EventSender
 from hg_scale.training.monitoring.monitor import Monitor, monitor_run
 from hg_scale.training.monitoring.run_end import write_run_end
 from hg_scale.training.profiling import StepProfiler
@@ -59,7 +61,8 @@ _NOT_SAVED = "interrupted; the next start resumes from the last checkpoint"
 class Run:
     """What to train, and where.
 
-    stop_at, profile: the step to stop after, and the step to profile, if any. locked: whether this
+    stop_at, profile: the step to stop after, and the step to profile, if any. began: when this
+    start did, in seconds since 1970. events: what `logging.on_event` is told. locked: whether this
     run has the folder, and may change files that another run would read. ending: how it ends.
     """
 
@@ -70,6 +73,8 @@ class Run:
     interruption: Interruption
     stop_at: int | None
     profile: int | None
+    began: float
+    events: EventSender
     locked: bool = False
     ending: str = ""
 
@@ -100,6 +105,7 @@ def train(
     ranks. If the ranks did not agree to end, the process group is not destroyed, and the process
     has to exit by `exit_process` of `train.py`.
     """
+    began = time.time()
     interruption = Interruption(signals or StopSignals(), config.training.stop_margin, end_of_job())
     failure: UserError | None = None
     interrupted, agreed = False, True
@@ -113,7 +119,10 @@ def train(
             print(f"{folder}: {why}; choose another --run", file=sys.stderr)
             return FAILED
         console = Console(config.training.steps, rank=launch.rank, stream=terminal)
-        run = Run(config, folder, launch, console, interruption, stop_at, profile)
+        events = EventSender(
+            config.logging.on_event, folder, config.training.steps, console.warn, terminal.fileno()
+        )
+        run = Run(config, folder, launch, console, interruption, stop_at, profile, began, events)
         _announce_interrupts(run)
         try:
             with console:
@@ -125,8 +134,9 @@ def train(
             failure = as_user_error(error, launch, interruption)
             agreed = not isinstance(failure, LostRank | OutOfMemory)
             if failure is None:  # a bug
-                _record_rank_end(run, FAILED, f"{type(error).__name__}: {error}")
-                _record_run_end(run, FAILED, f"{type(error).__name__}: {error}")
+                reason = f"{type(error).__name__}: {error}"
+                _record_rank_end(run, FAILED, reason)
+                _record_run_end(run, FAILED, reason)
                 raise
             if failure is not error:
                 traceback.print_exc()  # into the rank's log
@@ -148,9 +158,16 @@ def _record_rank_end(run: Run, code: int, line: str) -> None:
 
 
 def _record_run_end(run: Run, code: int, line: str) -> None:
-    """Record on rank 0 how the run ends, once it had the folder."""
-    if run.locked and run.launch.rank == 0:
+    """Record on rank 0 how the run ends, once it had the folder, and send the event.
+
+    The batch script sends it instead where there is one, since it knows what follows.
+    """
+    if run.launch.rank != 0:
+        return
+    if run.locked:
         write_run_end(run.folder, code, line.partition("\n")[0])
+    if BATCH_SENDS not in os.environ and (run.locked or not describe_living_run(run.folder)):
+        run.events.send_end(code, line, run.interruption.step)
 
 
 def _announce_interrupts(run: Run) -> None:
@@ -193,7 +210,7 @@ def _train_connected(run: Run) -> bool:
     options = {"stop_at": run.stop_at, "profile": run.profile}
     require_same_run(run.config, folder, options)
     lock = run_on_all_ranks(lambda: RunLock(folder) if launch.rank == 0 else None, device)
-    monitoring = monitor_run(run.config, folder, launch, run.console, device)
+    monitoring = monitor_run(run.config, folder, launch, run.console, device, run.events)
     run.locked = True
     with lock or nullcontext(), monitoring as monitor:
         resume = agree_on_resume_point(run.config, run.checkpoints, run.console, device)
@@ -295,7 +312,17 @@ def _trainer(
     with (
         run_on_all_ranks(make_loader, device) as loader,
         run_on_all_ranks(
-            lambda: RunLog(config, folder, console, progress.step, mesh.rank), device
+            lambda: RunLog(
+                config,
+                folder,
+                console,
+                progress.step,
+                mesh.rank,
+                ranks=mesh.world_size,
+                began=run.began,
+                events=run.events if mesh.rank == 0 else None,
+            ),
+            device,
         ) as log,
         Checkpointer(
             engine,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from hg_scale.training.console import Console, step_figures, validation_line
+from hg_scale.training.monitoring.status import read_status
 
 RECORD = {
     "step": 120,
@@ -39,7 +41,7 @@ def test_missing_and_null_figures_are_left_out():
 
 @pytest.mark.parametrize(
     ("rate", "shown"),
-    [(812.4, "812"), (999.6, "1k"), (31_234, "31.2k"), (4.05e6, "4.05M"), (2e13, "2e+04G")],
+    [(812.4, "812"), (999.6, "1k"), (31_234, "31.2k"), (4.05e6, "4.05M"), (2e13, "20T")],
 )
 def test_rates_have_three_digits(rate, shown):
     assert step_figures({"tokens_per_second": rate}, None) == f"{shown} tok/s"
@@ -51,15 +53,32 @@ def test_a_validation_is_one_line():
 
 
 def test_the_eta_leaves_out_the_first_logged_step():
-    times = iter([100.0, 110.0, 4100.0])
     stream = io.StringIO()
-    console = Console(100_000, stream=stream, clock=lambda: next(times))
-    for step in (10, 20, 50):
-        console.step({"step": step})
-    first, second, third = stream.getvalue().splitlines()
+    console = Console(100_000, stream=stream)
+    for step, seconds in ((10, 900.0), (20, 1.0), (50, 100.0), (60, 1.0)):
+        console.step({"step": step, "step_seconds": seconds})
+    first, second, _, fourth = stream.getvalue().splitlines()
     assert "eta" not in first
     assert second.endswith("eta 1d 03:46")  # 99,980 steps of 1 s
-    assert third.endswith("eta 115d 16:23")  # 99,950 steps of 100 s
+    assert fourth.endswith("eta 1d 03:45")  # the median of 1, 100 and 1 s
+
+
+@pytest.mark.parametrize("count", [2, 7, 20, 45])
+def test_eta_and_time_left_of_status_agree(tmp_path, count):
+    stream = io.StringIO()
+    console = Console(5000, stream=stream)
+    (tmp_path / "config.json").write_text('{"training": {"steps": 5000}}')
+    earlier = [{"step": n, "loss": 1.0, "step_seconds": 999.0, "start": 1} for n in range(1, 9)]
+    steps = [
+        {"step": 8 + n, "loss": 1.0, "step_seconds": 90.0 / n + n % 3, "start": 2}
+        for n in range(1, count + 1)
+    ]
+    for record in steps:
+        console.step(record)
+    lines = [json.dumps(r | {"bits_per_byte": 1.0, "time": 0.0}) for r in (*earlier, *steps)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    left = read_status(tmp_path).lines["time left"]
+    assert stream.getvalue().splitlines()[-1].endswith(f"eta {left}")
 
 
 def test_without_a_terminal_all_output_is_plain_lines():

@@ -11,6 +11,7 @@ import pytest
 
 from hg_scale.data.index import read_index
 from hg_scale.model.costs import training_flops_per_token
+from hg_scale.training.metric_keys import KNOWN_KEYS
 from tests.data.conftest import prose
 from tests.runs import TINY, records, train_in
 from tests.world import Worlds
@@ -60,6 +61,8 @@ def test_every_logged_number(worlds: Worlds, corpus: Path, tmp_path: Path, size:
 
     config = load_config(tmp_path / "c.json")
     lines = [line for line in records(run) if "loss" in line]
+    assert {key for line in records(run) for key in line} <= KNOWN_KEYS
+    assert {(line["job"], line["start"]) for line in records(run)} == {(None, 1)}
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     train = index.split("train")
     bytes_per_token = train.text_bytes / train.tokens

@@ -1,10 +1,10 @@
-"""Round tick values for axes, and short human-readable numbers."""
+"""Round tick values for axes, and their labels."""
 
 from __future__ import annotations
 
-from math import ceil, floor, isfinite, log10
+from math import ceil, floor, log10
 
-_UNITS = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
+from hg_scale.formats import SI_PREFIXES
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
@@ -27,11 +27,11 @@ def tick_labels(values: list[float]) -> list[str]:
     if largest < 1e-2:
         return [_scientific(value, largest, spacing) for value in values]
     unit = 0
-    while largest >= 1000 * 1000**unit and unit < len(_UNITS) - 1:
+    while largest >= 1000 * 1000**unit and unit < len(SI_PREFIXES) - 1:
         unit += 1
     scaled = spacing / 1000**unit
     digits = max(0, -floor(log10(scaled) + 1e-9))
-    return ["0" if v == 0 else f"{v / 1000**unit:.{digits}f}{_UNITS[unit]}" for v in values]
+    return ["0" if v == 0 else f"{v / 1000**unit:.{digits}f}{SI_PREFIXES[unit]}" for v in values]
 
 
 def _scientific(value: float, largest: float, spacing: float) -> str:
@@ -40,20 +40,3 @@ def _scientific(value: float, largest: float, spacing: float) -> str:
     power = floor(log10(largest) + 1e-9)
     digits = max(0, power - floor(log10(spacing) + 1e-9))
     return f"{value / 10.0**power:.{digits}f}e{power}"
-
-
-def format_number(number: float | None) -> str:
-    """Format with three digits and a unit: 812, 31.2k, 4.05M; a dash for a missing value."""
-    if number is None or not isfinite(number):
-        return "–"
-    for unit in _UNITS:
-        if abs(number) < 999.5 or unit == _UNITS[-1]:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    raise AssertionError("unreachable: the loop returns at the last unit")
-
-
-def format_bytes(count: float) -> str:
-    """Format a number of bytes in decimal units, as 50.5 MB."""
-    number = format_number(count)
-    return f"{number[:-1]} {number[-1]}B" if number[-1].isalpha() else f"{number} B"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from hg_scale.evaluation.report.chart_specs import BITS, LOSS, OTHER_SPECS, Char
 from hg_scale.evaluation.report.curves import (
     AXES,
     Axis,
+    extreme_indices,
     extremes,
     means,
     smooth,
@@ -113,7 +115,7 @@ def _needs_loss(runs: Sequence[RunFolder]) -> bool:
     for run in runs:
         ratios = run.column("bits_per_byte") / run.column("loss") * np.log(2)
         finite = ratios[np.isfinite(ratios)]
-        if len(run.training) and (not finite.size or np.abs(finite - 1).max() > 0.01):
+        if run.logged and (not finite.size or np.abs(finite - 1).max() > 0.01):
             return True
     return False
 
@@ -130,7 +132,7 @@ class _Series:
     validation_x: dict[str, Column]
     validation: Column
 
-    @property
+    @cached_property
     def smoothed(self) -> Column:
         """The moving average over a twentieth of the points."""
         return smooth(self.y, len(self.y) // 20)
@@ -184,15 +186,16 @@ def _y_range(
     spec: ChartSpec, series: Sequence[_Series], baselines: Sequence[Baseline]
 ) -> tuple[float, float]:
     """The range of the y axis: holds everything but the steep start of training."""
-    values: list[float] = [baseline.bits_per_byte for baseline in baselines]
+    parts = [np.array([baseline.bits_per_byte for baseline in baselines])]
     for one in series:
         y = one.smoothed if spec.noisy else one.y
-        values += [*y[one.warmup :], *one.validation]
+        parts += [y[one.warmup :], one.validation]
         if one.has_dashed:
-            values += [*one.dashed[one.warmup :]]
-    finite = [value for value in values if np.isfinite(value)]
-    low = 0.0 if spec.from_zero else min(finite, default=0.0)
-    high = max(finite, default=1.0)
+            parts.append(one.dashed[one.warmup :])
+    values = np.concatenate(parts)
+    finite = values[np.isfinite(values)]
+    low = 0.0 if spec.from_zero or not finite.size else float(finite.min())
+    high = float(finite.max()) if finite.size else 1.0
     margin = 0.08 * (high - low) or abs(high) * 0.1 or 1.0
     return (low if spec.from_zero else low - margin), high + margin
 
@@ -247,16 +250,17 @@ def _curves(one: _Series, axis: Axis, spec: ChartSpec, frame: _Frame) -> list[Cu
         add("dashed", *means(x, one.dashed))
     add("line", *means(x, one.smoothed if spec.noisy else one.y))
     if np.isfinite(one.validation).sum() > 1:
-        add("validation", frame.across(one.validation_x[axis.key]), one.validation)
+        add("validation", *extremes(frame.across(one.validation_x[axis.key]), one.validation))
     return curves
 
 
 def _dots(one: _Series, axis: Axis, frame: _Frame) -> list[Dot]:
-    """A dot for every validation with a finite value."""
+    """A dot for every validation with a finite value; of many, the extremes."""
     dots = []
-    x, y = frame.across(one.validation_x[axis.key]), frame.down(one.validation)
-    steps = one.validation_x["steps"]
-    for x0, y0, value, step in zip(x, y, one.validation, steps, strict=True):
+    chosen = extreme_indices(one.validation)
+    x = frame.across(one.validation_x[axis.key][chosen])
+    values, steps = one.validation[chosen], one.validation_x["steps"][chosen]
+    for x0, y0, value, step in zip(x, frame.down(values), values, steps, strict=True):
         if np.isfinite([x0, y0]).all():
             title = f"{one.run.name}, validation at step {step:,.0f}: {value:.3f}"
             dots.append(Dot(one.number, round(100 * x0, 2), round(100 * y0, 2), title))

@@ -100,18 +100,26 @@ def means(x: Column, y: Column) -> tuple[Column, Column]:
 
 def extremes(x: Column, y: Column) -> tuple[Column, Column]:
     """Return the minimum and maximum of each segment, in order, so that spikes stay visible."""
-    if len(x) <= 2 * POINTS:
-        return x, y
+    chosen = extreme_indices(y)
+    return x[chosen], y[chosen]
+
+
+def extreme_indices(y: Column) -> list[int]:
+    """Return the indices of the minimum, the maximum and the first gap of each segment, in order.
+
+    All indices where the values are few.
+    """
+    if len(y) <= 2 * POINTS:
+        return list(range(len(y)))
     chosen: list[int] = []
-    for part in segments(len(x)):
+    for part in segments(len(y)):
         values = y[part]
         if np.isfinite(values).any():
             chosen += sorted({part.start + int(np.nanargmin(values)),
                               part.start + int(np.nanargmax(values))})  # fmt: skip
         if not np.isfinite(values).all():
             chosen.append(part.start + int(np.flatnonzero(~np.isfinite(values))[0]))
-    chosen = sorted(set(chosen))
-    return x[chosen], y[chosen]
+    return sorted(set(chosen))
 
 
 def _mean(values: Column) -> float:

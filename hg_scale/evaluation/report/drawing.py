@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from hg_scale.config.schema import ModelConfig
-from hg_scale.evaluation.report.axes import format_number
+from hg_scale.formats import format_number
 from hg_scale.model.layer_table import LayerRow, layer_table
 
 # Sizes in units of the SVG's viewBox.

@@ -12,14 +12,20 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hg_scale import __version__
-from hg_scale.evaluation.report.axes import format_bytes
 from hg_scale.evaluation.report.baselines import Baseline
 from hg_scale.evaluation.report.charts import make_charts
-from hg_scale.evaluation.report.curves import AXES, segments, validation_x_values, x_values
+from hg_scale.evaluation.report.curves import (
+    AXES,
+    extreme_indices,
+    segments,
+    validation_x_values,
+    x_values,
+)
 from hg_scale.evaluation.report.drawing import draw_hierarchy
 from hg_scale.evaluation.report.run_folder import Column, RunFolder
 from hg_scale.evaluation.report.samples import Sample
 from hg_scale.evaluation.report.tables import config_differences, score_bars, summary_card
+from hg_scale.formats import format_bytes
 from hg_scale.model.layer_table import layer_table
 
 _DIGITS = 5  # significant digits of the values behind the curves
@@ -97,13 +103,14 @@ def _models(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
 
 def _figures(run: RunFolder, keys: Sequence[str]) -> dict[str, Any]:
     """Return the values that page.js shows under the pointer, one mean per segment."""
-    parts = segments(len(run.training))
-    validations = ("validation_bits_per_byte", "validation_loss")
+    parts = segments(run.logged)
+    scores = {k: run.validation_column(k) for k in ("validation_bits_per_byte", "validation_loss")}
+    shown = extreme_indices(scores["validation_bits_per_byte"])
     return {
         "x": {k: [_number(v[p][-1]) for p in parts] for k, v in x_values(run).items()},
         "y": {k: [_mean(run.column(k)[p]) for p in parts] for k in keys},
-        "vx": {k: [_number(v) for v in values] for k, values in validation_x_values(run).items()},
-        "vy": {k: [_number(v) for v in run.validation_column(k)] for k in validations},
+        "vx": {k: [_number(v) for v in x[shown]] for k, x in validation_x_values(run).items()},
+        "vy": {k: [_number(v) for v in y[shown]] for k, y in scores.items()},
     }
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from hg_scale.bounded_read import FormatError, open_regular, parse_record
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import verify_sizes
 from hg_scale.checkpoint.manifest import read_manifest
@@ -25,11 +24,22 @@ from hg_scale.config.read import read_tree
 from hg_scale.config.schema import ModelConfig
 from hg_scale.convert.open import is_export
 from hg_scale.errors import UserError
+from hg_scale.metrics_file import Columns, read_columns
 from hg_scale.model.costs import training_flops_per_token
 
 Column = NDArray[np.float64]
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
+_TRAINING = (
+    "step", "time", "loss", "bits_per_byte", "grad_norm", "learning_rate", "tokens",
+    "step_seconds", "data_seconds", "data_wait_p99", "tokens_per_second", "mfu", "memory_gib",
+    "peak_memory_gib", "skipped_steps", "skipped_windows", "slowest_rank", "slowest_ratio",
+    "gpu_utilisation", "gpu_power_watts",
+)  # fmt: skip
+_VALIDATION = (
+    "step", "time", "validation_loss", "validation_bits_per_byte", "validation_tokens",
+    "validation_seconds",
+)  # fmt: skip
 _STOPPED_AFTER = 120.0  # seconds without a record, on top of ten logging intervals
 
 
@@ -57,7 +67,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run: `tree` is its config.json; `training` and `validation` are records of metrics.jsonl.
+    """A run: `tree` is its config.json; `training` and `validation` are columns of metrics.jsonl.
 
     `model` is None and `corpora` empty where this version cannot parse that section of `tree`.
     """
@@ -67,24 +77,30 @@ class RunFolder:
     tree: dict[str, Any]
     model: ModelConfig | None
     corpora: tuple[SourceConfig, ...]
-    training: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
+    training: dict[str, Column]
+    validation: dict[str, Column]
     checkpoints: list[Checkpoint]
 
     def column(self, key: str) -> Column:
         """A metric at every logged step; NaN where it is null or missing."""
-        return _column(self.training, key)
+        return self.training[key] if key in self.training else np.full(self.logged, np.nan)
 
     def validation_column(self, key: str) -> Column:
         """A metric at every validation; NaN where it is null or missing."""
-        return _column(self.validation, key)
+        columns = self.validation
+        return columns[key] if key in columns else np.full(len(columns["step"]), np.nan)
+
+    @property
+    def logged(self) -> int:
+        """The number of logged steps."""
+        return len(self.training["step"])
 
     @property
     def scored_tokens(self) -> int | None:
         """Tokens scored by the last validation with finite bits per byte; None if unknown."""
         known = np.flatnonzero(np.isfinite(self.validation_column("validation_bits_per_byte")))
-        scored = self.validation[known[-1]].get("validation_tokens") if known.size else None
-        return scored if isinstance(scored, int) else None
+        scored = self.validation_column("validation_tokens")[known[-1]] if known.size else np.nan
+        return int(scored) if np.isfinite(scored) else None
 
     def setting(self, key: str) -> Any:
         """A configuration value by its dotted key; None where it is missing."""
@@ -96,8 +112,12 @@ class RunFolder:
     @property
     def step(self) -> int:
         """The last step that was logged or saved."""
-        logged = [int(record["step"]) for record in (*self.training, *self.validation)]
+        logged = (int(columns["step"][-1:].max(initial=0)) for columns in self._tables)
         return max([0, *logged, *(checkpoint.step for checkpoint in self.checkpoints)])
+
+    @property
+    def _tables(self) -> tuple[dict[str, Column], ...]:
+        return self.training, self.validation
 
     @property
     def steps(self) -> int | None:
@@ -117,7 +137,7 @@ class RunFolder:
             return "not started"
         if self.steps is not None and self.step >= self.steps:
             return "finished"
-        times = _column([*self.training, *self.validation], "time")
+        times = np.concatenate([columns["time"] for columns in self._tables])
         if not np.isfinite(times).any():
             return "stopped"
         waits = np.diff(self.column("time"))
@@ -160,39 +180,29 @@ def _read_run(path: Path, name: str) -> RunFolder:
         tree = read_tree(path / "config.json")
     except ConfigError as error:
         raise UserError(f"{path / 'config.json'}: {error.problems[0].message}") from None
-    records = {"loss": {}, "validation_loss": {}}  # type: dict[str, dict[int, dict[str, Any]]]
-    for record in _records(path / "metrics.jsonl"):
-        for key, by_step in records.items():
-            if key in record:
-                by_step[int(record["step"])] = record
-    training, validation = (
-        [by_step[step] for step in sorted(by_step)] for by_step in records.values()
-    )
+    metrics = path / "metrics.jsonl"
+    tables = read_columns(metrics, {"loss": _TRAINING, "validation_loss": _VALIDATION}, _unreadable)
+    training, validation = (_by_step(table) for table in tables.values())
     checkpoints = sorted(_checkpoints(path / "checkpoints"), key=lambda c: c.step)
     model, corpora = _model(tree), _corpora(tree)
     return RunFolder(path, name, tree, model, corpora, training, validation, checkpoints)
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the valid records; the last line of a live or killed run may be incomplete."""
-    try:
-        with open_regular(path) as file:
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
-        return
-    except (OSError, FormatError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    for line in lines:
-        record = parse_record(line)
-        if record is not None and "step" in record:
-            yield record
+def _unreadable(error: OSError) -> UserError:
+    return UserError(f"{error.filename}: cannot be read ({error.strerror})")
 
 
-def _column(records: Sequence[dict[str, Any]], key: str) -> Column:
-    values = (record.get(key) for record in records)
-    return np.array(
-        [float(v) if isinstance(v, int | float) else np.nan for v in values], np.float64
-    )
+def _by_step(table: Columns) -> dict[str, Column]:
+    """Return the columns by step, in order; of several records of a step, the last one counts."""
+    steps = _column(table, "step")
+    _, last = np.unique(steps[::-1], return_index=True)
+    order = len(steps) - 1 - last
+    return {key: _column(table, key)[order] for key in table.keys()}  # noqa: SIM118
+
+
+def _column(table: Columns, key: str) -> Column:
+    """Return a column as an array that shares its memory."""
+    return np.frombuffer(table[key], np.float64)
 
 
 def _checkpoints(folder: Path) -> Iterator[Checkpoint]:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from hg_scale.config.schema import Config
-from hg_scale.evaluation.report.axes import format_number
 from hg_scale.evaluation.report.baselines import Baseline, corpus_names
 from hg_scale.evaluation.report.curves import x_values
 from hg_scale.evaluation.report.run_folder import Column, RunFolder
+from hg_scale.formats import format_duration, format_number
 from hg_scale.model.costs import parameter_count
 
 
@@ -48,7 +48,7 @@ def summary_card(run: RunFolder) -> SummaryCard:
     if tokens is not None:
         facts.append(("tokens", format_number(tokens)))
     if hours is not None:
-        facts.append(("training time", format_hours(hours)))
+        facts.append(("training time", format_duration(3600 * hours)))
     if run.model:
         facts.append(("parameters", format_number(parameter_count(run.model))))
         facts.append(("training FLOPs", f"{format_number(run.flops_per_token)} per token"))
@@ -75,9 +75,9 @@ def _notes(run: RunFolder) -> list[str]:
     notes = []
     if run.model is None:
         notes.append("the model section is from another version: no costs, no drawing")
-    if not run.training:
+    if not run.logged:
         notes.append("no logged step")
-    if run.training and not run.validation:
+    if run.logged and not len(run.validation_column("step")):
         notes.append("no validation" + (" yet" if run.state == "running" else ""))
     if skipped := _last(run.column("skipped_steps")):
         notes.append(f"{skipped:,.0f} bad steps skipped")
@@ -111,10 +111,10 @@ def score_bars(
         values = run.validation_column("validation_bits_per_byte")
         known = np.flatnonzero(np.isfinite(values))
         if known.size:
-            record, value = run.validation[known[-1]], float(values[known[-1]])
+            step, value = run.validation_column("step")[known[-1]], float(values[known[-1]])
             scored = run.scored_tokens
             over = f", {scored:,} tokens" if scored else ""
-            bar = ScoreBar(run.name, number, value, f"step {record['step']:,}{over}")
+            bar = ScoreBar(run.name, number, value, f"step {step:,.0f}{over}")
             bars.setdefault((corpus, scored), []).append(bar)
     for one in baselines:
         bar = ScoreBar(one.compressor, None, one.bits_per_byte, f"{one.bytes:,} bytes")
@@ -153,20 +153,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[prefix + key] = value if isinstance(value, str) else json.dumps(value)
     return flat
-
-
-def format_hours(hours: float) -> str:
-    """Format a time as 48 s, 12 min, 3 h 05 min or 2 d 4 h."""
-    seconds = round(hours * 3600)
-    if seconds < 100:
-        return f"{seconds} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60:02} min"
-    full_hours = round(minutes / 60)
-    return f"{full_hours // 24} d {full_hours % 24} h"
 
 
 def _last(values: Column) -> float | None:

@@ -12,6 +12,7 @@ import torch
 from hg_scale.config.schema import Config
 from hg_scale.parallel.launch import Launch
 from hg_scale.training.agreement import run_on_all_ranks
+from hg_scale.training.monitoring.events import EventSender
 from hg_scale.training.monitoring.heartbeat import Heartbeat, RunPhase, clear_ranks
 from hg_scale.training.monitoring.run_end import clear_run_end
 from hg_scale.training.monitoring.stragglers import RankTimer, Stragglers
@@ -75,7 +76,12 @@ class Monitor:
 
 @contextmanager
 def monitor_run(
-    config: Config, run: Path, launch: Launch, console: Console, device: torch.device
+    config: Config,
+    run: Path,
+    launch: Launch,
+    console: Console,
+    device: torch.device,
+    events: EventSender | None = None,
 ) -> Iterator[Monitor]:
     """Run heartbeat and watchdog of this rank. Entering is a collective of all ranks."""
 
@@ -92,6 +98,13 @@ def monitor_run(
     heartbeat = Heartbeat(run, launch.rank, launch.world_size, warn, period)
     timer = RankTimer(heartbeat, device)
     stragglers = Stragglers(heartbeat, timer, device, per_stage, config.watchdog.slow_rank, warn)
-    watchdog = Watchdog(heartbeat, config.watchdog, run, per_stage, console.print_unlocked)
+
+    def report_hang(line: str) -> None:
+        console.print_unlocked(line)
+        if events:
+            events.send("stall", line, heartbeat.position.step)
+            events.wait()
+
+    watchdog = Watchdog(heartbeat, config.watchdog, run, per_stage, report_hang)
     with heartbeat, watchdog:
         yield Monitor(config, heartbeat, timer, stragglers)

@@ -8,13 +8,22 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
+from typing_extensions import TypedDict  # that of typing lacks what pydantic needs before 3.12
 
 from hg_scale.atomic_write import write_json
 from hg_scale.bounded_read import RECORD_BYTES, FormatError, read_json, validated
-from hg_scale.training.failures import EndEntry
 
 _NAME = "end.json"
+
+
+class EndEntry(TypedDict):
+    """The content of `end.json`, and of a rank's end file."""
+
+    code: Annotated[int, Field(ge=0, le=255)]
+    line: str
 
 
 class RunEnd(NamedTuple):

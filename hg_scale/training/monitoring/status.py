@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import statistics
 import subprocess
@@ -32,9 +33,10 @@ from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import find_latest
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import REQUEUE, meaning
-from hg_scale.training.console import format_duration, format_rate
-from hg_scale.training.failures import EndEntry
-from hg_scale.training.metrics import MetricsEntry
+from hg_scale.formats import format_duration, format_number
+from hg_scale.metrics_file import read_recent
+from hg_scale.run_starts import read_starts
+from hg_scale.training.metrics import RECENT_LINES, seconds_left
 from hg_scale.training.monitoring.heartbeat import (
     PERIOD,
     STALE,
@@ -43,7 +45,8 @@ from hg_scale.training.monitoring.heartbeat import (
     read_heartbeats,
     read_heartbeats_by_file_time,
 )
-from hg_scale.training.monitoring.run_end import read_run_end
+from hg_scale.training.monitoring.run_end import EndEntry, read_run_end
+from hg_scale.training.monitoring.run_state import STATUS_CODES, RunState, classify, is_stalled
 from hg_scale.training.monitoring.stalled_ranks import describe_stalled
 
 QUIET_LINES, QUIET_SECONDS = 10, 600  # a run that logs nothing for both counts as dead
@@ -51,16 +54,22 @@ CLOCK_LIMIT = 30  # seconds by which a clock may differ before it is mentioned
 _MAX_NAMED = 4  # ranks named in a line
 _ENDINGS = {"CANCELLED": "was cancelled", "TIMEOUT": "reached its time limit"}
 _TAIL_BYTES = 64 * 1024
+_JSON_STEP_KEYS = ("step", "loss", "bits_per_byte", "tokens_per_second", "mfu", "skipped_steps")
 _ERROR_WORDS = ("error", "Traceback", "warning", "exit code", "Killed", "CANCELLED", "not saved")
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Output of `hg-scale status`: `lines` by label. `alive` is None if the files do not tell."""
+    """Output of `hg-scale status`: `lines` by label. `alive` is None if the files do not tell.
+
+    `values`: the keys of `--json`.
+    """
 
     alive: bool | None
     lines: dict[str, str]
     errors: list[str]
+    state: RunState
+    values: dict[str, Any]
 
 
 def read_status(run: Path, now: float | None = None, last_errors: int = 5) -> RunStatus:
@@ -72,7 +81,7 @@ def read_status(run: Path, now: float | None = None, last_errors: int = 5) -> Ru
     names = ("config.json", "metrics.jsonl", "jobs.jsonl", "ranks")
     if not any((run / name).exists() for name in names):
         raise UserError(f"{run} is not a run folder: no {', '.join(names[:-1])} or {names[-1]}")
-    records = list(_read_records(run / "metrics.jsonl", MetricsEntry))
+    steps, validation = read_recent(run / "metrics.jsonl", RECENT_LINES)
     jobs = list(_read_records(run / "jobs.jsonl", _JobEntry))
     jobs = [job for job in jobs if job["event"] != "end" or "code" in job]
     if now is None:
@@ -81,37 +90,94 @@ def read_status(run: Path, now: float | None = None, last_errors: int = 5) -> Ru
     else:
         beats, ahead = read_heartbeats(run), {}
     jobs = without_refused(jobs, _pulse(beats))
-    steps = [record for record in records if "loss" in record]
     total = _total_steps(run)
     alive, reason = liveness(steps, jobs, now, total, beats)
-    if not alive and not jobs and (end := read_run_end(run)):
-        reason = end.describe(now)
-    state = "alive" if alive else "not running" if alive is False else "?"
+    if not alive and not jobs and (run_end := read_run_end(run)):
+        reason = run_end.describe(now)
+    ends = {} if alive else _rank_ends(run, beats)
+    state = _state(run, alive, steps, total, jobs, beats, ends, now)
+    if ends and not steps:
+        rank, (code, line) = next(iter(ends.items()))
+        reason = f"failed before the first step: rank {rank}, exit code {code}: {line}"
     clocks = {f"{_name(rank, beats)} {format_offset(ahead[rank])}": None for rank in ahead
               if abs(ahead[rank]) > CLOCK_LIMIT}  # fmt: skip
     if clocks:  # first, since it qualifies the times of the reason
         reason = f"by file times (the clock of {_shorten_list([*clocks])}): {reason}"
-    lines = {"state": f"{state}: {reason}"}
+    label = {"running": "alive", "stalled": "stalled", "unknown": "?"}.get(state, "not running")
+    lines = {"state": f"{label}: {reason}"}
     if steps:
         lines |= _progress(steps, total)
-    validations = [r for r in records if r.get("validation_bits_per_byte") is not None]
-    if validations:
-        last = validations[-1]
-        lines["validation"] = (
-            f"{last['validation_bits_per_byte']:.4f} bits per byte at step {last['step']:,}"
-        )
+    bits = _number(validation or {}, "validation_bits_per_byte")
+    if validation and bits is not None:
+        lines["validation"] = f"{bits:.4f} bits per byte at step {validation['step']:,}"
     if alive and beats:
         lines["ranks"] = describe_ranks(beats, now, _stages(run))
     if slow := slow_ranks(run, beats):
         lines["slow ranks"] = slow
     lines["checkpoint"] = _checkpoint(run, now)
-    if jobs:
-        lines["restarts"] = _restarts(jobs)
-        if alive and (ends := jobs[-1].get("ends")):
-            lines["job ends"] = f"in {format_duration(max(0, ends - now))}"
-    ends = [] if alive else _rank_ends(run, beats)
-    errors = [*_log_errors(run, jobs), *_hangs(run, now), *ends]
-    return RunStatus(alive, lines, errors[-last_errors:])
+    if jobs or (starts := read_starts(run)):
+        lines["restarts"] = _restarts(jobs) if jobs else f"{len(starts) - 1}"
+    if jobs and alive and (until := jobs[-1].get("ends")):
+        lines["job ends"] = f"in {format_duration(max(0, until - now))}"
+    errors = [*_log_errors(run, jobs), *_hangs(run, now)]
+    errors += [f"rank {r} ended with exit code {code}: {line}" for r, (code, line) in ends.items()]
+    values = status_values(run, reason, steps, validation, total, jobs)
+    shown = errors[-last_errors:] if last_errors else []
+    values |= {"state": state, "exit_code": STATUS_CODES[state], "errors": shown, "time": now}
+    return RunStatus(alive, lines, shown, state, values)
+
+
+def _state(
+    run: Path,
+    alive: bool | None,
+    steps: list[dict[str, Any]],
+    total: int | None,
+    jobs: list[dict[str, Any]],
+    beats: Mapping[int, HeartbeatRecord],
+    ends: Mapping[int, tuple[int, str]],
+    now: float,
+) -> RunState:
+    seconds = [s for record in steps if isinstance(s := record.get("step_seconds"), float)]
+    return classify(
+        alive,
+        finished=bool(steps and total and steps[-1]["step"] >= total),
+        stalled=is_stalled(beats, now, seconds, _section(run, "watchdog")),
+        job=jobs[-1] if jobs else None,
+        queue=queue_state(jobs[-1]["job"]) if jobs else None,
+        codes=[code for code, _ in ends.values()],
+        beats=beats,
+    )
+
+
+def status_values(
+    run: Path,
+    reason: str,
+    steps: list[dict[str, Any]],
+    validation: dict[str, Any] | None,
+    total: int | None,
+    jobs: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Return the values of `hg-scale status --json` but for the state; null what is unknown."""
+    last, seen = steps[-1] if steps else {}, validation or {}
+    starts = read_starts(run)
+    try:
+        newest = find_latest(run / "checkpoints")
+    except CheckpointError:
+        newest = None
+    journal = max(0, sum(job.get("event") == "start" for job in jobs) - 1)
+    return {
+        "run": str(run),
+        "reason": reason,
+        "steps": total,
+        **{key: _number(last, key) for key in _JSON_STEP_KEYS},
+        "seconds_left": seconds_left(steps, total),
+        "validation_step": seen.get("step"),
+        "validation_bits_per_byte": _number(seen, "validation_bits_per_byte"),
+        "checkpoint": str(newest) if newest else None,
+        "restarts": journal if jobs else max(0, len(starts) - 1),
+        "job": jobs[-1].get("job") if jobs else last.get("job"),
+        "job_ends": jobs[-1].get("ends") if jobs else None,
+    }
 
 
 def liveness(
@@ -266,11 +332,10 @@ def _progress(steps: list[dict[str, Any]], total: int | None) -> dict[str, str]:
     if last.get("loss") is not None and last.get("bits_per_byte") is not None:
         lines["loss"] = f"{last['loss']:.4f}, {last['bits_per_byte']:.4f} bits per byte"
     if last.get("tokens_per_second"):
-        lines["speed"] = f"{format_rate(last['tokens_per_second'])} tokens/s"
+        lines["speed"] = f"{format_number(last['tokens_per_second'])} tokens/s"
         lines["speed"] += f", MFU {last['mfu']:.1%}" if last.get("mfu") is not None else ""
-    seconds = [r["step_seconds"] for r in steps[-20:] if r.get("step_seconds")]
-    if total and seconds and last["step"] < total:
-        lines["time left"] = format_duration((total - last["step"]) * statistics.median(seconds))
+    if (left := seconds_left(steps, total)) is not None:
+        lines["time left"] = format_duration(left)
     if last.get("skipped_steps"):
         lines["skipped"] = f"{last['skipped_steps']} bad steps"
     return lines
@@ -317,15 +382,32 @@ def _hangs(run: Path, now: float) -> list[str]:
     return [f"watchdog, {format_duration(max(0, now - r['time']))} ago: {r['line']}" for r in last]
 
 
-def _rank_ends(run: Path, beats: Mapping[int, HeartbeatRecord]) -> list[str]:
-    """Return the errors of ranks of the last start that ended by an error of their own."""
-    ends = []
-    for rank in sorted(beats):
-        with suppress(OSError, FormatError):
-            path = run / "ranks" / f"rank-{rank:05}.end"
+def _rank_ends(run: Path, beats: Mapping[int, HeartbeatRecord]) -> dict[int, tuple[int, str]]:
+    """Return exit code and error of the ranks of the last start that ended by one of their own.
+
+    Without a heartbeat the start failed before its first one, and all files are of that start.
+    """
+    ends = {}
+    for path in sorted((run / "ranks").glob("rank-*.end")):
+        with suppress(OSError, ValueError, FormatError):
+            rank = int(path.stem.removeprefix("rank-"))
             end: EndEntry = validated(EndEntry, read_json(path, RECORD_BYTES))
-            ends.append(f"rank {rank} ended with exit code {end['code']}: {end['line']}")
+            if rank in beats or not beats:
+                ends[rank] = end["code"], end["line"]
     return ends
+
+
+def _number(record: Mapping[str, Any], key: str) -> float | None:
+    value = record.get(key)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _section(run: Path, name: str) -> dict[str, Any]:
+    """Return a section of the run's configuration; empty where it has none."""
+    with suppress(OSError, FormatError, KeyError):
+        section = read_object(run / "config.json", TEXT_BYTES)[name]
+        return section if isinstance(section, dict) else {}
+    return {}
 
 
 def _stages(run: Path) -> int:
@@ -338,8 +420,8 @@ def _total_steps(run: Path) -> int | None:
 
 def _setting(run: Path, section: str, key: str) -> int | None:
     """Return a count of the run's configuration; None if it cannot be read."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return validated(Count, read_object(run / "config.json", TEXT_BYTES)[section][key])
+    with suppress(FormatError, KeyError):
+        return validated(Count, _section(run, section)[key])
     return None
 
 

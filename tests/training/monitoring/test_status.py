@@ -15,11 +15,14 @@ import pytest
 from hg_scale.atomic_write import write_json
 from hg_scale.commands.main import main
 from hg_scale.errors import UserError
+from hg_scale.run_starts import record_start
 from hg_scale.training.failures import write_end
 from hg_scale.training.monitoring import status
 from hg_scale.training.monitoring.heartbeat import file_system_time, pid_namespace
 from hg_scale.training.monitoring.run_end import write_run_end
+from hg_scale.training.monitoring.run_state import STATUS_CODES
 from hg_scale.training.monitoring.status import read_status
+from tests.shared import ROOT
 from tests.training.monitoring.heartbeats import NOW, make_beats, write_beats
 from tests.training.test_check import save
 
@@ -238,7 +241,7 @@ def test_a_finished_run_and_a_corrupt_checkpoint(run: Path) -> None:
 def test_the_command_prints_the_status(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["status", str(run)]) == 0
+    assert main(["status", str(run)]) == 21
     output = capsys.readouterr().out
     assert "  step        10 of 130\n" in output and "not running" in output
     with pytest.raises(UserError, match="not a run folder"):
@@ -327,3 +330,114 @@ def test_the_end_of_a_run_outside_of_slurm(run: Path) -> None:
     assert found.lines["state"] == "not running: signal TERM: saved at step 10, 0:01:00 ago"
     (run / "end.json").write_text("[")
     assert read_status(run, NOW).lines["state"] == "not running: all ranks ended, 0:00:02 ago"
+
+
+def end(code: int, **more: Any) -> dict[str, Any]:
+    return {"event": "end", "job": "7", "start": 1, "log": "", "time": NOW, "code": code, **more}
+
+
+@pytest.mark.parametrize(
+    ("job", "state"),
+    [
+        (end(0), "finished"),
+        (end(75, requeued=True), "waiting"),
+        (end(75, requeued=False), "saved"),
+        (end(75, requeued=False, state="CANCELLED"), "cancelled"),
+        (end(76, requeued=False), "dead"),
+        (end(137, requeued=False), "dead"),
+        (end(1, requeued=False), "failed"),
+        (end(2, requeued=False), "failed"),
+        (end(77, requeued=False), "failed"),
+    ],
+)
+def test_the_state_after_a_job(run: Path, job: dict[str, Any], state: str) -> None:
+    write(run, "jobs.jsonl", [job])
+    found = read_status(run, NOW)
+    assert found.state == state and found.values["exit_code"] == STATUS_CODES[found.state]
+
+
+def test_the_state_by_heartbeats(run: Path, tmp_path: Path) -> None:
+    def state(*changes: dict[str, Any], now: float = NOW) -> str:
+        write_beats(run, make_beats(*changes))
+        return read_status(run, now).state
+
+    healthy = {"step": 11}
+    assert state(healthy, healthy) == "running"
+    assert state(healthy, {"step": 11, "since": NOW - 350}) == "running"  # another rank is in step
+    slow = {"step": 11, "since": NOW - 400}  # 10 x 30 s, and a minute
+    assert state(slow, slow) == "stalled"
+    assert read_status(run, NOW).lines["state"].startswith("stalled: last heartbeat ")
+    saving = {"step": 11, "phase": "save", "since": NOW - 400}
+    assert state(saving, saving) == "running"
+    assert state(healthy, healthy, now=NOW + 100) == "dead"
+    assert state({"ended": True}, {"ended": True}) == "saved"  # by --stop-at, or on a signal
+    write_end(run, 1, 77, "gave up")
+    assert state({"ended": True}, {"ended": True}) == "failed"
+    write(run, "metrics.jsonl", [step(130, NOW)])
+    assert state({"ended": True}, {"ended": True}) == "finished"
+
+
+def test_a_job_whose_ranks_beat_no_more_is_stalled(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm still has the job, but its processes hang in the kernel or their node is gone."""
+    write(run, "jobs.jsonl", [{"event": "start", "job": "7", "start": 1, "log": "", "time": NOW}])
+    monkeypatch.setattr(status, "queue_state", lambda job: "RUNNING")
+    write_beats(run, make_beats({}, {}))
+    assert read_status(run, NOW + 60).state == "running"
+    assert read_status(run, NOW + 500).state == "stalled"
+
+
+@pytest.mark.parametrize("beats", [False, True])
+def test_a_run_that_failed_before_its_first_step_says_why(tmp_path: Path, beats: bool) -> None:
+    if beats:
+        write_beats(tmp_path, make_beats(*[{"ended": True, "step": 0, "phase": "end"}] * 2))
+    write_end(tmp_path, 1, 1, "shard 3 is corrupt")
+    found = read_status(tmp_path, NOW)
+    assert found.state == "failed" and found.alive is not True
+    assert found.lines["state"] == (
+        "not running: failed before the first step: rank 1, exit code 1: shard 3 is corrupt"
+    )
+
+
+def test_a_folder_without_any_sign_is_unknown(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    found = read_status(tmp_path, NOW)
+    assert (found.state, found.lines["state"]) == ("unknown", "?: nothing logged yet")
+
+
+def test_json_has_the_documented_keys(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(run, 10)
+    for number in range(2):
+        record_start(run, NOW + number, 0, 2)
+    assert main(["status", "--json", "--errors", "0", str(run), str(run)]) == 21
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first | {"time": 0} == second | {"time": 0} and first["time"] > NOW
+    known = {key: first[key] for key in first.keys() - {"time", "reason", "checkpoint"}}
+    assert known == {
+        "run": str(run), "state": "dead", "exit_code": 21, "step": 10, "steps": 130, "loss": 2.5,
+        "bits_per_byte": 3.6067, "tokens_per_second": 31_200.0, "mfu": 0.415, "skipped_steps": 2,
+        "seconds_left": 3600.0, "validation_step": 8, "validation_bits_per_byte": 2.8854,
+        "restarts": 1, "job": None, "job_ends": None, "errors": [],
+    }  # fmt: skip
+    page = (ROOT / "docs/watching.md").read_text()
+    assert not [key for key in first if f"| `{key}` |" not in page]
+    assert not [name for name, code in STATUS_CODES.items() if f"| {code} | {name} |" not in page]
+
+
+def test_watch_ends_with_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--watch", "0.2", str(run)]) == 21
+    assert capsys.readouterr().out.count("  step  ") == 1
+    assert main(["status", "--watch", "0", str(run)]) == 2
+    assert main(["status", "--watch", "nan", str(run)]) == 2
+
+
+def test_watch_refreshes_while_the_run_is_active(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = iter([True, True, False])
+    monkeypatch.setattr(status, "liveness", lambda *_: (next(alive), "as told"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert main(["status", "--watch", "--json", str(run)]) == 21
+    states = [json.loads(line)["state"] for line in capsys.readouterr().out.splitlines()]
+    assert states == ["running", "running", "dead"]
