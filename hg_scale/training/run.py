@@ -220,7 +220,9 @@ def _train_connected(run: Run) -> bool:
         progress = restore(run, engine, resume)
         if progress.step >= run.last_step:
             reached = f"step {progress.step} of {run.last_step} is reached"
-            run.console.print(f"nothing to do: {reached}")
+            more = "raise training.steps" if run.stop_at is None else "raise --stop-at"
+            profile = "" if run.profile is None else " to profile a step"
+            run.console.print(f"nothing to do: {reached}; {more} or choose another --run{profile}")
             run.ending = reached
             return False
         return fit(run, engine, progress, sources, monitor, lock, resume.corrupt)
