@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from hg_scale.arguments import local_path
 
 HELP = "show the state of a run: alive or not, step, loss, speed, checkpoint, restarts, errors"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("runs", type=local_path, nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--errors", type=int, default=5, metavar="N",
                         help="error lines to show at most (default: 5)")  # fmt: skip
 

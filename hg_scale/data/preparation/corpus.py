@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import SPLITS
-from hg_scale.data.preparation.sources import Advance, find_files, refuse_unsupported_compression
+from hg_scale.data.preparation.folders import LeftOut, find_files
+from hg_scale.data.preparation.sources import Advance
 from hg_scale.data.tokenizer import Tokenizer
 
 KEY_BITS = 62  # low bits of a key: the order in the split; the bits above are the split's number
@@ -81,27 +82,30 @@ class Corpus(Protocol):
         """Yield (key, content) of the documents of a segment that are not empty, in a fixed order.
 
         A key is the split's number in the bits above `KEY_BITS`, then the order in the split.
-        `scratch` is a folder for temporary files.
+        `scratch` is a folder for temporary files, the same for all segments and processes.
         """
+
+    def collect_counts(self, scratch: Path) -> None:
+        """Collect what all processes counted in their segments, on rank 0 at the end."""
 
 
 def list_files(
-    inputs: Sequence[Path], include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+    inputs: Sequence[Path],
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    left_out: LeftOut | None = None,
 ) -> list[SourceFile]:
-    """Return the files of the inputs, in a fixed order.
+    """Return the files of the inputs, in a fixed order; `left_out` receives the others.
 
     Raises DataError where one cannot be listed or read, or is in two of the inputs.
     """
     files = []
     found: dict[Path, int] = {}  # number of the input that contains a file
     for number, given in enumerate(inputs):
-        if given.is_dir():
-            names = find_files(given, include, exclude)
-        else:
-            refuse_unsupported_compression(given)
-            names = [given.name]
+        is_folder = given.is_dir()
+        names = find_files(given, include, exclude, left_out) if is_folder else [given.name]
         for name in names:
-            path = given / name if given.is_dir() else given
+            path = given / name if is_folder else given
             try:
                 status = path.stat()
             except OSError as error:

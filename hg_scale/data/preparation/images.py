@@ -111,6 +111,9 @@ class ImageCorpus:
                 )
             yield self._keys(file, position, content), content
 
+    def collect_counts(self, scratch: Path) -> None:
+        """Nothing is counted."""
+
     def _first_shape(self, path: Path) -> ImageShape:
         if path.suffix.lower() in PICTURES:
             return _picture(path)[1]

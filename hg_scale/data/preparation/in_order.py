@@ -16,14 +16,13 @@ from hg_scale import __version__
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import INDEX_FILE, SPLITS, Index
 from hg_scale.data.preparation import output
-from hg_scale.data.preparation.corpus import split_of
+from hg_scale.data.preparation.corpus import SourceFile, split_of
 from hg_scale.data.preparation.rank_group import RankGroup
 from hg_scale.data.preparation.shard_writer import SplitWriter, default_shard_tokens
+from hg_scale.data.preparation.source_summary import SourceSummary, survey_files
 from hg_scale.data.preparation.sources import (
     file_digest,
-    find_files,
     read_blocks,
-    refuse_unsupported_compression,
     text_length,
 )
 from hg_scale.data.progress import ProgressBar
@@ -43,6 +42,7 @@ class Preparation:
     chunk_tokens: int = 65536
     shard_tokens: int | None = None  # None: `default_shard_tokens`
     seed: int = 0
+    as_they_are: bool = False  # read files of every kind, without decompressing them
 
     def __post_init__(self) -> None:
         output.check_output(self.output, (self.input,))
@@ -51,7 +51,6 @@ class Preparation:
                 "--split in bytes is for a single file; for a folder, where each file is in one "
                 "split, set it to fractions such as 0.9,0.05,0.05"
             )
-        refuse_unsupported_compression(self.input)
         if not self.input.is_dir() and (self.include != ("*",) or self.exclude):
             raise DataError(f"--include and --exclude are for a folder; {self.input} is a file")
 
@@ -72,19 +71,27 @@ class _Plan:
     blocks: Callable[[], Iterator[tuple[str, bytes | None]]]  # (split, text); None ends a document
 
 
-def prepare_bytes(job: Preparation, progress: ProgressBar | None = None) -> tuple[Index, bool]:
+def prepare_bytes(
+    job: Preparation, progress: ProgressBar | None = None, summary: SourceSummary | None = None
+) -> tuple[Index, bool]:
     """Prepare a corpus. Returns the index, and whether anything had to be written.
 
+    `summary` receives what is read and what is left out.
     Raises DataError where the source cannot be read, or the output contains something else or has
     another writer.
     """
     progress = progress or ProgressBar()
-    source = _describe(job, progress)
+    summary, patterns = summary or SourceSummary(), (job.include, job.exclude)
+    files = survey_files(
+        [job.input], *patterns, summary, only_text=True, as_they_are=job.as_they_are
+    )
+    source = _describe(job, files, summary, progress)
     if (job.output / INDEX_FILE).exists():
         index = output.already_prepared(job.output, _job_of(job, source))
         output.clear_work(job.output)
         return index, False
-    plan = _plan_folder(job, source, progress) if job.input.is_dir() else _plan_file(job, source)
+    is_folder = job.input.is_dir()
+    plan = _plan_folder(job, files, source, progress) if is_folder else _plan_file(job, source)
     if not plan.text_bytes:
         raise DataError(f"--input {job.input}: contains no text")
     work = job.output / output.WORK
@@ -131,23 +138,27 @@ def _job_of(job: Preparation, source: dict[str, Any]) -> dict[str, Any]:
     return output.job_identity(source, tokenizer.identity.model_dump())
 
 
-def _describe(job: Preparation, progress: ProgressBar) -> dict[str, Any]:
+def _describe(
+    job: Preparation, files: list[SourceFile], summary: SourceSummary, progress: ProgressBar
+) -> dict[str, Any]:
     """Return the source and the arguments that determine the shards, for the index."""
     source: dict[str, Any] = {"name": job.input.resolve().name}
     if job.input.is_dir():
-        files = find_files(job.input, job.include, job.exclude)
-        sizes = [(job.input / file).stat().st_size for file in files]
-        progress.begin("reading", sum(sizes))
+        progress.begin("reading", sum(file.size for file in files))
         digest = hashlib.sha256()
-        for file, size in zip(files, sizes, strict=True):
-            line = f"{file_digest(job.input / file)} {file}\n"
+        for file in files:
+            line = f"{file_digest(Path(file.path))} {file.name}\n"
             digest.update(line.encode("utf-8", "surrogateescape"))
-            progress.advance(size)
+            progress.advance(file.size)
         source |= {"kind": "folder", "files": len(files), "sha256": digest.hexdigest()}
         source |= {"include": list(job.include), "exclude": list(job.exclude), "seed": job.seed}
         source["split by"] = "content"
+        if left_out := summary.left_out.by_default():
+            source["left out"] = left_out
     else:
         source |= {"kind": "file", "sha256": file_digest(job.input)}
+    if job.as_they_are:
+        source["bytes as they are"] = True
     source |= {"split": list(job.split), "chunk_tokens": job.chunk_tokens}
     return source | {"shard_tokens": job.shard_tokens}
 
@@ -157,12 +168,12 @@ def _plan_file(job: Preparation, source: dict[str, Any]) -> _Plan:
     if job.by_size:
         sizes = [int(part) for part in job.split]
     else:
-        total = text_length(job.input)
+        total = text_length(job.input, as_it_is=job.as_they_are)
         bounds = [round(total * part) for part in accumulate(job.split)][:-1] + [total]
         sizes = [bound - before for before, bound in zip([0, *bounds], bounds, strict=False)]
 
     def blocks() -> Iterator[tuple[str, bytes | None]]:
-        text = read_blocks(job.input)
+        text = read_blocks(job.input, as_it_is=job.as_they_are)
         block = b""
         for name, left in zip(SPLITS, sizes, strict=True):
             while left and (block := block or next(text, b"")):
@@ -173,22 +184,27 @@ def _plan_file(job: Preparation, source: dict[str, Any]) -> _Plan:
     return _Plan(source, ByteTokenizer(documents=False), sum(sizes), tokens, blocks)
 
 
-def _plan_folder(job: Preparation, source: dict[str, Any], progress: ProgressBar) -> _Plan:
+def _plan_folder(
+    job: Preparation, files: list[SourceFile], source: dict[str, Any], progress: ProgressBar
+) -> _Plan:
     """Plan a folder: each file is a document, and in one split; empty files are left out."""
-    files = find_files(job.input, job.include, job.exclude)
-    lengths = {file: text_length(job.input / file) for file in files}
+
+    def read(file: SourceFile) -> Iterator[bytes]:
+        return read_blocks(Path(file.path), as_it_is=job.as_they_are)
+
+    lengths = {file: text_length(Path(file.path), as_it_is=job.as_they_are) for file in files}
     tokens = Counter(dict.fromkeys(SPLITS, 0))
-    splits: dict[str, str] = {}
+    splits: dict[SourceFile, str] = {}
     progress.begin("splitting", sum(lengths.values()))
     for file in filter(lengths.get, files):
-        splits[file] = split_of(read_blocks(job.input / file), job.split, job.seed)
+        splits[file] = split_of(read(file), job.split, job.seed)
         progress.advance(lengths[file])
     for file, name in splits.items():
         tokens[name] += lengths[file] + 1
 
     def blocks() -> Iterator[tuple[str, bytes | None]]:
         for file, name in splits.items():
-            for text in read_blocks(job.input / file):
+            for text in read(file):
                 yield name, text
             yield name, None
 

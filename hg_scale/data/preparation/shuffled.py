@@ -290,6 +290,7 @@ def _finish(job: Job, work: Path, ranges: list[ShardRange]) -> Index:
     for part, shard in zip(ranges, _read_records(job, work, ranges), strict=True):
         shards[part.split].append(shard)
     corpus = job.corpus
+    corpus.collect_counts(work / output.TEXT)
     index = Index(
         tool_version=f"hg_scale {__version__}",
         tokenizer=corpus.tokenizer.identity,

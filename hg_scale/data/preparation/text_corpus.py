@@ -8,6 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from hg_scale.atomic_write import write_durable
 from hg_scale.data.errors import DataError
 from hg_scale.data.preparation.corpus import (
     KEY_BITS,
@@ -16,16 +17,15 @@ from hg_scale.data.preparation.corpus import (
     Segment,
     SourceFile,
     fingerprint,
-    list_files,
     make_tasks,
-    refuse_empty,
 )
 from hg_scale.data.preparation.documents import (
     PIECE_BYTES,
     TextFormat,
-    file_kind,
     read_pieces,
 )
+from hg_scale.data.preparation.file_format import format_of
+from hg_scale.data.preparation.source_summary import SourceSummary, survey_files
 from hg_scale.data.preparation.sources import Advance, is_compressed, text_length
 from hg_scale.data.tokenizer import Tokenizer
 
@@ -48,20 +48,21 @@ class TextCorpus:
 
     files: list[SourceFile] = field(default_factory=list, init=False)
     document_tokens: int | None = field(default=None, init=False)
+    summary: SourceSummary = field(default_factory=SourceSummary, init=False)  # on rank 0
 
     def survey(self) -> dict[str, Any]:
         """Return the files. Raises DataError where the input does not suit the options."""
-        files = list_files(self.inputs, self.include, self.exclude)
-        paths = {file: Path(file.path) for file in files}
-        refuse_empty(
-            [f for f in files if is_compressed(paths[f]) or file_kind(paths[f]) == "parquet"]
-        )
+        as_they_are = self.format.as_they_are
+        self._check_options()
+        self.summary = SourceSummary()
+        patterns = (self.include, self.exclude)
+        files = survey_files(self.inputs, *patterns, self.summary, as_they_are=as_they_are)
         if self.sizes is not None:
             self._check_single(files)
         elif (
             len(files) == 1
-            and file_kind(Path(files[0].path)) == "text"
             and not self.format.separator
+            and (as_they_are or format_of(Path(files[0].path)) == "text")
         ):
             raise DataError(
                 f"--input {files[0].path}: a plain text file is one document, so all of it would "
@@ -83,8 +84,14 @@ class TextCorpus:
             **fingerprint(self.files),
             "split": self.sizes or self.fractions or "folders",
         }
+        if left_out := self.summary.left_out.by_default():
+            source["left out"] = left_out
         if self.sizes is None:
-            kinds = {file_kind(Path(file.path)) for file in self.files}
+            kinds = {"text"}
+            if self.format.as_they_are:
+                source["bytes as they are"] = True
+            else:
+                kinds = {format_of(Path(file.path)) for file in self.files}
             source["seed"] = self.seed
             if kinds - {"text"}:
                 source["field"] = self.format.field
@@ -108,10 +115,22 @@ class TextCorpus:
         if self.sizes is not None:
             yield from self._pieces(file, segment, advance)
             return
-        span = (segment.begin, segment.end)
-        for position, text in self.format.documents(Path(file.path), *span, scratch, advance):
+        span, nulls = (segment.begin, segment.end), 0
+
+        def count_nulls(count: int) -> None:
+            nonlocal nulls
+            nulls += count
+
+        path = Path(file.path)
+        for position, text in self.format.documents(path, *span, scratch, advance, count_nulls):
             if text:
                 yield self._keys(file, position, text), text
+        if nulls:
+            write_durable(scratch / f"{segment.file}-{segment.begin}.nulls", f"{nulls}\n")
+
+    def collect_counts(self, scratch: Path) -> None:
+        """Add the counts of all processes to the summary."""
+        self.summary.nulls = sum(int(path.read_text()) for path in scratch.glob("*.nulls"))
 
     def _pieces(
         self, file: SourceFile, segment: Segment, advance: Advance
@@ -122,10 +141,19 @@ class TextCorpus:
             split = sum(position >= cut for cut in cuts)
             yield split << KEY_BITS | (position << KEY_BITS) // cuts[-1], text
 
+    def _check_options(self) -> None:
+        if self.format.as_they_are and self.format.separator is not None:
+            raise DataError("--bytes-as-they-are and --document-separator: set only one of them")
+        if self.format.as_they_are and self.sizes is not None:
+            raise DataError(
+                "--bytes-as-they-are makes each file a document; to split one file by position use "
+                "data_prep/prepare_bytes.py"
+            )
+
     def _check_single(self, files: list[SourceFile]) -> None:
         assert self.sizes is not None
         path = Path(files[0].path)
-        if len(files) > 1 or file_kind(path) != "text" or self.format.separator is not None:
+        if len(files) > 1 or format_of(path) != "text" or self.format.separator is not None:
             raise DataError(
                 "--split in bytes is for a single plain text; for documents set it to fractions "
                 "such as 0.9,0.05,0.05"

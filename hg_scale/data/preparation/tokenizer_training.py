@@ -20,8 +20,10 @@ from typing import Literal
 
 from hg_scale.atomic_write import write_durable
 from hg_scale.data.errors import DataError
-from hg_scale.data.preparation.corpus import Segment, SourceFile, list_files, make_tasks
-from hg_scale.data.preparation.documents import PIECE_BYTES, TextFormat, file_kind, read_pieces
+from hg_scale.data.preparation.corpus import Segment, SourceFile, make_tasks
+from hg_scale.data.preparation.documents import PIECE_BYTES, TextFormat, read_pieces
+from hg_scale.data.preparation.file_format import format_of
+from hg_scale.data.preparation.source_summary import SourceSummary, survey_files
 from hg_scale.data.preparation.sources import is_compressed
 from hg_scale.data.progress import ProgressBar
 from hg_scale.data.tokenizer import SentencePieceTokenizer
@@ -61,11 +63,12 @@ class TokenizerTraining:
 
 @dataclass(frozen=True)
 class TrainedTokenizer:
-    """A trained tokenizer and the size of its training sample."""
+    """A trained tokenizer, the size of its training sample and what it was drawn from."""
 
     tokenizer: SentencePieceTokenizer
     sample_bytes: int
     sample_tokens: int
+    source: SourceSummary
 
 
 def train_tokenizer(job: TokenizerTraining, progress: ProgressBar) -> TrainedTokenizer:
@@ -73,11 +76,13 @@ def train_tokenizer(job: TokenizerTraining, progress: ProgressBar) -> TrainedTok
 
     Raises DataError where the input cannot be read or does not suit the options.
     """
+    summary, patterns = SourceSummary(), (job.include, job.exclude)
+    files = survey_files(job.inputs, *patterns, summary, as_they_are=None)
     with tempfile.TemporaryDirectory() as folder:
         sample, count = Path(folder, "sample"), 0
         progress.begin("drawing a sample", job.sample_bytes)
         with sample.open("w", encoding="utf-8") as file:
-            for passage in _draw(job, Path(folder)):
+            for passage in _draw(job, files, Path(folder)):
                 file.write(json.dumps(passage) + "\n")
                 count += len(passage.encode())
                 progress.advance(len(passage.encode()))
@@ -88,16 +93,15 @@ def train_tokenizer(job: TokenizerTraining, progress: ProgressBar) -> TrainedTok
         tokenizer = SentencePieceTokenizer(model, documents=True)
         tokens = sum(len(tokenizer.encode(passage)) for passage in _read_sample(sample))
     write_durable(job.output, model)
-    return TrainedTokenizer(tokenizer, count, tokens)
+    return TrainedTokenizer(tokenizer, count, tokens, summary)
 
 
-def _draw(job: TokenizerTraining, scratch: Path) -> Iterator[str]:
+def _draw(job: TokenizerTraining, files: list[SourceFile], scratch: Path) -> Iterator[str]:
     """Yield random passages of the corpus, up to the size of the sample.
 
     Parts of files are read in a random order, and each passage in them is drawn with a fixed
     probability, so that only a part of a large corpus is read.
     """
-    files = list_files(job.inputs, job.include, job.exclude)
     fraction = job.sample_bytes / max(sum(file.size for file in files), 1)
     probability = min(max(fraction, 1 / _MAX_READ_RATIO), 1.0)
 
@@ -123,7 +127,7 @@ def _draw(job: TokenizerTraining, scratch: Path) -> Iterator[str]:
 
 
 def _is_one_text(job: TokenizerTraining, file: SourceFile) -> bool:
-    return file_kind(Path(file.path)) == "text" and job.format.separator is None
+    return format_of(Path(file.path)) == "text" and job.format.separator is None
 
 
 def _read_texts(
