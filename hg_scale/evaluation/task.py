@@ -88,6 +88,8 @@ def prepare_evaluation(task: EvaluationTask, device: str | None = None) -> Evalu
         text, tokens = Tokens(ids), len(ids)
         name, start_token = str(plain), tokenizer.eod or 0
     else:
+        if task.as_they_are:
+            raise UserError("--bytes-as-they-are: needs --data FILE, not a prepared corpus")
         index = loaded.index
         if index is None:
             why = "an export names no data" if is_export(task.model) else "its data is missing"

@@ -168,7 +168,8 @@ def _refusal(refused: Sequence[tuple[Path, str]], total: int, option: bool) -> s
     if len(refused) == 1:
         remedy = _remedy(binary)
         where = ", or leave it out with --exclude" if total > 1 else ""
-        return f"{path}: is {binary}, not text; {remedy}{where}{last}"
+        what = binary if binary.startswith("no ") else f"{binary}, not text"
+        return f"{path}: is {what}; {remedy}{where}{last}"
     named = ", ".join(f"{path} ({binary})" for path, binary in refused[:_SHOWN])
     more = f" and {len(refused) - _SHOWN:,} more" if len(refused) > _SHOWN else ""
     return (

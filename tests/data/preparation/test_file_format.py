@@ -81,7 +81,7 @@ def test_samples_are_taken_at_the_beginning_in_the_middle_and_at_the_end(tmp_pat
 
 def test_contents_that_a_name_does_not_promise(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"<html>Sign in</html>")
-    with pytest.raises(DataError, match=r"a\.parquet: is no Parquet file, but text, not text"):
+    with pytest.raises(DataError, match=r"a\.parquet: is no Parquet file, but text; download it"):
         inspect_files([tmp_path / "a.parquet"])
     (tmp_path / "b.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid x\n")
     with pytest.raises(DataError, match="a Git LFS pointer.*git lfs pull"):
