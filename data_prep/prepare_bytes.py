@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs
 
 from hg_scale.data.preparation import command_line
 from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
-from hg_scale.data.preparation.source_summary import SourceSummary
+from hg_scale.data.preparation.skipping import SkipPolicy
 from hg_scale.data.preparation.sources import text_length
 from hg_scale.data.progress import ProgressBar
 
@@ -43,20 +43,22 @@ def main() -> int:
     )
     command_line.add_file_options(parser)
     command_line.add_as_they_are_option(parser)
+    command_line.add_skip_options(parser)
     command_line.add_shard_options(parser, chunk=Preparation.chunk_tokens)
     add("--seed", type=command_line.parse_seed, default=0, help="seed of the split of a folder "
         "(default: 0)")  # fmt: skip
     options = vars(parser.parse_args())
     options |= command_line.patterns(options["include"], options["exclude"])
+    options["policy"] = SkipPolicy(options.pop("on_fault"), options.pop("max_skipped"))
     if command_line.find_launch(parser).rank:
         return 0  # one process does all the work
 
     def work(progress: ProgressBar) -> None:
         start = time.perf_counter()
         job = Preparation(**options)
-        source = SourceSummary()
-        index, written = prepare_bytes(job, progress, source)
-        command_line.report(job.output, index, written, time.perf_counter() - start, source)
+        index, written = prepare_bytes(job, progress)
+        seconds = time.perf_counter() - start
+        command_line.report(job.output, index, written, seconds, job.log, job.summary.lines())
         length = text_length(job.input, as_it_is=job.as_they_are) if job.by_size else 0
         if written and job.by_size and (rest := length - sum(job.split)):
             print(f"  {rest:,} bytes after these are in no split: --split does not cover them")

@@ -58,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     command_line.add_file_options(parser)
     command_line.add_as_they_are_option(parser)
+    command_line.add_skip_options(parser)
     command_line.add_shard_options(parser, chunk=CHUNK_TOKENS)
     add(
         "--seed",
@@ -96,6 +97,7 @@ def make_job(options: argparse.Namespace, launch: Launch) -> Job:
         shard_tokens=options.shard_tokens,
         launch=launch,
         patience=options.patience,
+        policy=command_line.skip_policy(options),
     )
 
 
@@ -110,7 +112,7 @@ def main() -> int:
         index, written = prepare(job, progress)
         if index is not None:
             seconds = time.perf_counter() - start
-            command_line.report(job.output, index, written, seconds, job.corpus.summary)
+            command_line.report(job.output, index, written, seconds, job.log, job.corpus.remarks())
 
     return command_line.run_preparation("prepare_text", work, launch)
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from hg_scale.data.errors import DataError
 from hg_scale.data.store import DEFAULT_TIMEOUT, ByteStream, read_error_line
 from hg_scale.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerIdentity, load_tokenizer
+from hg_scale.data.urls import join_url, shown_url
 
 INDEX_VERSION = 1
 INDEX_FILE = "index.json"
@@ -112,8 +113,13 @@ class Index(_IndexModel):
 
     @property
     def location(self) -> str:
-        """Where the index was read from: a folder, a URL, or `pipe:... {}`."""
+        """Where the index was read from: a folder, a URL, or `pipe:... {}`. May hold secrets."""
         return self._location
+
+    @property
+    def shown(self) -> str:
+        """The location as messages may show it."""
+        return shown_url(self.location)
 
     @property
     def vocab_size(self) -> int:
@@ -136,7 +142,7 @@ class Index(_IndexModel):
         if split is None or not split.tokens:
             filled = ", ".join(key for key, value in self.splits.items() if value.tokens)
             raise DataError(
-                f"{locate(self.location, INDEX_FILE)}: the split {name!r} is empty; "
+                f"{shown_url(locate(self.location, INDEX_FILE))}: the split {name!r} is empty; "
                 f"use one of {filled or '(none)'} or prepare the data with another --split"
             )
         return split
@@ -179,9 +185,10 @@ def read_index(location: str | os.PathLike[str], timeout: float = DEFAULT_TIMEOU
     base = os.fspath(location)
     if base.endswith(INDEX_FILE):
         base = base.removesuffix(INDEX_FILE).rstrip("/") or "."
-    where = locate(base, INDEX_FILE)
+    address = locate(base, INDEX_FILE)
+    where = shown_url(address)
     text = _read(
-        where,
+        address,
         "the index.json of a prepared corpus",
         "no such file; name a folder written by data_prep/*.py (the index is written last: is the "
         "preparation still running?)",
@@ -218,7 +225,7 @@ def locate(base: str, file: str) -> str:
     """Return the path or URL of `file` at the location `base`."""
     if base.startswith("pipe:"):
         return base.replace("{}", file)
-    return str(Path(base) / file) if is_local(base) else f"{base.rstrip('/')}/{file}"
+    return str(Path(base) / file) if is_local(base) else join_url(base, file)
 
 
 def member_name(shard_file: str, number: int) -> str:
@@ -248,7 +255,7 @@ def _read(where: str, expected: str, missing: str, timeout: float = DEFAULT_TIME
         if isinstance(error, FileNotFoundError) and is_local(where):
             raise DataError(f"{where}: {missing}") from None
         raise DataError(
-            f"{where}: cannot be read ({read_error_line(error)}); expected {expected}: "
+            f"{shown_url(where)}: cannot be read ({read_error_line(error)}); expected {expected}: "
             "check the location and that it can be reached"
         ) from None
 

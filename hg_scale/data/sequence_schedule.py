@@ -207,10 +207,10 @@ class DataSchedule:
             found = source.index.tokenizer.model_dump()
             if expected and found != expected:
                 raise DataError(
-                    f"{source.index.location}: its tokenizer ({_describe(found)}) differs from "
+                    f"{source.index.shown}: its tokenizer ({_describe(found)}) differs from "
                     f"that of {owner} ({_describe(expected)}); prepare it again with that one"
                 )
-            owner, expected = self.sources[0].index.location, found
+            owner, expected = self.sources[0].index.shown, found
         return expected
 
 
@@ -223,7 +223,7 @@ def make_order(source: DataSource, length: int, seed: int, history: History) -> 
     document = index.document_tokens
     if document and any(shard.tokens % document for shard in split.shards):
         raise DataError(
-            f"{index.location}: a shard does not end with a document of {document} tokens; prepare "
+            f"{index.shown}: a shard does not end with a document of {document} tokens; prepare "
             "the data again"
         )
     lengths = [entry[0] for entry in history] + [length]

@@ -78,7 +78,7 @@ class LoadedModel:
     @property
     def data_source(self) -> str:
         """What messages about the data name: its location, or the model's folder if unknown."""
-        return self.index.location if self.index else str(self.path)
+        return self.index.shown if self.index else str(self.path)
 
     def generate(
         self,
@@ -188,7 +188,7 @@ def load(
     index, vocab_size = loaded.index, loaded.config.vocab_size
     if index is not None and index.vocab_size > vocab_size:
         raise UserError(
-            f"{index.location}: has a vocabulary of {index.vocab_size}, the model of "
+            f"{index.shown}: has a vocabulary of {index.vocab_size}, the model of "
             f"{loaded.path} one of {vocab_size}; name the data it was trained on with --data"
         )
     loaded.model.to(target, _DTYPES[precision])
@@ -258,7 +258,7 @@ def _load_export(folder: Path, data: str | None) -> LoadedModel:
         if source.images and index.image_shape != source.images:
             content = f"images of {index.image_shape}" if index.image_shape else "text"
             raise UserError(
-                f"{index.location}: contains {content}, but {folder} generates images of "
+                f"{index.shown}: contains {content}, but {folder} generates images of "
                 f"{source.images} (height, width, channels)"
             )
         open_tokenizer = index.open_tokenizer
@@ -278,7 +278,7 @@ def require_same_tokenizer(index: Index, identity: dict[str, Any] | None, model_
         return  # bytes have the same ids with and without an end-of-document token
     if identity is not None and identity != of_data:
         raise UserError(
-            f"{index.location}: made with another tokenizer ({of_data['name']}, vocabulary "
+            f"{index.shown}: made with another tokenizer ({of_data['name']}, vocabulary "
             f"{of_data['vocab_size']}) than {model_path} ({identity['name']}, vocabulary "
             f"{identity['vocab_size']}); prepare the text again with the model's tokenizer"
         )

@@ -97,11 +97,11 @@ def prepare_evaluation(task: EvaluationTask, device: str | None = None) -> Evalu
         split = task.split or "test"
         text, tokens = SplitReader(index, split), index.split(split).tokens
         size = split_bytes(index, split)
-        name, start_token = f"{split} split of {index.location}", index.eod or 0
+        name, start_token = f"{split} split of {index.shown}", index.eod or 0
         images = loaded.image_shape is not None
         if images and (protocol.length, protocol.stride) != (index.document_tokens,) * 2:
             raise UserError(
-                f"{index.location}: an image is {index.document_tokens} tokens, and is scored on "
+                f"{index.shown}: an image is {index.document_tokens} tokens, and is scored on "
                 "its own: omit --context, --window and --stride"
             )
     if task.windows is not None:

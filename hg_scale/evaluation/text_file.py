@@ -32,7 +32,7 @@ class TextFile:
 
         Documents end with the end-of-document id, if the tokenizer has one, as in training.
         """
-        if self.as_they_are or inspect_files([self.path])[0].format == "text":
+        if self.as_they_are or inspect_files([self.path])[self.path].format == "text":
             text = b"".join(read_blocks(self.path, as_it_is=self.as_they_are))
             ids, size = tokenizer.encode(text), len(text)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import SPLITS
 from hg_scale.data.preparation.folders import LeftOut, find_files
+from hg_scale.data.preparation.skipping import STOP, SkipLog
 from hg_scale.data.preparation.sources import Advance
 from hg_scale.data.tokenizer import Tokenizer
 
@@ -64,7 +65,7 @@ class Corpus(Protocol):
 
     files: list[SourceFile]
 
-    def survey(self) -> dict[str, Any]:
+    def survey(self, log: SkipLog = STOP) -> dict[str, Any]:
         """Scan the input, on rank 0. Returns JSON for `use_survey`."""
 
     def use_survey(self, survey: dict[str, Any]) -> None:
@@ -77,39 +78,45 @@ class Corpus(Protocol):
         """Return all tasks; they do not depend on the number of processes."""
 
     def documents(
-        self, segment: Segment, scratch: Path, advance: Advance
+        self, segment: Segment, scratch: Path, advance: Advance, log: SkipLog = STOP
     ) -> Iterator[tuple[int, bytes]]:
         """Yield (key, content) of the documents of a segment that are not empty, in a fixed order.
 
         A key is the split's number in the bits above `KEY_BITS`, then the order in the split.
-        `scratch` is a folder for temporary files, the same for all segments and processes.
+        `scratch` is a folder for temporary files. A document that cannot be read goes to `log`;
+        DataError is raised where the rest of the segment cannot be read.
         """
 
-    def collect_counts(self, scratch: Path) -> None:
-        """Collect what all processes counted in their segments, on rank 0 at the end."""
+    def remarks(self) -> Iterator[str]:
+        """Yield lines for the user about what is read and what is not, after `survey`."""
 
 
 def list_files(
     inputs: Sequence[Path],
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    log: SkipLog = STOP,
     left_out: LeftOut | None = None,
 ) -> list[SourceFile]:
-    """Return the files of the inputs, in a fixed order; `left_out` receives the others.
+    """Return the files of the inputs, in a fixed order. What cannot be read goes to `log`.
 
-    Raises DataError where one cannot be listed or read, or is in two of the inputs.
+    `left_out` receives what is not read for other reasons. Raises DataError where a file is in two
+    of the inputs.
     """
     files = []
     found: dict[Path, int] = {}  # number of the input that contains a file
     for number, given in enumerate(inputs):
         is_folder = given.is_dir()
-        names = find_files(given, include, exclude, left_out) if is_folder else [given.name]
+        names = [given.name]
+        if is_folder:
+            names = find_files(given, include, exclude, log, left_out)
         for name in names:
             path = given / name if is_folder else given
             try:
                 status = path.stat()
             except OSError as error:
-                raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+                log.skip(path, "file", None, f"{path}: cannot be read ({error.strerror})")
+                continue
             if len(inputs) > 1 and found.setdefault(path.resolve(), number) != number:
                 raise DataError(
                     f"--input {given}: {path} is also in --input {inputs[found[path.resolve()]]}; "
@@ -120,14 +127,29 @@ def list_files(
     return files
 
 
-def refuse_empty(files: Sequence[SourceFile]) -> None:
-    """Raise DataError where a file is empty, for formats that never are."""
+def refuse_empty(
+    files: Sequence[SourceFile], never_empty: Container[SourceFile], log: SkipLog = STOP
+) -> list[SourceFile]:
+    """Return the files without empty ones that are among `never_empty`: these go to `log`."""
+    left = []
     for file in files:
-        if not file.size:
-            raise DataError(
+        if not file.size and file in never_empty:
+            log.skip(
+                file.path,
+                "file",
+                None,
                 f"{file.path}: is empty, as after an unfinished copy; download it again, or leave "
-                "it out with --exclude"
+                "it out with --exclude",
             )
+        else:
+            left.append(file)
+    return left
+
+
+def check_folders(files: Sequence[SourceFile]) -> None:
+    """Raise DataError where a file is in no folder that names a split."""
+    for file in files:
+        folder_split(file)
 
 
 def fingerprint(files: Sequence[SourceFile]) -> dict[str, Any]:

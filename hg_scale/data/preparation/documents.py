@@ -10,9 +10,10 @@ from typing import Any
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.preparation.file_format import format_of
+from hg_scale.data.preparation.skipping import STOP, SkipLog
 from hg_scale.data.preparation.sources import Advance, is_compressed, read_blocks
 from hg_scale.data.preparation.tabular import (
-    CountNulls,
+    NULLS,
     nested_path,
     read_arrow,
     read_csv,
@@ -38,28 +39,27 @@ class TextFormat:
         end: int,
         scratch: Path,
         advance: Advance,
-        count_nulls: CountNulls = lambda count: None,
+        log: SkipLog = STOP,
     ) -> Iterator[tuple[int, bytes]]:
         """Yield (position, text) of the documents whose first stored byte is in [begin, end).
 
         A file that cannot be split is read from start to end. `scratch` is a folder for temporary
-        files. `count_nulls` receives numbers of rows without a text. Raises DataError, naming the
-        file.
+        files. Single documents that cannot be read go to `log`. Raises DataError, naming the file.
         """
         if self.as_they_are:
             return read_single(path, advance, as_it_is=True)
         match format_of(path):
             case "lines":
-                return read_lines(path, self.field, begin, end, advance, count_nulls)
+                return read_lines(path, self.field, begin, end, advance, log)
             case "parquet":
-                return read_parquet(path, self.field, begin, end, scratch, advance, count_nulls)
+                return read_parquet(path, self.field, begin, end, scratch, advance, log)
             case "arrow file" | "arrow stream" as kind:
                 stream = kind == "arrow stream"
-                return read_arrow(path, self.field, scratch, advance, count_nulls, stream=stream)
+                return read_arrow(path, self.field, scratch, advance, log, stream=stream)
             case "csv" | "tsv" as kind:
-                return read_csv(path, self.field, "," if kind == "csv" else "\t", advance)
+                return read_csv(path, self.field, "," if kind == "csv" else "\t", advance, log)
         if self.separator is not None:
-            return read_separated(path, self.separator, begin, end, advance)
+            return read_separated(path, self.separator, begin, end, advance, log)
         return read_single(path, advance)
 
     def can_split(self, path: Path) -> bool:
@@ -89,11 +89,12 @@ def read_single(
 
 
 def read_separated(
-    path: Path, separator: bytes, begin: int, end: int, advance: Advance
+    path: Path, separator: bytes, begin: int, end: int, advance: Advance, log: SkipLog = STOP
 ) -> Iterator[tuple[int, bytes]]:
     """Yield (position, text) of the texts between separators that begin in [begin, end).
 
     Positions count bytes of the decompressed text; a compressed file is read from start to end.
+    Texts that are too long go to `log`.
     """
     start = max(0, begin - len(separator))  # a text after a separator that ends at `begin` is ours
     position, skipping = start, begin > 0  # of the pending text; up to the first separator
@@ -107,7 +108,10 @@ def read_separated(
         tail = seen[max(0, len(seen) - len(separator) + 1) :]
         if separator not in seen:
             if held > MAX_DOCUMENT_BYTES:
-                raise _too_long(path, position)
+                if not skipping:  # else it began before `begin`, where it is reported
+                    log.skip(path, "document", position, _too_long(path, position))
+                position, pending, held = position + held, [], 0
+                skipping = True
             continue
         texts = b"".join(pending).split(separator)
         rest = texts.pop()
@@ -125,45 +129,55 @@ def read_separated(
 
 
 def read_lines(
-    path: Path,
-    field: str,
-    begin: int,
-    end: int,
-    advance: Advance,
-    count_nulls: CountNulls = lambda count: None,
+    path: Path, field: str, begin: int, end: int, advance: Advance, log: SkipLog = STOP
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield (position, text) of the JSON lines that begin in [begin, end)."""
-    for position, line in read_separated(path, b"\n", begin, end, advance):
+    """Yield (position, text) of the JSON lines that begin in [begin, end).
+
+    Lines that cannot be used go to `log`.
+    """
+    for position, line in read_separated(path, b"\n", begin, end, advance, log):
         if not line or line.isspace():
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{path}: the line at byte {position} is not JSON ({error}); expected an object "
-                "per line: fix or remove it"
-            ) from None
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{path}: the line at byte {position} is a {type(record).__name__}; expected an "
-                "object per line: write each document into a line of its own"
-            )
-        try:
-            text = record[field] if field in record else nested_value(record, field)
-        except KeyError:
-            raise DataError(
-                f"{path}: the line at byte {position} has no field {field!r} (it has: "
-                f"{', '.join(record)}); set --field to the field that holds the text"
-            ) from None
-        if text is None:
-            count_nulls(1)
+            text = _text_of_line(path, position, line, field)
+        except DataError as error:
+            log.skip(path, "line", position, error)
             continue
-        if not isinstance(text, str):
-            raise DataError(
-                f"{path}: the field {field!r} of the line at byte {position} is a "
-                f"{type(text).__name__}, not text; set --field to another"
-            )
-        yield position, text.encode("utf-8", "surrogatepass")
+        if text is None:
+            log.remarks[NULLS] += 1
+        else:
+            yield position, text
+
+
+def _text_of_line(path: Path, position: int, line: bytes, field: str) -> bytes | None:
+    """Return the text of a JSON line, None where the field is null. Raises DataError."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: the line at byte {position} is not JSON ({error}); expected an object "
+            "per line: fix or remove it"
+        ) from None
+    if not isinstance(record, dict):
+        raise DataError(
+            f"{path}: the line at byte {position} is a {type(record).__name__}; expected an "
+            "object per line: write each document into a line of its own"
+        )
+    try:
+        text = record[field] if field in record else nested_value(record, field)
+    except KeyError:
+        raise DataError(
+            f"{path}: the line at byte {position} has no field {field!r} (it has: "
+            f"{', '.join(record)}); set --field to the field that holds the text"
+        ) from None
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise DataError(
+            f"{path}: the field {field!r} of the line at byte {position} is a "
+            f"{type(text).__name__}, not text; set --field to another"
+        )
+    return text.encode("utf-8", "surrogatepass")
 
 
 def nested_value(record: dict[str, Any], field: str) -> Any:

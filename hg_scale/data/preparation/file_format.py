@@ -21,6 +21,7 @@ from hg_scale.data.preparation.signatures import (
     binary_by_statistics,
     signature_of,
 )
+from hg_scale.data.preparation.skipping import STOP, SkipLog, SkippingRefused
 from hg_scale.data.preparation.sources import (
     COMPRESSED_SUFFIXES,
     detect_compression,
@@ -98,6 +99,8 @@ def inspect_file(path: Path) -> FileContents:
     A plain file is sampled at its beginning, in its middle and at its end; a compressed one at its
     beginning.
     """
+    if (suffix := unsupported_suffix(path)) is not None:
+        return FileContents("text", False, f"{suffix} data")
     compression = detect_compression(path)
     compressed = compression is not None
     head = first_bytes(path, HEAD_BYTES, compression)
@@ -138,26 +141,31 @@ def _later_samples(path: Path) -> Iterable[bytes]:
 
 
 def inspect_files(
-    paths: Sequence[Path], *, only_text: bool = False, option: bool = True
-) -> list[FileContents]:
-    """Return what each file contains. Raises DataError, in one line, where some are binary.
+    paths: Sequence[Path], log: SkipLog = STOP, *, only_text: bool = False, option: bool = True
+) -> dict[Path, FileContents]:
+    """Return what each file contains that can be read. Binary files go to `log`.
 
     `only_text`: tables are refused, too. `option`: whether the command that reads the files has
-    the option --bytes-as-they-are.
+    the option --bytes-as-they-are. Raises SkippingRefused in one line for all binary files.
     """
-    contents, refused = [], []
+    contents, refused = {}, []
     for path in paths:
-        if (suffix := unsupported_suffix(path)) is not None:
-            refused.append((path, f"{suffix} data"))
+        try:
+            found = inspect_file(path)
+        except DataError as error:
+            log.skip(path, "file", None, error)
             continue
-        contents.append(found := inspect_file(path))
         binary = found.binary
         if only_text and found.format in TABLES:
             binary = next(name for name, kind in _BY_SIGNATURE.items() if kind == found.format)
-        if binary is not None:
+        if binary is None:
+            contents[path] = found
+        else:
             refused.append((path, binary))
-    if refused:
-        raise DataError(_refusal(refused, len(paths), option))
+    if refused and log.policy.on_fault == "stop":
+        raise SkippingRefused(_refusal(refused, len(paths), option))
+    for path, binary in refused:
+        log.skip(path, "file", None, _refusal([(path, binary)], len(paths), option))
     return contents
 
 

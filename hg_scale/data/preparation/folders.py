@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.preparation.file_format import TABLES, format_of
+from hg_scale.data.preparation.skipping import STOP, SkipLog
 
 HIDDEN = "hidden (name begins with a dot)"
 SIDE_FILE = "side file of another program"
@@ -61,25 +62,29 @@ class LeftOut:
         for reason, count in self.counts.items():
             names = ", ".join(self.names[reason])
             more = ", ..." if count > len(self.names[reason]) else ""
-            yield f"left out {count:,}: {reason} ({names}{more})"
+            yield f"  left out {count:,}: {reason} ({names}{more})"
 
 
 def find_files(
-    folder: Path, include: Sequence[str], exclude: Sequence[str], left_out: LeftOut | None = None
+    folder: Path,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    log: SkipLog = STOP,
+    left_out: LeftOut | None = None,
 ) -> list[str]:
     """Return the files below `folder` as relative POSIX paths, sorted by their bytes.
 
     A pattern is matched with the file's name and with its relative path, where `*` also spans
     `/`. Links to folders are not followed. Hidden files, side files and the blobs of a hub cache
     are left out, unless a pattern of `include` asks for such names (`.*`, `_*`, `*.crc`).
-    `left_out` receives what is not read. Raises DataError where no file is left, or a link to a
-    file is broken.
+    `left_out` receives what is not read, `log` folders that cannot be read and broken links. Raises
+    DataError where no file is left.
     """
     left_out = LeftOut() if left_out is None else left_out
-    walk = _Walk(folder, include, exclude, left_out)
+    walk = _Walk(folder, include, exclude, log, left_out)
     found = sorted(walk.files(), key=os.fsencode)
     if not found:
-        ours = "; ".join(line for line in left_out.lines() if BY_PATTERN not in line)
+        ours = "; ".join(line.strip() for line in left_out.lines() if BY_PATTERN not in line)
         raise DataError(
             f"{folder}: no file matches --include {' '.join(include)}"
             + (f" without --exclude {' '.join(exclude)}" if exclude else "")
@@ -93,16 +98,21 @@ class _Walk:
     """One walk through a folder."""
 
     def __init__(
-        self, folder: Path, include: Sequence[str], exclude: Sequence[str], left_out: LeftOut
+        self,
+        folder: Path,
+        include: Sequence[str],
+        exclude: Sequence[str],
+        log: SkipLog,
+        left_out: LeftOut,
     ) -> None:
         self._folder, self._include, self._exclude = folder, include, exclude
-        self._left_out = left_out
+        self._log, self._left_out = log, left_out
         self._asking = [p for p in include if _NAMES_THEM.search(p) or _is_side_suffix(p)]
         self._caches: list[Path] = []  # snapshots/ of hub caches
         self._blobs: set[Path] = set()  # files in them, with all links followed
 
     def files(self) -> Iterator[str]:
-        for root, folders, names in os.walk(self._folder, onerror=_refuse):
+        for root, folders, names in os.walk(self._folder, onerror=self._refuse):
             where = Path(root)
             self._choose_folders(where, folders)
             in_cache = any(where.is_relative_to(cache) for cache in self._caches)
@@ -133,19 +143,19 @@ class _Walk:
         """Return whether a file is read, or count it."""
         relative = self._relative(path)
         reason: str | None = None
-        if not _matches(relative, self._include) or _matches(relative, self._exclude):
+        if not matches_any(relative, self._include) or matches_any(relative, self._exclude):
             reason = BY_PATTERN
-        elif not _matches(relative, self._asking):
+        elif not matches_any(relative, self._asking):
             folders = PurePosixPath(relative).parts[:-1]  # entered for another pattern's sake
             reason = next(filter(None, map(_folder_reason, folders)), None) or _reason(path)
             if in_hub and path.name == "version.txt":
                 reason = UNREAD_IN_CACHE
         if reason is None:
             if path.is_symlink() and not path.exists():
-                raise DataError(
-                    f"{path}: links to {os.readlink(path)!r}, which does not exist; download it, "
-                    "or leave the link out with --exclude"
-                )
+                problem = f"{path}: links to {os.readlink(path)!r}, which does not exist"
+                remedy = "download it, or leave the link out with --exclude"
+                self._log.skip(path, "file", None, f"{problem}; {remedy}")
+                return False
             if not path.is_file():
                 reason = NOT_REGULAR
             elif in_cache and self._is_second_link(path):
@@ -159,6 +169,10 @@ class _Walk:
         known = blob in self._blobs
         self._blobs.add(blob)
         return known
+
+    def _refuse(self, error: OSError) -> None:
+        reason = f"{error.filename}: cannot be read ({error.strerror}); make it readable"
+        self._log.skip(error.filename, "file", None, reason)
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self._folder).as_posix()
@@ -189,10 +203,7 @@ def _is_side_suffix(name: str) -> bool:
     return name.lower().endswith(_SIDE_SUFFIXES)
 
 
-def _matches(path: str, patterns: Sequence[str]) -> bool:
+def matches_any(path: str, patterns: Sequence[str]) -> bool:
+    """Whether a relative path, or the file's name, matches one of the patterns."""
     name = path.rpartition("/")[2]
     return any(fnmatchcase(name, p) or fnmatchcase(path, p) for p in patterns)
-
-
-def _refuse(error: OSError) -> None:
-    raise DataError(f"{error.filename}: cannot be read ({error.strerror}); make it readable")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,12 @@ from hg_scale.data.preparation import output
 from hg_scale.data.preparation.corpus import SourceFile, split_of
 from hg_scale.data.preparation.rank_group import RankGroup
 from hg_scale.data.preparation.shard_writer import SplitWriter, default_shard_tokens
+from hg_scale.data.preparation.skipping import (
+    SKIPPED_FILE,
+    SkipLog,
+    SkipPolicy,
+    read_list,
+)
 from hg_scale.data.preparation.source_summary import SourceSummary, survey_files
 from hg_scale.data.preparation.sources import (
     file_digest,
@@ -43,8 +49,13 @@ class Preparation:
     shard_tokens: int | None = None  # None: `default_shard_tokens`
     seed: int = 0
     as_they_are: bool = False  # read files of every kind, without decompressing them
+    policy: SkipPolicy = SkipPolicy()
+    log: SkipLog = field(init=False)  # files that cannot be read
+    summary: SourceSummary = field(init=False)  # of the other files
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "log", SkipLog(self.policy))
+        object.__setattr__(self, "summary", SourceSummary())
         output.check_output(self.output, (self.input,))
         if self.by_size and self.input.is_dir():
             raise DataError(
@@ -71,23 +82,23 @@ class _Plan:
     blocks: Callable[[], Iterator[tuple[str, bytes | None]]]  # (split, text); None ends a document
 
 
-def prepare_bytes(
-    job: Preparation, progress: ProgressBar | None = None, summary: SourceSummary | None = None
-) -> tuple[Index, bool]:
+def prepare_bytes(job: Preparation, progress: ProgressBar | None = None) -> tuple[Index, bool]:
     """Prepare a corpus. Returns the index, and whether anything had to be written.
 
-    `summary` receives what is read and what is left out.
     Raises DataError where the source cannot be read, or the output contains something else or has
     another writer.
     """
     progress = progress or ProgressBar()
-    summary, patterns = summary or SourceSummary(), (job.include, job.exclude)
     files = survey_files(
-        [job.input], *patterns, summary, only_text=True, as_they_are=job.as_they_are
-    )
-    source = _describe(job, files, summary, progress)
+        [job.input], job.include, job.exclude, job.summary, job.log, only_text=True,
+        as_they_are=job.as_they_are,
+    )  # fmt: skip
+    source, files = _describe(job, files, progress)
     if (job.output / INDEX_FILE).exists():
         index = output.already_prepared(job.output, _job_of(job, source))
+        for item in read_list(job.output / SKIPPED_FILE):
+            job.log.add(item)
+        job.log.check()
         output.clear_work(job.output)
         return index, False
     is_folder = job.input.is_dir()
@@ -98,7 +109,9 @@ def prepare_bytes(
     work.mkdir(parents=True, exist_ok=True)
     with RankGroup(Launch(), work, patience=60.0, progress=progress) as group:
         output.begin_output(job.output, _job_of(job, source), resumable=False)
-        index = output.finish_output(job.output, _write(job, plan, group), plan.tokenizer)
+        index = _write(job, plan, group)
+        job.log.write_list(job.output / SKIPPED_FILE)
+        index = output.finish_output(job.output, index, plan.tokenizer)
     output.clear_work(job.output)
     return index, True
 
@@ -139,28 +152,34 @@ def _job_of(job: Preparation, source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(
-    job: Preparation, files: list[SourceFile], summary: SourceSummary, progress: ProgressBar
-) -> dict[str, Any]:
-    """Return the source and the arguments that determine the shards, for the index."""
+    job: Preparation, files: list[SourceFile], progress: ProgressBar
+) -> tuple[dict[str, Any], list[SourceFile]]:
+    """Return the source and the options that determine the shards, and the readable files."""
     source: dict[str, Any] = {"name": job.input.resolve().name}
+    readable = []
     if job.input.is_dir():
         progress.begin("reading", sum(file.size for file in files))
         digest = hashlib.sha256()
         for file in files:
-            line = f"{file_digest(Path(file.path))} {file.name}\n"
+            try:
+                line = f"{file_digest(Path(file.path))} {file.name}\n"
+            except DataError as error:
+                job.log.skip(file.path, "file", None, error)
+                continue
             digest.update(line.encode("utf-8", "surrogateescape"))
+            readable.append(file)
             progress.advance(file.size)
-        source |= {"kind": "folder", "files": len(files), "sha256": digest.hexdigest()}
+        source |= {"kind": "folder", "files": len(readable), "sha256": digest.hexdigest()}
         source |= {"include": list(job.include), "exclude": list(job.exclude), "seed": job.seed}
         source["split by"] = "content"
-        if left_out := summary.left_out.by_default():
+        if left_out := job.summary.left_out.by_default():
             source["left out"] = left_out
     else:
         source |= {"kind": "file", "sha256": file_digest(job.input)}
     if job.as_they_are:
         source["bytes as they are"] = True
     source |= {"split": list(job.split), "chunk_tokens": job.chunk_tokens}
-    return source | {"shard_tokens": job.shard_tokens}
+    return source | {"shard_tokens": job.shard_tokens}, readable
 
 
 def _plan_file(job: Preparation, source: dict[str, Any]) -> _Plan:
@@ -192,11 +211,11 @@ def _plan_folder(
     def read(file: SourceFile) -> Iterator[bytes]:
         return read_blocks(Path(file.path), as_it_is=job.as_they_are)
 
-    lengths = {file: text_length(Path(file.path), as_it_is=job.as_they_are) for file in files}
+    lengths = _text_lengths(job, files)
     tokens = Counter(dict.fromkeys(SPLITS, 0))
     splits: dict[SourceFile, str] = {}
     progress.begin("splitting", sum(lengths.values()))
-    for file in filter(lengths.get, files):
+    for file in filter(lengths.get, lengths):
         splits[file] = split_of(read(file), job.split, job.seed)
         progress.advance(lengths[file])
     for file, name in splits.items():
@@ -210,6 +229,17 @@ def _plan_folder(
 
     tokenizer = ByteTokenizer(documents=True)
     return _Plan(source, tokenizer, sum(lengths.values()), dict(tokens), blocks)
+
+
+def _text_lengths(job: Preparation, files: list[SourceFile]) -> dict[SourceFile, int]:
+    """Return the bytes of text of each file that can be read."""
+    lengths = {}
+    for file in files:
+        try:
+            lengths[file] = text_length(Path(file.path), as_it_is=job.as_they_are)
+        except DataError as error:
+            job.log.skip(file.path, "file", None, error)
+    return lengths
 
 
 def _check_lengths(job: Preparation, plan: _Plan, index: Index) -> None:

@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from hg_scale.data.errors import DataError
 from hg_scale.data.preparation.corpus import SourceFile, list_files, refuse_empty
 from hg_scale.data.preparation.file_format import FileFormat, inspect_files, is_never_empty
 from hg_scale.data.preparation.folders import LeftOut
+from hg_scale.data.preparation.skipping import SkipLog
 
 _NAMES: dict[FileFormat | None, str] = {
     "text": "plain text", "lines": "JSON lines", "csv": "CSV", "tsv": "TSV", "parquet": "Parquet",
@@ -21,7 +23,6 @@ class SourceSummary:
 
     def __init__(self) -> None:
         self.left_out = LeftOut()
-        self.nulls = 0  # rows without a text
         self._files: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
 
@@ -35,9 +36,7 @@ class SourceSummary:
         """Yield the lines to print."""
         for name, count in sorted(self._files.items()):
             files = "file" if count == 1 else "files"
-            yield f"read {count:,} {files}, {self._bytes[name]:,} bytes: {name}"
-        if self.nulls:
-            yield f"left out {self.nulls:,}: null, not a text"
+            yield f"  read {count:,} {files}, {self._bytes[name]:,} bytes: {name}"
         yield from self.left_out.lines()
 
 
@@ -46,25 +45,34 @@ def survey_files(
     include: Sequence[str],
     exclude: Sequence[str],
     summary: SourceSummary,
+    log: SkipLog,
     *,
     only_text: bool = False,
     as_they_are: bool | None = False,
 ) -> list[SourceFile]:
     """Return the files of the inputs that are read, all of them text or tables, and count them.
 
-    `only_text`: refuse tables. `as_they_are`: read files of every kind; None: the command has no
-    such option. Raises DataError, before any document is read, where a file is binary, empty though
-    its format never is, or in two of the inputs.
+    Files that are binary, or empty though their format never is, go to `log`, before any document
+    is read. `only_text`: so do tables. `as_they_are`: read files of every kind; None: the command
+    has no such option. Raises DataError where a file is in two of the inputs, or none is left.
     """
-    files = list_files(inputs, include, exclude, summary.left_out)
+    files = list_files(inputs, include, exclude, log, summary.left_out)
     if as_they_are:
         for file in files:
             summary.add(None, False, file.size)
         return files
-    paths = [Path(file.path) for file in files]
-    contents = inspect_files(paths, only_text=only_text, option=as_they_are is not None)
-    found = list(zip(files, paths, contents, strict=True))
-    refuse_empty([file for file, path, content in found if is_never_empty(path, content)])
-    for file, _, content in found:
-        summary.add("text" if only_text else content.format, content.compressed, file.size)
+    contents = inspect_files(
+        [Path(file.path) for file in files],
+        log,
+        only_text=only_text,
+        option=as_they_are is not None,
+    )
+    found = {file: contents[Path(file.path)] for file in files if Path(file.path) in contents}
+    never_empty = {file for file, kind in found.items() if is_never_empty(Path(file.path), kind)}
+    files = refuse_empty(list(found), never_empty, log)
+    if not files:
+        raise DataError(f"--input {inputs[0]}: contains no file that can be read{log.summary()}")
+    for file in files:
+        kind = found[file]
+        summary.add("text" if only_text else kind.format, kind.compressed, file.size)
     return files

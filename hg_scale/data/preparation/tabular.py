@@ -1,6 +1,6 @@
 """Read a column of text from Parquet, Arrow, CSV and TSV files.
 
-Rows where the text is null are no documents; `nulls` counts them. Positions are row numbers, which
+Rows where the text is null are no documents; a remark counts them. Positions are row numbers, which
 count all rows.
 """
 
@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hg_scale.data.errors import DataError
+from hg_scale.data.preparation.skipping import STOP, PartError, SkipLog
 from hg_scale.data.preparation.sources import Advance, is_compressed, read_blocks
 
 if TYPE_CHECKING:
     import pyarrow
 
-CountNulls = Callable[[int], None]
 Documents = Iterator[tuple[int, bytes]]
+
+NULLS = "rows or lines left out: their text is null"  # a remark, after the number
 
 _ROWS = 1024  # rows of Parquet in memory
 _MAX_FIELD_BYTES = 1 << 30  # of CSV; a document has to fit into memory
@@ -57,7 +59,7 @@ def read_parquet(
     end: int,
     scratch: Path,
     advance: Advance,
-    count_nulls: CountNulls = lambda count: None,
+    log: SkipLog = STOP,
 ) -> Documents:
     """Yield (row number, text) of the row groups whose first stored byte is in [begin, end).
 
@@ -78,9 +80,10 @@ def read_parquet(
             if not compressed and not begin <= _group_offset(group) < end:
                 continue
             selected = {"row_groups": [number], "columns": [".".join(names)]}
-            for batch in file.iter_batches(_ROWS, **selected):
-                yield from _documents(batch, names, path, field, first, count_nulls)
-                first += batch.num_rows
+            with _arrow_errors(path, "Parquet", PartError):
+                for batch in file.iter_batches(_ROWS, **selected):
+                    yield from _documents(batch, names, path, field, first, log)
+                    first += batch.num_rows
             if not compressed:
                 advance(sum(group.column(c).total_compressed_size
                             for c in range(group.num_columns)))  # fmt: skip
@@ -96,7 +99,7 @@ def read_arrow(
     field: str,
     scratch: Path,
     advance: Advance,
-    count_nulls: CountNulls = lambda count: None,
+    log: SkipLog = STOP,
     *,
     stream: bool,
 ) -> Documents:
@@ -113,7 +116,7 @@ def read_arrow(
         batches = reader if stream else map(reader.get_batch, range(reader.num_record_batches))
         for batch in batches:
             batch.validate()
-            yield from _documents(batch, names, path, field, first, count_nulls)
+            yield from _documents(batch, names, path, field, first, log)
             first += batch.num_rows
 
 
@@ -133,7 +136,7 @@ def _seekable(path: Path, scratch: Path, advance: Advance) -> Iterator[Any]:
 
 
 @contextmanager
-def _arrow_errors(path: Path, kind: str) -> Iterator[None]:
+def _arrow_errors(path: Path, kind: str, error_type: type[DataError] = DataError) -> Iterator[None]:
     """Turn the errors of pyarrow into a DataError."""
     import pyarrow
 
@@ -141,7 +144,7 @@ def _arrow_errors(path: Path, kind: str) -> Iterator[None]:
         yield
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
+        raise error_type(
             f"{path}: cannot be read as {kind} ({reason}); download it again, or leave it out "
             "with --exclude"
         ) from None
@@ -175,7 +178,7 @@ def _documents(
     path: Path,
     field: str,
     first: int,
-    count_nulls: CountNulls,
+    log: SkipLog,
 ) -> Documents:
     """Yield (row number, text) of the rows of a batch, the first of which is number `first`."""
     from pyarrow import compute
@@ -184,7 +187,8 @@ def _documents(
     if len(names) > 1:
         column = compute.struct_field(column, list(names[1:]))
     texts = text_values(column, path, field)
-    count_nulls(texts.count(None))
+    if nulls := texts.count(None):
+        log.remarks[NULLS] += nulls
     for number, text in enumerate(texts, first):
         if text is not None:
             yield number, text
@@ -218,36 +222,32 @@ def text_values(column: Any, path: Path, field: str) -> list[bytes | None]:
     return column.to_pylist()
 
 
-def read_csv(path: Path, field: str, delimiter: str, advance: Advance) -> Documents:
+def read_csv(
+    path: Path, field: str, delimiter: str, advance: Advance, log: SkipLog = STOP
+) -> Documents:
     """Yield (row number, text) of a CSV file with a header, fields quoted as in RFC 4180.
 
     Row by row: Python's reader takes fields of any length and keeps every byte, valid UTF-8 or not.
-    Raises DataError.
+    Rows with another number of fields go to `log`. Raises DataError.
     """
     csv.field_size_limit(_MAX_FIELD_BYTES)
-    rows = csv.reader(_csv_lines(path, advance), delimiter=delimiter, strict=True)
+    lines = _CsvLines(path, advance)
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         header = next(rows, None)
         if header is None:
             return
-        if header.count(field) != 1:
-            problem = "several columns" if field in header else "no column"
-            raise DataError(
-                f"{path}: has {problem} {field!r} (it has: {', '.join(map(_shown, header))}); set "
-                "--field to the column that holds the text"
-            )
-        column = header.index(field)
-        number = 0
+        column = _csv_column(header, path, field)
+        number, position = 0, lines.position
         for row in rows:
-            if not row:  # an empty line
-                continue
-            if len(row) != len(header):
-                raise DataError(
+            if row and len(row) != len(header):
+                log.skip(path, "line", position,
                     f"{path}: the row that ends in line {rows.line_num} has {len(row)} fields, the "
                     f"header {len(header)}; quote fields that contain {delimiter!r} or line breaks"
-                )
-            yield number, row[column].encode("utf-8", "surrogateescape")
-            number += 1
+                )  # fmt: skip
+            elif row:  # no empty line
+                yield number, row[column].encode("utf-8", "surrogateescape")
+            number, position = number + bool(row), lines.position
     except csv.Error as error:
         raise DataError(
             f"{path}: line {rows.line_num} cannot be read as CSV ({error}); quote its fields as in "
@@ -255,11 +255,31 @@ def read_csv(path: Path, field: str, delimiter: str, advance: Advance) -> Docume
         ) from None
 
 
-def _csv_lines(path: Path, advance: Advance) -> Iterator[str]:
-    """Yield the lines of a text with their ends, without a byte order mark."""
-    for number, line in enumerate(_lines(read_blocks(path, advance=advance))):
-        text = line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
-        yield text.decode("utf-8", "surrogateescape")
+def _csv_column(header: list[str], path: Path, field: str) -> int:
+    if header.count(field) == 1:
+        return header.index(field)
+    problem = "several columns" if field in header else "no column"
+    raise DataError(
+        f"{path}: has {problem} {field!r} (it has: {', '.join(map(_shown, header))}); set "
+        "--field to the column that holds the text"
+    )
+
+
+class _CsvLines:
+    """The lines of a text with their ends, without a byte order mark."""
+
+    def __init__(self, path: Path, advance: Advance) -> None:
+        self._lines = _lines(read_blocks(path, advance=advance))
+        self.position = 0  # bytes of the lines so far
+
+    def __iter__(self) -> _CsvLines:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        text = line if self.position else line.removeprefix(codecs.BOM_UTF8)
+        self.position += len(line)
+        return text.decode("utf-8", "surrogateescape")
 
 
 def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:

@@ -8,7 +8,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from hg_scale.atomic_write import write_durable
 from hg_scale.data.errors import DataError
 from hg_scale.data.preparation.corpus import (
     KEY_BITS,
@@ -16,6 +15,7 @@ from hg_scale.data.preparation.corpus import (
     ReadTask,
     Segment,
     SourceFile,
+    check_folders,
     fingerprint,
     make_tasks,
 )
@@ -25,6 +25,7 @@ from hg_scale.data.preparation.documents import (
     read_pieces,
 )
 from hg_scale.data.preparation.file_format import format_of
+from hg_scale.data.preparation.skipping import STOP, SkipLog
 from hg_scale.data.preparation.source_summary import SourceSummary, survey_files
 from hg_scale.data.preparation.sources import Advance, is_compressed, text_length
 from hg_scale.data.tokenizer import Tokenizer
@@ -50,13 +51,13 @@ class TextCorpus:
     document_tokens: int | None = field(default=None, init=False)
     summary: SourceSummary = field(default_factory=SourceSummary, init=False)  # on rank 0
 
-    def survey(self) -> dict[str, Any]:
+    def survey(self, log: SkipLog = STOP) -> dict[str, Any]:
         """Return the files. Raises DataError where the input does not suit the options."""
-        as_they_are = self.format.as_they_are
         self._check_options()
-        self.summary = SourceSummary()
-        patterns = (self.include, self.exclude)
-        files = survey_files(self.inputs, *patterns, self.summary, as_they_are=as_they_are)
+        as_they_are, self.summary = self.format.as_they_are, SourceSummary()
+        files = survey_files(
+            self.inputs, self.include, self.exclude, self.summary, log, as_they_are=as_they_are
+        )
         if self.sizes is not None:
             self._check_single(files)
         elif (
@@ -69,6 +70,8 @@ class TextCorpus:
                 "be in one split; set --document-separator to what separates documents, or split "
                 "it by position with --split in bytes, such as 90000000,5000000,5000000"
             )
+        elif self.fractions is None:
+            check_folders(files)
         return {"files": files}
 
     def use_survey(self, survey: dict[str, Any]) -> None:
@@ -108,29 +111,22 @@ class TextCorpus:
         return make_tasks(self.files, lambda file: self.format.can_split(Path(file.path)))
 
     def documents(
-        self, segment: Segment, scratch: Path, advance: Advance
+        self, segment: Segment, scratch: Path, advance: Advance, log: SkipLog = STOP
     ) -> Iterator[tuple[int, bytes]]:
         """Yield (key, text) of the documents of a segment, without empty ones."""
         file = self.files[segment.file]
         if self.sizes is not None:
             yield from self._pieces(file, segment, advance)
             return
-        span, nulls = (segment.begin, segment.end), 0
-
-        def count_nulls(count: int) -> None:
-            nonlocal nulls
-            nulls += count
-
-        path = Path(file.path)
-        for position, text in self.format.documents(path, *span, scratch, advance, count_nulls):
+        span = (segment.begin, segment.end)
+        texts = self.format.documents(Path(file.path), *span, scratch, advance, log)
+        for position, text in texts:
             if text:
                 yield self._keys(file, position, text), text
-        if nulls:
-            write_durable(scratch / f"{segment.file}-{segment.begin}.nulls", f"{nulls}\n")
 
-    def collect_counts(self, scratch: Path) -> None:
-        """Add the counts of all processes to the summary."""
-        self.summary.nulls = sum(int(path.read_text()) for path in scratch.glob("*.nulls"))
+    def remarks(self) -> Iterator[str]:
+        """Yield what is read, by format, and what is left out of folders."""
+        return self.summary.lines()
 
     def _pieces(
         self, file: SourceFile, segment: Segment, advance: Advance

@@ -18,6 +18,7 @@ from hg_scale.data.preparation.file_format import (
     inspect_files,
     is_never_empty,
 )
+from hg_scale.data.preparation.skipping import SkipLog, SkipPolicy
 
 TABLE = pyarrow.table({"text": ["one", "two"]})
 
@@ -87,7 +88,8 @@ def test_contents_that_a_name_does_not_promise(tmp_path):
     with pytest.raises(DataError, match="a Git LFS pointer.*git lfs pull"):
         inspect_files([tmp_path / "b.parquet"])
     (tmp_path / "c.png").write_bytes(b"a text")
-    assert inspect_files([tmp_path / "c.png"])[0].format == "text"
+    path = tmp_path / "c.png"
+    assert inspect_files([path])[path].format == "text"
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,16 @@ def test_many_binary_files_are_counted(tmp_path):
         inspect_files(paths)
     assert "0.bin (binary data)" in str(caught.value)
     assert "and 3 more: 6 of 9 files are not text" in str(caught.value)
+
+
+def test_binary_files_can_be_left_out(tmp_path):
+    (tmp_path / "a").write_bytes(b"\x7fELF")
+    (tmp_path / "b.gz").write_bytes(b"no gzip")
+    (tmp_path / "c").write_bytes(b"a text")
+    log = SkipLog(SkipPolicy("skip"))
+    assert list(inspect_files(sorted(tmp_path.iterdir()), log)) == [tmp_path / "c"]
+    assert [item.kind for item in log.items] == ["file", "file"]
+    assert "is an ELF program" in " ".join(item.reason for item in log.items)
 
 
 def test_tables_where_only_text_is_read(tmp_path):

@@ -41,7 +41,7 @@ def listed(folder, names, include=("*",)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     left_out = LeftOut()
-    return find_files(folder, include, [], left_out), dict(left_out.counts), left_out
+    return find_files(folder, include, [], left_out=left_out), dict(left_out.counts), left_out
 
 
 SPARK = ["part-0.json", "_SUCCESS", "._SUCCESS.crc", ".part-0.json.crc", "_committed_12",
@@ -53,7 +53,7 @@ def test_hidden_and_side_files_are_left_out_and_counted(tmp_path):
     assert found == ["part-0.json"]
     assert counts == {"hidden (name begins with a dot)": 2, "side file of another program": 5}
     assert (
-        "left out 5: side file of another program (_delta_log/, _temporary/, _SUCCESS, ...)"
+        "  left out 5: side file of another program (_delta_log/, _temporary/, _SUCCESS, ...)"
         in left_out.lines()
     )
     assert left_out.by_default() == counts
@@ -92,7 +92,7 @@ def test_a_hub_cache_is_read_through_its_snapshots(tmp_path):
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(hub / "blobs" / blob)
     left_out = LeftOut()
-    found = find_files(tmp_path, ["*"], [], left_out)
+    found = find_files(tmp_path, ["*"], [], left_out=left_out)
     assert [name.partition("snapshots/")[2] for name in found] == [
         "v1/README.md", "v1/data/1a.txt", "v2/data/2b.txt",
     ]  # fmt: skip

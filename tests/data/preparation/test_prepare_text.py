@@ -276,7 +276,8 @@ def test_what_is_read_and_left_out_is_reported(tmp_path):
     assert any(line.endswith(" 4 documents") for line in shown)
     for line in (
         "read 1 file, 16 bytes: CSV", "read 1 file, 32 bytes: JSON lines",
-        "left out 6: null, not a text", "left out 1: side file of another program (_SUCCESS)",
+        "6 rows or lines left out: their text is null",
+        "left out 1: side file of another program (_SUCCESS)",
         f"left out 1: link to a folder, not followed (link -> {tmp_path})",
     ):  # fmt: skip
         assert line in shown

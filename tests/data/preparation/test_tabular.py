@@ -12,15 +12,17 @@ from pyarrow import ipc, parquet
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.preparation.documents import TextFormat
+from hg_scale.data.preparation.skipping import SkipLog, SkipPolicy
+from hg_scale.data.preparation.tabular import NULLS
 
 
 def read(path, field="text"):
     """Return the documents and the number of nulls."""
-    nulls = []
+    log = SkipLog(SkipPolicy())
     found = TextFormat(field).documents(
-        path, 0, path.stat().st_size, path.parent, lambda count: None, nulls.append
+        path, 0, path.stat().st_size, path.parent, lambda count: None, log
     )
-    return list(found), sum(nulls)
+    return list(found), log.remarks[NULLS]
 
 
 def write(path, table, kind):
@@ -163,6 +165,16 @@ def test_invalid_csv_is_reported(tmp_path, content, message):
     with pytest.raises(DataError, match=rf"a\.csv: {message}") as caught:
         read(tmp_path / "a.csv")
     assert "\n" not in str(caught.value)
+
+
+def test_rows_of_another_length_can_be_left_out(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('text,n\n"a\nb",1\nc\n\nd,2\n')
+    log = SkipLog(SkipPolicy("skip"))
+    found = list(TextFormat().documents(path, 0, 99, tmp_path, lambda count: None, log))
+    assert found == [(0, b"a\nb"), (2, b"d")]
+    (item,) = log.items
+    assert (item.kind, item.position, path.read_bytes()[item.position :][:1]) == ("line", 15, b"c")
 
 
 def test_an_empty_csv_has_no_documents(tmp_path):
