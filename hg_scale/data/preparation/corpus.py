@@ -11,13 +11,9 @@ from typing import Any, NamedTuple, Protocol
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import SPLITS
+from hg_scale.data.preparation.folders import LeftOut, find_files
 from hg_scale.data.preparation.skipping import STOP, SkipLog
-from hg_scale.data.preparation.sources import (
-    Advance,
-    find_files,
-    is_compressed,
-    refuse_unsupported_compression,
-)
+from hg_scale.data.preparation.sources import Advance
 from hg_scale.data.tokenizer import Tokenizer
 
 KEY_BITS = 62  # low bits of a key: the order in the split; the bits above are the split's number
@@ -92,7 +88,7 @@ class Corpus(Protocol):
         """
 
     def remarks(self) -> Iterator[str]:
-        """Yield lines for the user about what was not read, after `survey`."""
+        """Yield lines for the user about what is read and what is not, after `survey`."""
 
 
 def list_files(
@@ -100,21 +96,22 @@ def list_files(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     log: SkipLog = STOP,
+    left_out: LeftOut | None = None,
 ) -> list[SourceFile]:
     """Return the files of the inputs, in a fixed order. What cannot be read goes to `log`.
 
-    Raises DataError where a file is in two of the inputs.
+    `left_out` receives what is not read for other reasons. Raises DataError where a file is in two
+    of the inputs.
     """
     files = []
     found: dict[Path, int] = {}  # number of the input that contains a file
     for number, given in enumerate(inputs):
-        if given.is_dir():
-            names = find_files(given, include, exclude, log)
-        else:
-            refuse_unsupported_compression(given)
-            names = [given.name]
+        is_folder = given.is_dir()
+        names = [given.name]
+        if is_folder:
+            names = find_files(given, include, exclude, log, left_out)
         for name in names:
-            path = given / name if given.is_dir() else given
+            path = given / name if is_folder else given
             try:
                 status = path.stat()
             except OSError as error:
@@ -128,22 +125,6 @@ def list_files(
             unique = name if len(inputs) == 1 else f"{number}:{name}"
             files.append(SourceFile(str(path), unique, status.st_size, status.st_mtime_ns))
     return files
-
-
-def openable_files(
-    files: list[SourceFile], log: SkipLog
-) -> tuple[list[SourceFile], set[SourceFile]]:
-    """Return the files that can be opened, and those of them that are compressed."""
-    openable, packed = [], set()
-    for file in files:
-        try:
-            if is_compressed(Path(file.path)):
-                packed.add(file)
-        except DataError as error:
-            log.skip(file.path, "file", None, error)
-        else:
-            openable.append(file)
-    return openable, packed
 
 
 def refuse_empty(

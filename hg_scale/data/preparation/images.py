@@ -26,6 +26,7 @@ from hg_scale.data.preparation.corpus import (
     make_tasks,
     refuse_empty,
 )
+from hg_scale.data.preparation.folders import BY_PATTERN, LeftOut, matches_any
 from hg_scale.data.preparation.image_arrays import (
     ARRAYS,
     ArrayOptions,
@@ -41,7 +42,7 @@ from hg_scale.data.preparation.image_files import (
     read_picture,
 )
 from hg_scale.data.preparation.skipping import STOP, SkipLog
-from hg_scale.data.preparation.sources import Advance, matches_any
+from hg_scale.data.preparation.sources import Advance
 from hg_scale.data.tokenizer import ByteTokenizer
 
 TURNED = "images were turned upright, as their EXIF orientation says"
@@ -62,6 +63,7 @@ class ImageCorpus:
     files: list[SourceFile] = field(default_factory=list, init=False)
     shape: ImageShape = field(default=(0, 0, 0), init=False)
     others: Counter[str] = field(default_factory=Counter, init=False)
+    left_out: LeftOut = field(default_factory=LeftOut, init=False)
 
     @property
     def document_tokens(self) -> int:
@@ -76,8 +78,9 @@ class ImageCorpus:
         everything = self.include == ("*",)
         include = _IMAGE_PATTERNS if everything else self.include
         self.others = self._count_others() if everything else Counter()
+        self.left_out = LeftOut()
         try:
-            files = list_files(self.inputs, include, self.exclude, log)
+            files = list_files(self.inputs, include, self.exclude, log, self.left_out)
         except DataError as error:
             raise DataError(f"{error}{self._describe_others()}") from None
         for file in files:
@@ -171,6 +174,7 @@ class ImageCorpus:
         yield f"  files: {_list_counts(Counter(Path(f.path).suffix.lower() for f in self.files))}"
         if self.others:
             yield f"  left out, as they are no images: {_list_counts(self.others)}"
+        yield from (line for line in self.left_out.lines() if BY_PATTERN not in line)
 
 
 def _list_counts(suffixes: Counter[str]) -> str:

@@ -78,9 +78,6 @@ def test_files_of_several_inputs(tmp_path):
     assert [file.size for file in files] == [8, 12, 10]
     with pytest.raises(DataError, match=r"b\.txt is also in --input .*in; name it once"):
         list_files([tmp_path / "in", tmp_path / "in" / "b.txt"])
-    (tmp_path / "c.lz4").touch()
-    with pytest.raises(DataError, match="lz4 files are not supported"):
-        list_files([tmp_path / "c.lz4"])
     single = list_files([tmp_path / "in"])
     assert [file.name for file in single] == ["b.txt", "c.md", "sub/a.txt"]
     before = fingerprint(single)

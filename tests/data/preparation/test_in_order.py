@@ -15,7 +15,7 @@ from hg_scale.data.preparation.corpus import KEY_BITS, DocumentKeys, SourceFile,
 from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
 from hg_scale.data.preparation.shard_writer import default_shard_tokens
 from hg_scale.data.shards import SplitReader
-from tests.data.conftest import TEXT, make_folder, prepare
+from tests.data.conftest import TEXT, make_folder, prepare, prose
 
 
 def contents(folder):
@@ -33,14 +33,15 @@ def test_splits_by_size_and_by_fraction(text_file, tmp_path):
         assert (index.vocab_size, index.eod) == (256, None)
 
 
-def test_same_input_same_bytes(text_file, tmp_path):
+def test_same_input_same_bytes(tmp_path):
+    text, packed = tmp_path / "text", tmp_path / "text.xz"
+    text.write_text(prose(10_000))
+    packed.write_bytes(lzma.compress(text.read_bytes()))
     for name in ("one", "two"):
-        prepare(text_file, tmp_path / name)
+        prepare(text, tmp_path / name, as_they_are=False)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    packed = tmp_path / "text.xz"
-    packed.write_bytes(lzma.compress(TEXT))
     unpacked = contents(tmp_path / "one") | {"index.json": b""}
-    prepare(packed, tmp_path / "three")
+    prepare(packed, tmp_path / "three", as_they_are=False)
     assert contents(tmp_path / "three") | {"index.json": b""} == unpacked
 
 
@@ -84,7 +85,8 @@ def test_equal_documents_are_in_the_same_split(tmp_path):
         text = b"the text %d" % (number % 20)
         packed = lzma.compress(text) if number % 2 else text
         (tmp_path / "in" / f"{number}.txt{'.xz' * (number % 2)}").write_bytes(packed)
-    index = prepare(tmp_path / "in", tmp_path / "out", split=(0.4, 0.3, 0.3))
+    split = (0.4, 0.3, 0.3)
+    index = prepare(tmp_path / "in", tmp_path / "out", split=split, as_they_are=False)
     keys = DocumentKeys((0.4, 0.3, 0.3), 0)
     for number, (name, split) in enumerate(index.splits.items()):
         texts = Counter(split_text(index, name).split(b"the text ")[1:])
@@ -95,7 +97,7 @@ def test_equal_documents_are_in_the_same_split(tmp_path):
 
 
 def test_a_second_run_changes_nothing(text_file, tmp_path):
-    job = Preparation(text_file, tmp_path / "out")
+    job = Preparation(text_file, tmp_path / "out", as_they_are=True)
     index, written = prepare_bytes(job)
     assert written
     before = {path: path.stat().st_mtime_ns for path in job.output.iterdir()}
@@ -167,7 +169,7 @@ def test_user_errors_are_reported(text_file, tmp_path):
         ({"input": empty}, "contains no text"),
     ]
     for options, message in cases:
-        settings = {"input": text_file, "output": tmp_path / "out"} | options
+        settings = {"input": text_file, "output": tmp_path / "out", "as_they_are": True} | options
         with pytest.raises(DataError, match=message):
             prepare_bytes(Preparation(**settings))
     assert not (tmp_path / "out" / "index.json").exists()
