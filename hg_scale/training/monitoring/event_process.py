@@ -28,14 +28,16 @@ def deliver(target: Target, message: dict[str, Any], timeout: float = EVENT_TIME
     body = json.dumps(message).encode()
     url = os.path.expandvars(target) if isinstance(target, str) else ""
     if url.startswith(("http://", "https://")):
-        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        host: str | None = None
         try:
+            host = urlsplit(url).hostname
+            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=timeout):
                 return None
         except Exception as error:  # of the network, or a URL that is none
             cause = getattr(error, "reason", error)
             detail = f"HTTP status {error.code}" if hasattr(error, "code") else _kind_of(cause)
-            return f"the webhook of {urlsplit(url).hostname} failed: {detail}"
+            return f"the webhook of {host} failed: {detail}"
     command = ["/bin/sh", "-c", target] if isinstance(target, str) else target
     name = "the command" if isinstance(target, str) else target[0]
     try:
