@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs
 
 from hg_scale.data.preparation import command_line
 from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
+from hg_scale.data.preparation.skipping import SkipPolicy
 from hg_scale.data.preparation.sources import text_length
 from hg_scale.data.progress import ProgressBar
 
@@ -42,11 +43,13 @@ def main() -> int:
         "which the rest is left out (default: 0.9,0.05,0.05)",
     )
     command_line.add_file_options(parser)
+    command_line.add_skip_options(parser)
     command_line.add_shard_options(parser, chunk=Preparation.chunk_tokens)
     add("--seed", type=command_line.parse_seed, default=0, help="seed of the split of a folder "
         "(default: 0)")  # fmt: skip
     options = vars(parser.parse_args())
     options |= command_line.patterns(options["include"], options["exclude"])
+    options["policy"] = SkipPolicy(options.pop("on_fault"), options.pop("max_skipped"))
     if command_line.find_launch(parser).rank:
         return 0  # one process does all the work
 
@@ -54,7 +57,7 @@ def main() -> int:
         start = time.perf_counter()
         job = Preparation(**options)
         index, written = prepare_bytes(job, progress)
-        command_line.report(job.output, index, written, time.perf_counter() - start)
+        command_line.report(job.output, index, written, time.perf_counter() - start, job.log, ())
         if written and job.by_size and (rest := text_length(job.input) - sum(job.split)):
             print(f"  {rest:,} bytes after these are in no split: --split does not cover them")
 

@@ -5,12 +5,12 @@
         --output corpora/imagenet32
     mpirun -n 8 python data_prep/prepare_images.py --input train.npz --output corpora/digits
 
-Inputs are .png and .jpg files, folders of them, and arrays: .npy and .npz with uint8 (N, H, W, 3)
-or (N, H, W). All images need the same size. Each becomes a document of H x W x 3 values 0..255
-(H x W for gray ones) in row-major order, red, green and blue adjacent, without an end-of-document
-id: the index contains the length. Images are shuffled. With `--split folders` the files below
-train/, validation/ (or val/) and test/ are in that split; else the split of an image follows from
-its content.
+Inputs are pictures (.png, .jpg, .webp, .gif, .bmp, .tif, .ppm, .avif), folders of them, and arrays:
+.npy and .npz with uint8 (N, H, W, 3), (N, H, W) or (H, W, 3). All images need the same size. Each
+becomes a document of H x W x 3 values 0..255 (H x W for gray ones) in row-major order, red, green
+and blue adjacent, without an end-of-document id: the index contains the length. Images are
+shuffled. With `--split folders` the files below train/, validation/ (or val/) and test/ are in that
+split; else the split of an image follows from its content.
 
 As with prepare_text.py, any number of processes writes the same shards, also after a restart.
 """
@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.preparation import command_line
+from hg_scale.data.preparation.image_arrays import LAYOUTS, ArrayOptions
+from hg_scale.data.preparation.image_files import describe_shape
 from hg_scale.data.preparation.images import ImageCorpus
 from hg_scale.data.preparation.shuffled import CHUNK_TOKENS, Job, prepare
 from hg_scale.data.progress import ProgressBar
@@ -44,7 +46,10 @@ def main() -> int:
         help="fractions that add up to 1, or `folders` (default: 0.9,0.05,0.05)",
     )
     add("--array", metavar="NAME", help="name of the images in .npz files with several arrays")
+    add("--array-layout", type=str.upper, choices=LAYOUTS, help="axes of the arrays: N images, H "
+        "rows, W columns, C channels (default: where the shape leaves no doubt)")  # fmt: skip
     command_line.add_file_options(parser)
+    command_line.add_skip_options(parser)
     command_line.add_shard_options(parser, chunk=None)
     add(
         "--seed",
@@ -68,7 +73,7 @@ def main() -> int:
             **command_line.patterns(options.include, options.exclude),
             fractions=split,
             seed=options.seed,
-            array=options.array,
+            array=ArrayOptions(options.array, options.array_layout),
         )
         job = Job(
             corpus,
@@ -78,11 +83,14 @@ def main() -> int:
             shard_tokens=options.shard_tokens,
             launch=launch,
             patience=options.patience,
+            policy=command_line.skip_policy(options),
         )
         index, written = prepare(job, progress)
         if index is not None:
-            command_line.report(job.output, index, written, time.perf_counter() - start)
-            print(f"  set sequence_length to {index.document_tokens}, the length of an image")
+            seconds = time.perf_counter() - start
+            command_line.report(job.output, index, written, seconds, job.log, corpus.remarks())
+            print(f"  images of {describe_shape(corpus.shape)}: sequence_length "
+                  f"{index.document_tokens}")  # fmt: skip
 
     return command_line.run_preparation("prepare_images", work, launch)
 

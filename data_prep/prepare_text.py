@@ -55,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         "below train/, validation/ and test/; or, for one text, bytes from its start",
     )
     command_line.add_file_options(parser)
+    command_line.add_skip_options(parser)
     command_line.add_shard_options(parser, chunk=CHUNK_TOKENS)
     add(
         "--seed",
@@ -93,6 +94,7 @@ def make_job(options: argparse.Namespace, launch: Launch) -> Job:
         shard_tokens=options.shard_tokens,
         launch=launch,
         patience=options.patience,
+        policy=command_line.skip_policy(options),
     )
 
 
@@ -106,7 +108,8 @@ def main() -> int:
         job = make_job(options, launch)
         index, written = prepare(job, progress)
         if index is not None:
-            command_line.report(job.output, index, written, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            command_line.report(job.output, index, written, seconds, job.log, job.corpus.remarks())
 
     return command_line.run_preparation("prepare_text", work, launch)
 

@@ -35,6 +35,7 @@ def main() -> int:
     add("--model", choices=("unigram", "bpe"), default="unigram", help="(default: %(default)s)")
     command_line.add_format_options(parser)
     command_line.add_file_options(parser)
+    command_line.add_skip_options(parser)
     add("--sample-bytes", type=positive_int, default=TokenizerTraining.sample_bytes,
         metavar="N", help="text to train on; training needs several times that much memory "
         "(default: %(default)s)")  # fmt: skip
@@ -51,6 +52,7 @@ def main() -> int:
             format=TextFormat(options.field, options.document_separator),
             sample_bytes=options.sample_bytes,
             seed=options.seed,
+            policy=command_line.skip_policy(options),
         )
         trained = train_tokenizer(job, progress)
         rate = trained.sample_bytes / trained.sample_tokens
@@ -58,6 +60,8 @@ def main() -> int:
             f"{job.output}: {job.model}, {job.vocab_size} pieces, trained on "
             f"{trained.sample_bytes / 1e6:.1f} MB, {rate:.2f} bytes per token"
         )
+        for line in trained.log.report(job.skipped_list):
+            print(line)
 
     return command_line.run_preparation("train_tokenizer", work)
 

@@ -13,6 +13,13 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def non_negative_int(text: str) -> int:
+    """Parse an integer of 0 or above, as an argparse `type`."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer, 0 or above")
+    return int(text)
+
+
 def add_override_option(parser: argparse.ArgumentParser) -> None:
     """Add --set KEY=VALUE, which overrides a key of the configuration."""
     parser.add_argument(

@@ -9,7 +9,6 @@ still grows is alive, whatever the kernel says.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import secrets
 import socket
@@ -18,13 +17,35 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
+
+from typing_extensions import TypedDict  # that of typing lacks what pydantic needs before 3.12
 
 from hg_scale.atomic_write import write_json
+from hg_scale.bounded_read import RECORD_BYTES, Count, FormatError, read_json, validated
 from hg_scale.errors import UserError
 
 BEAT = 1.0  # seconds between two updates of the count
+_OWNER = "owner.json"
 _WATCH = 15.0  # seconds in which the count of an owner on another host has to grow
+
+
+class FolderOwner(TypedDict):
+    """The content of owner.json."""
+
+    host: str
+    kernel: str
+    pid: Count
+    nonce: str
+    since: str
+    beat: Count
+
+
+def read_folder_owner(folder: Path) -> FolderOwner | None:
+    """Return the owner of a folder, or None where none is recorded legibly. Raises OSError."""
+    with suppress(FileNotFoundError, FormatError):
+        return validated(FolderOwner, read_json(folder / _OWNER, RECORD_BYTES))
+    return None
 
 
 class PeriodicThread:
@@ -69,9 +90,9 @@ class FolderLock:
         Where another process has it, `error` is raised with the message "WHAT: process 12 on HOST,
         since ..., ADVICE". The count grows every `period` seconds.
         """
-        self._lock, self._owner = folder / "lock", folder / "owner.json"
+        self._lock, self._owner = folder / "lock", folder / _OWNER
         self._what, self._advice, self._error = what, advice, error
-        self._record: dict[str, Any] = {
+        self._record: FolderOwner = {
             "host": socket.gethostname(), "kernel": _kernel_id(), "pid": os.getpid(),
             "nonce": secrets.token_hex(8), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "beat": 0,
         }  # fmt: skip
@@ -147,7 +168,7 @@ class FolderLock:
             os.close(self._file)
             self._file = None
 
-    def _is_alive(self, owner: dict[str, Any]) -> bool:
+    def _is_alive(self, owner: FolderOwner) -> bool:
         """Return whether the count of an owner on another host still grows."""
         until = time.monotonic() + _WATCH
         while time.monotonic() < until:
@@ -159,12 +180,10 @@ class FolderLock:
                 return True
         return False
 
-    def _read(self) -> dict[str, Any] | None:
-        with suppress(FileNotFoundError, ValueError):
-            return json.loads(self._owner.read_text())
-        return None
+    def _read(self) -> FolderOwner | None:
+        return read_folder_owner(self._owner.parent)
 
-    def _taken_by(self, owner: dict[str, Any] | None) -> UserError:
+    def _taken_by(self, owner: FolderOwner | None) -> UserError:
         who = (
             f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
             if owner

@@ -6,16 +6,17 @@ that are no JSON object are skipped. Imports no torch.
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from math import nan
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hg_scale.bounded_read import RECORD_BYTES, parse_record
+
 _BLOCK = 1 << 16
 _BATCH = 1024  # lines that are read together
-MAX_LINE = 1 << 20  # bytes; a longer line is no record
+MAX_LINE = RECORD_BYTES  # a longer line is no record
 _MAX_TAIL = 1 << 26  # bytes that are searched for the newest validation
 
 
@@ -58,7 +59,7 @@ def read_recent(path: Path, count: int) -> tuple[list[dict[str, Any]], dict[str,
     for line in lines_backwards(path, limit=_MAX_TAIL):
         if len(steps) >= count and b'"validation_loss"' not in line:
             continue
-        record = parse_record(line)
+        record = step_record(line)
         if record is None:
             continue
         if validation is None and "validation_loss" in record:
@@ -70,15 +71,10 @@ def read_recent(path: Path, count: int) -> tuple[list[dict[str, Any]], dict[str,
     return steps[::-1], validation
 
 
-def parse_record(line: bytes) -> dict[str, Any] | None:
+def step_record(line: bytes) -> dict[str, Any] | None:
     """Return the record of a line; None if it is not a JSON object with an integer `step`."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if isinstance(record, dict) and type(record.get("step")) is int:
-        return record
-    return None
+    record = parse_record(line)
+    return record if record is not None and "step" in record else None
 
 
 class Columns:
@@ -144,4 +140,4 @@ def _read_batch(file: BinaryIO) -> list[dict[str, Any] | None]:
     lines: list[bytes] = []
     while len(lines) < _BATCH and (line := file.readline(MAX_LINE + 1)):
         lines.append(line if len(line) <= MAX_LINE else b"")
-    return [parse_record(line) for line in lines]
+    return [step_record(line) for line in lines]

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from hg_scale.metrics_file import lines_backwards, parse_record
+from hg_scale.metrics_file import lines_backwards, step_record
 
 _MAX_LINE = 1 << 16
 
@@ -40,7 +40,7 @@ def record_start(run: Path, time: float, step: int, ranks: int) -> RunStart:
 
     Raises OSError.
     """
-    last = next(filter(None, map(parse_record, lines_backwards(run / "metrics.jsonl"))), {})
+    last = next(filter(None, map(step_record, lines_backwards(run / "metrics.jsonl"))), {})
     earlier = read_starts(run)
     new = RunStart(
         start=1 + max((one.start for one in earlier), default=0),
@@ -64,7 +64,7 @@ def read_starts(run: Path) -> list[RunStart]:
     starts = []
     with path.open("rb") as file:
         while line := file.readline(_MAX_LINE):
-            record = parse_record(line)
+            record = step_record(line)
             if record is not None and (start := _as_start(record)):
                 starts.append(start)
     return starts

@@ -17,6 +17,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 from hypothesis import settings  # noqa: E402
 
+from hg_scale.parallel.extensions import is_compiled  # noqa: E402
 from tests.runs import TINY  # noqa: E402
 from tests.shared import ROOT  # noqa: E402
 from tests.world import Worlds  # noqa: E402
@@ -24,6 +25,17 @@ from tests.world import Worlds  # noqa: E402
 # Examples may be slow on a busy machine.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_extension() -> None:
+    """Compile DeepSpeed's extension before any test whose time is limited starts a run.
+
+    It takes a minute, on a busy machine several.
+    """
+    if not is_compiled():
+        code = "from hg_scale.parallel.extensions import load_extensions; load_extensions(print)"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.fixture(scope="session")

@@ -11,3 +11,8 @@ META: dict[str, Any] = {
     "config": {"model": {}},
     "versions": {},
 }
+
+
+def meta(step: int) -> dict[str, Any]:
+    """Return `META` for a checkpoint of this step."""
+    return {**META, "progress": {**META["progress"], "step": step}}

@@ -10,7 +10,7 @@ from typing import Any
 from hg_scale.checkpoint.manifest import CHECKPOINT_VERSION, seal
 from hg_scale.config.load import parse_config
 from hg_scale.config.read import merge
-from tests.manifests import META
+from tests.manifests import meta
 from tests.runs import TINY
 
 STEPS = 400
@@ -62,5 +62,5 @@ def write_checkpoint(folder: Path, step: int, layout: dict[str, int]) -> None:
     name, checksum = "rank-00000.safetensors", f"xxh3_128:{0:032}"
     files = [{"name": name, "bytes": 1000, "checksum": checksum, "fragments": []}]
     head = {"format_version": CHECKPOINT_VERSION, "step": step}
-    manifest = {**head, **META, "layout": layout, "files": files}
+    manifest = {**head, **meta(step), "layout": layout, "files": files}
     (path / "manifest.json").write_text(json.dumps(seal(manifest)))

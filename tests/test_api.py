@@ -76,12 +76,16 @@ def test_every_line_of_the_page_runs(
     assert not torch.equal(model(zeros), other(zeros))
 
 
-@pytest.mark.parametrize("window", [{}, {"window": 24, "stride": 8}])
+@pytest.mark.parametrize(
+    "window", [{}, {"window": 24, "stride": 8}, {"window": 10, "first_token": "zero"}]
+)
 def test_bits_per_byte_equals_that_of_evaluate(
-    lm: LoadedModel, folder: Path, tmp_path: Path, window: dict[str, int]
+    lm: LoadedModel, folder: Path, tmp_path: Path, window: dict[str, Any]
 ) -> None:
     (tmp_path / "text").write_text(TEXT)
-    options = [word for key, value in window.items() for word in (f"--{key}", str(value))]
+    options = [
+        word for key, value in window.items() for word in (f"--{key.replace('_', '-')}", str(value))
+    ]
     options += ["--data", str(tmp_path / "text"), "--json", str(tmp_path / "results.json")]
     assert main(["evaluate", str(folder / "runs" / "quickstart"), *options]) == 0
     expected = json.loads((tmp_path / "results.json").read_text())["bits_per_byte"]

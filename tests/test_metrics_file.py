@@ -77,8 +77,8 @@ def test_columns_have_nan_where_a_number_is_missing(tmp_path: Path) -> None:
                  {"step": 4, "loss": huge}, {"step": 5, "validation_loss": 0.5}])  # fmt: skip
     kinds = {"loss": ("step", "loss", "mfu"), "validation_loss": ("step", "validation_loss")}
     tables = read_columns(path, kinds, lambda error: error)
-    assert list(tables["loss"]["step"]) == [1, 2, 3, 4]
-    assert [isnan(v) for v in tables["loss"]["loss"]] == [False, True, True, True]
+    assert list(tables["loss"]["step"]) == [1, 2, 3]  # 4 has a number that nobody logs
+    assert [isnan(v) for v in tables["loss"]["loss"]] == [False, True, True]
     assert all(isnan(v) for v in tables["loss"]["mfu"])
     assert list(tables["validation_loss"]["validation_loss"]) == [0.5]
 

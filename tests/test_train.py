@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from hg_scale.commands.main import main
+from hg_scale.train import add_options, run
 from tests.ports import free_port
 from tests.runs import curve, records, train, train_in
 from tests.shared import ROOT
@@ -31,6 +33,22 @@ def test_dry_run_imports_no_torch() -> None:
     assert done.returncode == 0, done.stderr
     for word in ("level1.stack.0", "parameters", "training FLOPs", "layout"):
         assert word in done.stdout
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "y/" * 2040 + "z", "loop/run"])
+def test_a_run_folder_that_cannot_have_this_name_is_refused(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], name: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    assert run(parser.parse_args(["--config", str(config), "--run", name])) == 2
+    for verb in ("status", "report", "summary", "generate", "evaluate"):
+        assert main([verb, name]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 6 and all(name[:100] in line for line in lines), lines
 
 
 def test_invalid_configuration_exits_with_2_and_lists_all_errors(config: Path) -> None:

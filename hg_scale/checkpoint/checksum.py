@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import xxhash
 
+from hg_scale.bounded_read import open_regular
 from hg_scale.checkpoint.jobs import ProgressReporter, run_jobs
 
 ALGORITHM = "xxh3_128"
@@ -51,7 +52,7 @@ class ComputeChecksum:
     folder: Path
 
     def __call__(self, file: str, algorithm: str = ALGORITHM) -> str:
-        with (self.folder / file).open("rb") as data:
+        with open_regular(self.folder / file) as data:
             digest = hashlib.file_digest(data, ALGORITHMS[algorithm])  # type: ignore[arg-type]
             return f"{algorithm}:{digest.hexdigest()}"
 

@@ -6,16 +6,15 @@ written last.
 
 from __future__ import annotations
 
-import re
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hg_scale.checkpoint.checksum import CHECKSUM_MISMATCH, CompareChecksum
 from hg_scale.checkpoint.errors import CheckpointError
-from hg_scale.checkpoint.manifest import read_manifest
-
-_FOLDER = re.compile(r"step-(\d{8,})")
+from hg_scale.checkpoint.manifest import STEP_FOLDER, read_manifest
+from hg_scale.checkpoint.mapped_safetensors import header_problem
 
 
 def folder_name(step: int) -> str:
@@ -25,7 +24,7 @@ def folder_name(step: int) -> str:
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
     """Return all checkpoints of a folder by step, complete or not."""
-    return {int(m[1]): p for p in folder.iterdir() if (m := _FOLDER.fullmatch(p.name))}
+    return {int(m[1]): p for p in folder.iterdir() if (m := STEP_FOLDER.fullmatch(p.name))}
 
 
 def find_latest(
@@ -98,15 +97,19 @@ def verify_checksums(checkpoint: Path, index: int = 0, count: int = 1) -> str | 
                 return f"{file['name']}: {CHECKSUM_MISMATCH}"
         except OSError as error:
             return f"{file['name']} cannot be read: {error.strerror}"
+        if problem := header_problem(checkpoint, file):
+            return problem
     return None
 
 
 def _size_problem(checkpoint: Path, file: dict[str, Any]) -> str | None:
     try:
-        size = (checkpoint / file["name"]).stat().st_size
+        status = (checkpoint / file["name"]).stat()
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         return f"{file['name']} {'is missing' if missing else f'cannot be read: {error.strerror}'}"
-    if size != file["bytes"]:
-        return f"{file['name']} has {size} bytes, expected {file['bytes']}"
+    if not stat.S_ISREG(status.st_mode):
+        return f"{file['name']} is no regular file"
+    if status.st_size != file["bytes"]:
+        return f"{file['name']} has {status.st_size} bytes, expected {file['bytes']}"
     return None

@@ -92,9 +92,15 @@ class Fragment:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Fragment:
-        """Parse an entry of the manifest. Raises ValueError if there is no such slice."""
+        """Parse an entry of the manifest. Raises ValueError if there are no such elements."""
         piece = Slice(data["name"], tuple(data["shape"]), data["dim"], data["index"], data["count"])
-        return cls(piece, data["start"], data["length"])
+        fragment = cls(piece, data["start"], data["length"])
+        if not 0 <= fragment.start <= fragment.end <= piece.size:
+            raise ValueError(
+                f"{piece.name}: no elements {fragment.start} to {fragment.end} in a slice of "
+                f"{piece.size}"
+            )
+        return fragment
 
 
 @dataclass(frozen=True)
@@ -231,7 +237,7 @@ def coverage_problems(fragments: Iterable[Fragment]) -> list[str]:
         if any((f.slice.shape, f.slice.count) != (first.shape, first.count) for f in parts):
             problems.append(f"{name}: its fragments disagree on shape or number of slices")
             continue
-        for index in range(first.count):
+        for index in range(min(first.count, len(parts) + 1)):  # one of these is missing, if any
             ranges = sorted((f.start, f.end) for f in parts if f.slice.index == index)
             ends = [0, *(end for _, end in ranges)]
             starts = [*(start for start, _ in ranges), first.size]

@@ -21,7 +21,7 @@ from hg_scale.checkpoint.fragments import (
     source_ranges,
 )
 from hg_scale.checkpoint.manifest import read_manifest
-from hg_scale.checkpoint.safetensors_file import MappedSafetensors
+from hg_scale.checkpoint.mapped_safetensors import MappedSafetensors
 
 _FP32_BYTES = 4
 _MAX_GAP = 1 << 20  # bytes; ranges of a file that are closer than this are read as one

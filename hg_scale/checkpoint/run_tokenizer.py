@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hg_scale.bounded_read import BINARY_BYTES, format_errors, read_bounded
+from hg_scale.data.errors import DataError
 from hg_scale.data.tokenizer import (
     MODEL_FILE,
     SentencePieceTokenizer,
@@ -32,4 +34,7 @@ def load_run_tokenizer(checkpoint: Path, identity: dict[str, Any] | None) -> Tok
     if expected.sha256 is None:
         return load_tokenizer(expected) if expected.eod is not None else None
     file = checkpoint.resolve().parent.parent / MODEL_FILE
-    return load_tokenizer(expected, file.read_bytes()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    with format_errors(file, DataError):
+        return load_tokenizer(expected, read_bounded(file, BINARY_BYTES))

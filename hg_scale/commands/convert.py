@@ -50,20 +50,32 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             "that of the run, if available")  # fmt: skip
         add("--shard-gb", type=float, default=5.0, metavar="GB",
             help="largest file (default: 5)")  # fmt: skip
-    verb("import", _import, "make a checkpoint to train from, of an export or a golden file",
-         "SOURCE", "OUT")  # fmt: skip
-    verb("from-hf", _import, "make a checkpoint of a folder written by to-hf", "SOURCE", "OUT")
-    verb("to-deepspeed", _to_deepspeed, "write DeepSpeed's universal format", "CHECKPOINT", "OUT")
+
+    def allow_non_finite(add: Callable[..., Any]) -> None:
+        add("--allow-non-finite", action="store_true", help="write NaN, infinity and negative "
+            "second moments as they are, instead of refusing them")  # fmt: skip
+
+    add = verb("import", _import, "make a checkpoint to train from, of an export or a golden file",
+               "SOURCE", "OUT")  # fmt: skip
+    allow_non_finite(add)
+    add = verb("from-hf", _import, "make a checkpoint of a folder written by to-hf", "SOURCE",
+               "OUT")  # fmt: skip
+    allow_non_finite(add)
+    add = verb("to-deepspeed", _to_deepspeed, "write DeepSpeed's universal format", "CHECKPOINT",
+               "OUT")  # fmt: skip
+    allow_non_finite(add)
     add = verb("from-deepspeed", _import, "make a checkpoint of DeepSpeed's universal format or "
                "of its consolidated fp32 weights", "SOURCE", "OUT")  # fmt: skip
     add("--config", type=Path, metavar="FILE", help="configuration with the model, if the "
         "files do not contain it")  # fmt: skip
+    allow_non_finite(add)
     add = verb("diff", _diff, "show the largest differences by tensor; exit with 1 if there are "
                "any", "A", "B")  # fmt: skip
     add("--top", type=int, default=20, metavar="N", help="tensors to list (default: 20)")
     add = verb("average", _average, "make a checkpoint of the mean of weights")
     add("sources", type=Path, nargs="+", metavar="SOURCE")
     add("--out", type=Path, required=True, metavar="OUT")
+    allow_non_finite(add)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -76,6 +88,13 @@ def _console() -> Console:
 
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=160)
+
+
+def _print_note(line: str) -> None:
+    """Print which checkpoints of a run are skipped, and why."""
+    import sys
+
+    print(f"hg-scale convert: {line}", file=sys.stderr)
 
 
 def _at_least_one(text: str) -> int:
@@ -92,7 +111,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from hg_scale.convert.open import open_source
     from hg_scale.data.progress import on_stderr
 
-    source = open_source(options.source)
+    source = open_source(options.source, report=_print_note)
     health = []
     if not options.brief:
         with on_stderr() as progress:
@@ -116,7 +135,7 @@ def _verify(options: argparse.Namespace) -> int:
     from hg_scale.convert.open import open_source
     from hg_scale.data.progress import on_stderr
 
-    source, problems = open_source(options.source), 0
+    source, problems = open_source(options.source, report=_print_note), 0
     with on_stderr() as progress:
         for problem in find_problems(source, options.workers, progress):
             problems += 1
@@ -150,7 +169,7 @@ def _write_export(options: argparse.Namespace, write: Callable[..., float]) -> i
 
     if not 0 < options.shard_gb < inf:
         raise CheckpointError(f"--shard-gb {options.shard_gb}: expected a number above 0")
-    source = open_source(options.source)
+    source = open_source(options.source, report=_print_note)
     tokenizer = _tokenizer(source, options.data)
     with on_stderr() as progress:
         difference = write(
@@ -211,9 +230,12 @@ def _import(options: argparse.Namespace) -> int:
     from hg_scale.data.progress import on_stderr
 
     config = getattr(options, "config", None)
-    source = open_source(options.source, load_config(config).model if config else None)
+    source = open_source(options.source, load_config(config).model if config else None, _print_note)
     with on_stderr() as progress:
-        to_checkpoint(source, options.out, workers=options.workers, report=progress)
+        to_checkpoint(
+            source, options.out, workers=options.workers, report=progress,
+            allow_non_finite=options.allow_non_finite,
+        )  # fmt: skip
     return _print_how_to_train(options.out)
 
 
@@ -223,9 +245,12 @@ def _average(options: argparse.Namespace) -> int:
     from hg_scale.convert.to_checkpoint import to_checkpoint
     from hg_scale.data.progress import on_stderr
 
-    source = AverageSource([open_source(path) for path in options.sources])
+    source = AverageSource([open_source(path, report=_print_note) for path in options.sources])
     with on_stderr() as progress:
-        to_checkpoint(source, options.out, workers=options.workers, report=progress)
+        to_checkpoint(
+            source, options.out, workers=options.workers, report=progress,
+            allow_non_finite=options.allow_non_finite,
+        )  # fmt: skip
     return _print_how_to_train(options.out)
 
 
@@ -245,9 +270,12 @@ def _to_deepspeed(options: argparse.Namespace) -> int:
     from hg_scale.convert.universal import to_deepspeed
     from hg_scale.data.progress import on_stderr
 
-    source = open_checkpoint(options.checkpoint)
+    source = open_checkpoint(options.checkpoint, _print_note)
     with on_stderr() as progress:
-        to_deepspeed(source, options.out, workers=options.workers, report=progress)
+        to_deepspeed(
+            source, options.out, workers=options.workers, report=progress,
+            allow_non_finite=options.allow_non_finite,
+        )  # fmt: skip
     print(f"{options.out}: step {source.step:,} in DeepSpeed's universal format")
     return 0
 
@@ -258,7 +286,7 @@ def _diff(options: argparse.Namespace) -> int:
     from hg_scale.convert.open import open_source
     from hg_scale.data.progress import on_stderr
 
-    a, b = open_source(options.a), open_source(options.b)
+    a, b = (open_source(path, report=_print_note) for path in (options.a, options.b))
     with on_stderr() as progress:
         found = list(tensor_differences(a, b, options.workers, progress))
     unequal = [d for d in found if d.unequal]

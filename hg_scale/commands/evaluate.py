@@ -39,6 +39,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--stride", type=int, metavar="N",
         help=f"tokens from one sliding window to the next (default: {STRIDE}, at most "
         "--window)")  # fmt: skip
+    add("--first-token", choices=("previous", "zero"), default="previous",
+        help="first input of each window: the token before it, or id 0 as in the paper's code "
+        "(default: previous)")  # fmt: skip
     add("--windows", type=int, metavar="N", help="score the first N windows only")
     add("--batch", type=int, default=8, metavar="N", help="windows per batch (default: 8)")
     add("--processes", type=int, default=1, metavar="N",
@@ -92,7 +95,7 @@ def _score(options: argparse.Namespace, model: Path) -> tuple[EvaluationSetup, S
     task = EvaluationTask(
         model, options.data, options.split, options.context or options.window,
         min(stride, options.window) if options.window else None,
-        options.windows, options.batch, options.precision,
+        options.windows, options.batch, options.precision, options.first_token,
     )  # fmt: skip
     terminal = Console(stderr=True)
     with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
@@ -131,6 +134,7 @@ def results_dict(setup: EvaluationSetup, score: Score, precision: str) -> dict[s
         "precision": precision,
         "window": setup.protocol.length,
         "stride": setup.protocol.stride,
+        "first_token": setup.first_token,
         "tokens": score.tokens,
         "bytes": score.bytes,
         "nats_per_token": score.nats_per_token,
@@ -182,6 +186,8 @@ def _print_results(setup: EvaluationSetup, score: Score) -> None:
         protocol = f"windows of {length:,} tokens without overlap"
     else:
         protocol = f"windows of {length:,} tokens, the last {stride:,} of each scored"
+    if setup.first_token == "zero":
+        protocol += ", each after token id 0"
     print(f"  {score.tokens:,} tokens, {score.bytes:,} bytes, each scored once; {protocol}")
     print(
         f"  {score.nats_per_token:.4f} nats per token, {score.bits_per_token:.4f} bits per token, "

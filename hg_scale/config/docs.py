@@ -31,7 +31,9 @@ Every key of `configs/*.json`, schema version {SCHEMA_VERSION}. This page is gen
 
 - `"extends": "other.json"` merges a file over another one, key by key; the path is relative to it.
 - `"notes"` is free text; `"$schema"` may name `docs/config.schema.json` for editors.
-- `--set section.key=value` overrides any key; the value is JSON, or else a string.
+- `--set section.key=value` overrides any key; the value is JSON, or else text. `None`, `none`, \
+`~` and `NULL` also mean null, `True` and `FALSE` also booleans, in any capitals. Text in quotes \
+is never one of these: `--set "logging.wandb_name='none'"`.
 - *By level*: one value, or a list with one value per level, full length first.
 - Unknown keys are errors, and all errors are listed at once.
 """

@@ -154,7 +154,17 @@ def _describe(path: _Path, items: list[dict[str, Any]], tree: dict[str, Any]) ->
     allowed = ", or ".join(dict.fromkeys(map(_expected, items)))
     if all(item["type"] == "value_error" for item in items):
         return Problem(key, allowed, value)
-    return Problem(key, f"expected {allowed}", value)
+    return Problem(key, f"expected {allowed}{_remark(items)}", value)
+
+
+def _remark(items: list[dict[str, Any]]) -> str:
+    """What to do about a value that may have been meant otherwise, as in --set key=none."""
+    given, kinds = items[0]["input"], {item["type"] for item in items}
+    if given is None:
+        return "; this key cannot be null"
+    if "string_type" in kinds and isinstance(given, bool | int | float):
+        return f"; in quotes it is a text: '{format_value(format_value(given))}'"
+    return ""
 
 
 def _hint(path: _Path, value: Any) -> str:

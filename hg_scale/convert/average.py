@@ -26,6 +26,10 @@ class AverageSource(WeightSource):
         self.step = max(source.step for source in sources)
         self.tokenizer = first.tokenizer
 
+    @property
+    def paths(self) -> str:
+        return f"the mean of {', '.join(source.paths for source in self._sources)}"
+
     def _read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         total = torch.zeros(stop - start, dtype=torch.float64)
         for source in self._sources:

@@ -8,16 +8,30 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from hg_scale.bounded_read import (
+    RECORD_BYTES,
+    FileName,
+    FormatError,
+    as_json,
+    format_errors,
+    read_text,
+    require_regular,
+    show_value,
+    validated,
+)
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.fragments import KINDS
+from hg_scale.checkpoint.manifest import ProgressEntry
 from hg_scale.config.schema import ModelConfig
 from hg_scale.convert.export_source import (
     SAFETENSORS,
@@ -26,12 +40,16 @@ from hg_scale.convert.export_source import (
     files_by_tensor,
 )
 from hg_scale.convert.source import WeightSource, parse_model
+from hg_scale.data.tokenizer import TokenizerIdentity
 from hg_scale.model.hourglass import parameter_shapes
 
 LATEST_UNIVERSAL, ZERO_FOLDER = "latest_universal", "zero"
 TORCH_FILE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 EXTRA_STATE = "hg_scale"  # the key that `to-deepspeed` adds to the model states
 _ALLOWED: list[Any] = [OrderedDict, torch.Size]  # beyond tensors, containers and plain values
+_MAX_PICKLE = 1 << 24  # bytes of the pickle beside the tensors, which expands in memory
+_MAX_WRAPPERS = 8  # dicts of one entry around a state dict
+_MAX_STEPS = 1 << 62
 _FORBIDDEN = re.compile(r"(?:GLOBAL|function|class|global)\s+`?([\w.]+)`?\s+(?:was not|whose)")
 
 
@@ -41,6 +59,8 @@ def load_pickle(path: Path) -> Any:
     Raises CheckpointError if it holds more than tensors, containers and plain values.
     """
     try:
+        require_regular(path)
+        _refuse_bomb(path)
         with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
@@ -54,6 +74,32 @@ def load_pickle(path: Path) -> Any:
     except Exception as error:  # a corrupt file may raise anything
         line = str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: cannot be read as a file of torch.save: {line}") from None
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raise FormatError if the archive would need much more memory than its size.
+
+    torch.save does not compress; torch.load, however, expands what is compressed.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    expanded, size = sum(entry.file_size for entry in entries), path.stat().st_size
+    if expanded > size:
+        raise FormatError(f"expected no compressed entries: {size:,} bytes hold {expanded:,}")
+    pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+    if any(entry.file_size > _MAX_PICKLE for entry in pickles):
+        raise FormatError(f"expected a data.pkl of at most {_MAX_PICKLE:,} bytes")
+
+
+class _Extra(BaseModel):
+    """What `to-deepspeed` adds to the model states; `parse_model` checks the model."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: dict[str, Any] | None = None
+    config: dict[str, dict[str, Any] | int | str] | None = None
+    progress: ProgressEntry | Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    tokenizer: TokenizerIdentity | None = None
 
 
 class UniversalSource(WeightSource):
@@ -74,10 +120,13 @@ class UniversalSource(WeightSource):
             raise CheckpointError(
                 f"{self.folder}: {EXTRA_STATE} is not an object in its model states"
             )
+        with format_errors(self.folder, CheckpointError):
+            extra = as_json(extra, (EXTRA_STATE,))
+            parsed: _Extra = validated(_Extra, extra, (EXTRA_STATE,))
         if model is None:
-            if "model" not in extra:
+            if parsed.model is None:
                 raise _unknown_model(path)
-            model = parse_model(extra["model"], self.folder)
+            model = parse_model(parsed.model, self.folder)
         self._shapes = parameter_shapes(model)
         self._cached: tuple[tuple[str, str] | None, Tensor] = (None, torch.empty(0))
         stored = {name: self._shape(name) for name in names}
@@ -91,9 +140,12 @@ class UniversalSource(WeightSource):
         if (first / "step.pt").exists():
             self.optimizer_step = _integer(load_pickle(first / "step.pt"), first / "step.pt")
         unknown = {"step": self.step, "position": 0, "skipped": 0, "data": {}}
-        self.progress, self.tokenizer = extra.get("progress", unknown), extra.get("tokenizer")
-        config = extra.get("config")
-        self.config = config if isinstance(config, dict) else None
+        self.progress = extra.get("progress") or unknown
+        if self.progress["step"] != self.step:
+            found = f"progress.step: expected {self.step}, found {self.progress['step']}"
+            raise CheckpointError(f"{self.folder}: {EXTRA_STATE}.{found}")
+        self.tokenizer = parsed.tokenizer.model_dump() if parsed.tokenizer else None
+        self.config = parsed.config
 
     def _read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         return self._tensor(self.stored_names[name], kind).reshape(-1)[start:stop].float()
@@ -121,7 +173,11 @@ class UniversalSource(WeightSource):
             path = self.folder / ZERO_FOLDER / name / f"{kind}.pt"
             value = load_pickle(path)
             tensor = value.get("param") if isinstance(value, dict) else value
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            if (
+                not isinstance(tensor, Tensor)
+                or not tensor.is_floating_point()
+                or tensor.layout is not torch.strided
+            ):
                 raise CheckpointError(f"{path}: expected a floating-point tensor")
             self._cached = ((name, kind), tensor)
         return self._cached[1]
@@ -173,18 +229,29 @@ class _TorchFiles:
 
     def _load(self, file: Path) -> dict[str, Tensor]:
         if file not in self._loaded:
-            value = load_pickle(file)
-            while isinstance(value, dict) and len(value) == 1:  # {"module": ...}
-                inner = next(iter(value.values()))
-                if not isinstance(inner, dict):
-                    break
-                value = inner
-            if not isinstance(value, dict) or not all(
-                isinstance(t, Tensor) for t in value.values()
-            ):
-                raise CheckpointError(f"{file}: expected a state dict (tensors by name)")
-            self._loaded[file] = value
+            self._loaded[file] = _state_dict(load_pickle(file), file)
         return self._loaded[file]
+
+
+def _state_dict(value: Any, file: Path) -> dict[str, Tensor]:
+    """Return the tensors by name, out of at most `_MAX_WRAPPERS` dicts such as {"module": ...}."""
+    for _ in range(_MAX_WRAPPERS):
+        if not isinstance(value, dict) or len(value) != 1:
+            break
+        inner = next(iter(value.values()))
+        if not isinstance(inner, dict):
+            break
+        value = inner
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: expected a state dict (tensors by name)")
+    for name, tensor in value.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            shown = show_value(name if isinstance(tensor, Tensor) else tensor)
+            raise CheckpointError(f"{file}: expected a state dict (tensors by name), found {shown}")
+        if not tensor.is_floating_point() or tensor.layout is not torch.strided:
+            kind = f"{tensor.dtype}, {tensor.layout}"
+            raise CheckpointError(f"{file}: {name}: expected a floating-point tensor, found {kind}")
+    return value
 
 
 def universal_folder(path: Path) -> Path:
@@ -195,10 +262,11 @@ def universal_folder(path: Path) -> Path:
     if (path / ZERO_FOLDER).is_dir():
         return path
     try:
-        tag = (path / LATEST_UNIVERSAL).read_text(encoding="utf-8").strip()
+        tag = read_text(path / LATEST_UNIVERSAL, RECORD_BYTES).strip()
+        validated(FileName, tag)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / LATEST_UNIVERSAL}: cannot be read: {error}") from None
-    if Path(tag).name != tag or not (path / tag / ZERO_FOLDER).is_dir():
+    if not (path / tag / ZERO_FOLDER).is_dir():
         raise CheckpointError(
             f"{path / LATEST_UNIVERSAL}: names {tag!r}, which is not a universal checkpoint"
         )
@@ -211,6 +279,9 @@ def _unknown_model(path: Path) -> CheckpointError:
 
 def _integer(value: Any, path: Path) -> int:
     try:
-        return int(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise CheckpointError(f"{path}: expected a number of steps") from None
+        count = int(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        count = -1
+    if not 0 <= count < _MAX_STEPS:
+        raise CheckpointError(f"{path}: expected a number of steps, found {show_value(value)}")
+    return count

@@ -28,7 +28,7 @@ from hg_scale.convert.export_source import CONFIG, SAFETENSORS, SAFETENSORS_INDE
 from hg_scale.convert.layerwise_forward import BOUND, largest_difference
 from hg_scale.convert.model_card import model_card
 from hg_scale.convert.output import new_folder
-from hg_scale.convert.source import WeightSource, parameter_chunks
+from hg_scale.convert.source import WeightSource, parameter_chunks, require_usable
 from hg_scale.data.tokenizer import MODEL_FILE, Tokenizer
 from hg_scale.model.hourglass import Hourglass
 
@@ -50,14 +50,21 @@ PLAIN = ExportStyle()
 
 @dataclass(frozen=True)
 class CopyChunk:
-    """Job: copy elements (name, kind, start, stop) of a source to a file; return how many."""
+    """Job: copy elements (name, kind, start, stop) of a source to a file; return how many.
+
+    Raises CheckpointError unless they are finite or `allow_non_finite`.
+    """
 
     source: WeightSource
     regions: dict[tuple[str, str], TensorRegion]  # by name and kind
+    allow_non_finite: bool = False
 
     def __call__(self, chunk: tuple[str, str, int, int]) -> int:
         name, kind, start, stop = chunk
-        self.regions[name, kind].write(start, self.source.read(name, kind, start, stop))
+        values = self.source.read(name, kind, start, stop)
+        if not self.allow_non_finite:
+            require_usable(self.source, name, kind, values)
+        self.regions[name, kind].write(start, values)
         return stop - start
 
 
@@ -124,8 +131,12 @@ def copy_tensors(
     workers: int,
     report: ProgressReporter,
     what: str,
+    allow_non_finite: bool = False,
 ) -> None:
-    """Copy tensors of a source, by name and kind, to the regions of files. what: for progress."""
+    """Copy tensors of a source, by name and kind, to the regions of files. what: for progress.
+
+    Raises CheckpointError if elements are not finite, unless `allow_non_finite`.
+    """
     chunks = [
         (name, kind, start, stop)
         for name, kind in regions
@@ -133,7 +144,8 @@ def copy_tensors(
     ]
     report.begin(what, 4 * sum(stop - start for *_, start, stop in chunks))
     source.close()
-    for _, elements in run_jobs(CopyChunk(source, regions), chunks, workers):
+    copy = CopyChunk(source, regions, allow_non_finite)
+    for _, elements in run_jobs(copy, chunks, workers):
         report.advance(4 * elements)
 
 

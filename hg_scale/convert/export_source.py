@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hg_scale.bounded_read import Count, FileName, format_errors, validated
 from hg_scale.checkpoint.errors import CheckpointError
+from hg_scale.checkpoint.mapped_safetensors import map_safetensors
 from hg_scale.convert.source import WeightSource, parse_model, read_json_object
+from hg_scale.data.tokenizer import TokenizerIdentity
 
 CONFIG = "config.json"
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+_Side = Annotated[int, Field(ge=1, le=1 << 20)]  # of an image, or its channels
+
+
+class _ExportConfig(BaseModel):
+    """The keys of config.json beside `model`, which `parse_model` checks."""
+
+    model_config = ConfigDict(strict=True)
+
+    step: Count = 0
+    tokenizer: TokenizerIdentity | None = None
+    images: Annotated[tuple[_Side, _Side, _Side], Field(strict=False)] | None = None
+    precision: str | None = None
 
 
 class ExportSource(WeightSource):
@@ -25,13 +44,13 @@ class ExportSource(WeightSource):
         self.config_json = config = read_json_object(path / CONFIG)
         if "model" not in config:
             raise CheckpointError(f"{path / CONFIG}: not an export: it has no model section")
+        with format_errors(path / CONFIG, CheckpointError):
+            parsed: _ExportConfig = validated(_ExportConfig, config)
         self._files = SafetensorsFiles(path)
         model = parse_model(config["model"], path / CONFIG)
         super().__init__((path,), path, model, self._files.shapes)
-        self.step, self.tokenizer = config.get("step", 0), config.get("tokenizer")
-        if shape := config.get("images"):
-            height, width, channels = shape
-            self.images = (height, width, channels)
+        self.step, self.images = parsed.step, parsed.images
+        self.tokenizer = parsed.tokenizer.model_dump() if parsed.tokenizer else None
 
     def _read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         return self._files.tensor(self.stored_names[name]).view(-1)[start:stop].float()
@@ -72,6 +91,12 @@ class SafetensorsFiles:
 
     def _handle(self, file: Path) -> Any:
         if file not in self._open:
+            _, entries, _ = map_safetensors(file)
+            for name, entry in entries.items():
+                if entry.dtype not in _FLOATS:
+                    raise CheckpointError(
+                        f"{file}: {name}: expected floating-point numbers, found {entry.dtype}"
+                    )
             try:
                 self._open[file] = safe_open(file, framework="pt")
             except (OSError, SafetensorError) as error:
@@ -92,10 +117,8 @@ def files_by_tensor(
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{path / index}: has no weight_map")
         for name, file_name in weight_map.items():
-            if not isinstance(file_name, str) or Path(file_name).name != file_name:
-                raise CheckpointError(
-                    f"{path / index}: {name}: expected a file of this folder, got {file_name!r}"
-                )
+            with format_errors(path / index, CheckpointError):
+                validated(FileName, file_name, ("weight_map", name))
             yield name, path / file_name
         return
     for name in names(file):

@@ -11,6 +11,7 @@ import torch
 from hg_scale.checkpoint.checksum import corrupt_files
 from hg_scale.checkpoint.fragments import coverage_problems
 from hg_scale.checkpoint.jobs import ProgressReporter, run_jobs
+from hg_scale.checkpoint.mapped_safetensors import header_problem
 from hg_scale.convert.checkpoint_source import CheckpointSource
 from hg_scale.convert.source import WeightSource, parameter_chunks
 
@@ -79,13 +80,19 @@ def find_problems(source: WeightSource, workers: int, report: ProgressReporter) 
     Only checkpoints have checksums; of other formats names, shapes and numbers are verified.
     """
     if isinstance(source, CheckpointSource):
-        yield from corrupt_files(source.path, source.manifest["files"], workers, report)
+        files = source.manifest["files"]
+        yield from corrupt_files(source.path, files, workers, report)
+        headers = [problem for file in files if (problem := header_problem(source.path, file))]
+        yield from (f"{source.path}/{problem}" for problem in headers)
+        if source.optimizer_step > source.step:
+            found = f"expected at most step = {source.step:,}, found {source.optimizer_step:,}"
+            yield f"{source.path}: optimizer_step: {found}"
         by_name = source.reader.fragments
         missing = [name for name in source.shapes if name not in by_name]
         yield from (f"{source.path}: {name} is missing" for name in missing)
         problems = coverage_problems(f for fragments in by_name.values() for f in fragments)
-        if problems:
-            yield from (f"{source.path}: {problem}" for problem in problems)
+        yield from (f"{source.path}: {problem}" for problem in problems)
+        if problems or headers:
             return  # such a tensor cannot be read
     for health in examine_tensors(source, workers, report):
         if health.problem:

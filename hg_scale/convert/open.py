@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from hg_scale.checkpoint.errors import CheckpointError
@@ -22,10 +23,13 @@ from hg_scale.convert.reference import GoldenSource
 from hg_scale.convert.source import WeightSource
 
 
-def open_source(path: Path, model: ModelConfig | None = None) -> WeightSource:
+def open_source(
+    path: Path, model: ModelConfig | None = None, report: Callable[[str], None] = lambda _: None
+) -> WeightSource:
     """Open a checkpoint, a run's newest one, an export, a golden file, or DeepSpeed's files.
 
-    model: for DeepSpeed's files, which do not contain it. Raises CheckpointError if the path is
+    model: for DeepSpeed's files, which do not contain it. report: receives a line for each newer
+    checkpoint of a run that is incomplete and skipped. Raises CheckpointError if the path is
     none of these, or is incomplete.
     """
 
@@ -41,7 +45,7 @@ def open_source(path: Path, model: ModelConfig | None = None) -> WeightSource:
     if has(MANIFEST) or any(path.glob("rank-*.safetensors")):
         return CheckpointSource(path)
     if has("checkpoints"):
-        return open_checkpoint(path)
+        return open_checkpoint(path, report)
     if has(LATEST_UNIVERSAL, ZERO_FOLDER):
         return UniversalSource(path, model)
     if model is None and has(CONFIG) and has(SAFETENSORS, SAFETENSORS_INDEX):
@@ -54,10 +58,13 @@ def open_source(path: Path, model: ModelConfig | None = None) -> WeightSource:
     )
 
 
-def open_checkpoint(path: Path) -> CheckpointSource:
-    """Open a checkpoint folder, or the newest complete one of a run. Raises CheckpointError."""
+def open_checkpoint(path: Path, report: Callable[[str], None] = lambda _: None) -> CheckpointSource:
+    """Open a checkpoint folder, or the newest complete one of a run; `report` as `open_source`.
+
+    Raises CheckpointError.
+    """
     if (path / "checkpoints").is_dir():
-        newest = find_latest(path / "checkpoints")
+        newest = find_latest(path / "checkpoints", report)
         if newest is None:
             raise CheckpointError(f"{path / 'checkpoints'}: holds no checkpoint")
         return CheckpointSource(newest)

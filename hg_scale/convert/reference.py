@@ -6,7 +6,6 @@ linear weights as (out, in) and queries, keys and values fused head by head.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from math import lcm
@@ -18,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hg_scale.bounded_read import FormatError, parse_json, require_regular
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.config.errors import ConfigError
 from hg_scale.config.hierarchy import Hierarchy
@@ -73,10 +73,13 @@ def read_golden_arrays(path: Path, *required: str) -> dict[str, Any]:
     Raises CheckpointError if it cannot be read, or lacks a required array.
     """
     try:
+        require_regular(path)
         with np.load(path, allow_pickle=False) as file:
             arrays: dict[str, Any] = {name: file[name] for name in file.files}
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror or error}") from None
+    except FormatError as error:
+        raise CheckpointError(f"cannot be read: {error}") from None
     except Exception:  # a corrupt file may raise anything
         raise CheckpointError("not a golden file: expected numpy's .npz, without pickles") from None
     for name in required:
@@ -101,7 +104,7 @@ def reference_config(text: str, tensor: int = 1) -> ModelConfig:
     Raises CheckpointError if hg_scale has no such model, or it cannot be sharded so.
     """
     try:
-        config = json.loads(text)
+        config = parse_json(text)
         model = {key: config[name] for name, key in _SIZES.items()}
         hierarchy = config["hierarchy"]
         for key, value in _FIXED.items():

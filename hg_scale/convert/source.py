@@ -6,7 +6,6 @@ Only the requested elements are read, so a conversion needs memory for a chunk, 
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from math import prod
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hg_scale.bounded_read import TABLE_BYTES, format_errors, read_object
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.jobs import ProgressReporter
 from hg_scale.config.errors import ConfigError
@@ -63,6 +63,11 @@ class WeightSource(ABC):
         return type(self), self._arguments
 
     @property
+    def paths(self) -> str:
+        """Where the weights come from, for messages."""
+        return str(self.path)
+
+    @property
     def parameters(self) -> int:
         """Number of elements of all parameters, including the padding of the vocabulary."""
         return sum(map(prod, self.shapes.values()))
@@ -108,6 +113,22 @@ class WeightSource(ABC):
             )
 
 
+def require_usable(source: WeightSource, name: str, kind: str, values: Tensor) -> None:
+    """Raise CheckpointError if training never produces these elements of a tensor.
+
+    They are not finite, or negative second moments, whose root the optimizer takes.
+    """
+    not_finite = values.numel() - int(values.isfinite().sum())
+    negative = int((values < 0).sum()) if kind == "exp_avg_sq" else 0
+    if not_finite or negative:
+        what = "not finite" if not_finite else "negative"
+        raise CheckpointError(
+            f"{source.paths}: {kind} of {name}: {not_finite or negative:,} of {values.numel():,} "
+            f"elements read are {what}; `hg-scale convert verify` lists all, and imports "
+            "write them as they are with --allow-non-finite"
+        )
+
+
 def parameter_chunks(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, int]]:
     """Yield (name, start, stop) of the chunks in which a parameter is read."""
     size = prod(shape)
@@ -135,13 +156,8 @@ def parse_model(tree: Any, path: Path) -> ModelConfig:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises CheckpointError if the file holds none."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return tree
+    with format_errors(path, CheckpointError):
+        return read_object(path, TABLE_BYTES)
 
 
 def _match_names(path: Path, stored: Iterable[str], expected: Iterable[str]) -> dict[str, str]:

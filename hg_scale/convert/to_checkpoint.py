@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from hg_scale.checkpoint.checksum import ComputeChecksum
+from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.fragments import KINDS, Fragment, Slice
 from hg_scale.checkpoint.jobs import ProgressReporter, run_jobs
-from hg_scale.checkpoint.manifest import CHECKPOINT_VERSION, MANIFEST, seal
+from hg_scale.checkpoint.manifest import CHECKPOINT_VERSION, MANIFEST, STEP_FOLDER, seal
 from hg_scale.checkpoint.safetensors_file import TensorRegion, create_safetensors
 from hg_scale.convert.export import copy_tensors, split_into_files
 from hg_scale.convert.output import new_folder
@@ -34,10 +35,18 @@ def to_checkpoint(
     workers: int = 1,
     report: ProgressReporter,
     file_bytes: int = FILE_BYTES,
+    allow_non_finite: bool = False,
 ) -> None:
-    """Write the checkpoint folder `out`. Raises CheckpointError, also if the source is corrupt."""
-    source.require_unchanged(workers, report)
+    """Write the checkpoint folder `out`. Raises CheckpointError, also if the source is corrupt.
+
+    Elements that are not finite are refused, unless `allow_non_finite`: a run would start from
+    them and never recover.
+    """
     resumable = source.kinds == KINDS and source.progress is not None
+    step, match = source.step if resumable else 0, STEP_FOLDER.fullmatch(out.name)
+    if match and int(match[1]) != step:
+        raise CheckpointError(f"{out}: the checkpoint is of step {step}; choose another name")
+    source.require_unchanged(workers, report)
     with new_folder(out) as folder:
         regions: dict[tuple[str, str], TensorRegion] = {}
         files: dict[str, list[str]] = {}
@@ -55,7 +64,7 @@ def to_checkpoint(
             for number, name in enumerate(names):
                 for kind in KINDS if resumable else ("fp32",):
                     regions[name, kind] = created[f"{number}.{kind}"]
-        copy_tensors(source, regions, workers, report, "importing")
+        copy_tensors(source, regions, workers, report, "importing", allow_non_finite)
         sizes = {file: (folder / file).stat().st_size for file in files}
         report.begin("checksums", sum(sizes.values()))
         entries = []

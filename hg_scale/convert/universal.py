@@ -26,6 +26,7 @@ from hg_scale.config.schema import ModelConfig
 from hg_scale.convert.checkpoint_source import CheckpointSource
 from hg_scale.convert.deepspeed_files import EXTRA_STATE, LATEST_UNIVERSAL, ZERO_FOLDER
 from hg_scale.convert.output import new_folder
+from hg_scale.convert.source import require_usable
 from hg_scale.model.hourglass import Hourglass
 from hg_scale.model.layers import PlainLayers
 from hg_scale.model.sharding import TensorShard, mark_shard, shard_of
@@ -75,28 +76,40 @@ class WriteParameter:
     source: CheckpointSource
     folder: Path
     dims: dict[str, int | None]
+    allow_non_finite: bool = False
 
     def __call__(self, name: str) -> int:
         folder = self.folder / name
         folder.mkdir(parents=True)
         cat_dim = {} if self.dims[name] is None else {"cat_dim": self.dims[name]}
         for kind in KINDS:  # DeepSpeed needs the moments even if they are zeros
-            state = {"param": self.source.full_tensor(name, kind), **cat_dim}
+            values = self.source.full_tensor(name, kind)
+            if not self.allow_non_finite:
+                require_usable(self.source, name, kind, values)
+            state = {"param": values, **cat_dim}
             torch.save(state, folder / f"{kind}.pt")
         torch.save(torch.tensor(float(self.source.optimizer_step)), folder / "step.pt")
         return 4 * len(KINDS) * prod(self.source.shapes[name])
 
 
 def to_deepspeed(
-    source: CheckpointSource, out: Path, *, workers: int = 1, report: ProgressReporter
+    source: CheckpointSource,
+    out: Path,
+    *,
+    workers: int = 1,
+    report: ProgressReporter,
+    allow_non_finite: bool = False,
 ) -> None:
-    """Write the new folder `out`. Raises CheckpointError, also if the source is corrupt."""
+    """Write the new folder `out`. Raises CheckpointError, also if the source is corrupt.
+
+    Elements that are not finite are refused, unless `allow_non_finite`.
+    """
     source.require_unchanged(workers, report)
     tag = f"global_step{source.step}"
     with new_folder(out) as folder:
         zero = folder / tag / ZERO_FOLDER
         zero.mkdir(parents=True)
-        write = WriteParameter(source, zero, tensor_parallel_dims(source.model))
+        write = WriteParameter(source, zero, tensor_parallel_dims(source.model), allow_non_finite)
         report.begin("writing DeepSpeed's files", 4 * len(KINDS) * source.parameters)
         for _, written in run_jobs(write, list(source.shapes), workers):
             report.advance(written)

@@ -16,9 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from hg_scale.bounded_read import (
+    TABLE_BYTES,
+    Count,
+    FormatError,
+    format_errors,
+    parse_json,
+    read_bounded,
+    read_stream,
+    validated,
+)
 from hg_scale.data.errors import DataError
 from hg_scale.data.store import DEFAULT_TIMEOUT, ByteStream, read_error_line
 from hg_scale.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerIdentity, load_tokenizer
+from hg_scale.data.urls import join_url, shown_url
 
 INDEX_VERSION = 1
 INDEX_FILE = "index.json"
@@ -32,9 +43,9 @@ class _IndexModel(BaseModel):
 class Members(_IndexModel):
     """The members of a shard: lists with one entry per member."""
 
-    tokens: list[int]
-    offsets: list[int]  # byte in the shard where the member's tar header starts
-    crc32: list[int]  # of the member's content
+    tokens: list[Count]
+    offsets: list[Count]  # byte in the shard where the member's tar header starts
+    crc32: list[Count]  # of the member's content
 
     @model_validator(mode="after")
     def _agree(self) -> Members:
@@ -63,9 +74,18 @@ class Shard(_IndexModel):
     def document_ends(self) -> NDArray[np.int64]:
         """Return the positions in the shard just past each end-of-document token, ascending.
 
-        A document may start in the previous shard, or continue in the next one.
+        A document may start in the previous shard, or continue in the next one. Raises DataError if
+        the index holds others.
         """
-        return unpack_offsets(self.documents) if self.documents else np.empty(0, np.int64)
+        if not self.documents:
+            return np.empty(0, np.int64)
+        try:
+            ends = unpack_offsets(self.documents, self.tokens)
+        except ValueError as error:
+            raise DataError(f"{self.file}: ends of documents in its index: {error}") from None
+        if ends.size and ends[-1] > self.tokens:
+            raise DataError(f"{self.file}: its index has documents that end after its last token")
+        return ends
 
 
 class Split(_IndexModel):
@@ -112,8 +132,13 @@ class Index(_IndexModel):
 
     @property
     def location(self) -> str:
-        """Where the index was read from: a folder, a URL, or `pipe:... {}`."""
+        """Where the index was read from: a folder, a URL, or `pipe:... {}`. May hold secrets."""
         return self._location
+
+    @property
+    def shown(self) -> str:
+        """The location as messages may show it."""
+        return shown_url(self.location)
 
     @property
     def vocab_size(self) -> int:
@@ -136,7 +161,7 @@ class Index(_IndexModel):
         if split is None or not split.tokens:
             filled = ", ".join(key for key, value in self.splits.items() if value.tokens)
             raise DataError(
-                f"{locate(self.location, INDEX_FILE)}: the split {name!r} is empty; "
+                f"{shown_url(locate(self.location, INDEX_FILE))}: the split {name!r} is empty; "
                 f"use one of {filled or '(none)'} or prepare the data with another --split"
             )
         return split
@@ -151,8 +176,8 @@ class Index(_IndexModel):
         shape = self.source.get("shape")
         if self.source.get("kind") != "images" or not shape or not self.document_tokens:
             return None
-        height, width, channels = shape
-        return height, width, channels
+        with format_errors(Path(locate(self.location, INDEX_FILE)), DataError):
+            return validated(tuple[Count, Count, Count], shape, ("source", "shape"))
 
     def open_tokenizer(self) -> Tokenizer:
         """Return the tokenizer that made the tokens.
@@ -179,18 +204,19 @@ def read_index(location: str | os.PathLike[str], timeout: float = DEFAULT_TIMEOU
     base = os.fspath(location)
     if base.endswith(INDEX_FILE):
         base = base.removesuffix(INDEX_FILE).rstrip("/") or "."
-    where = locate(base, INDEX_FILE)
+    address = locate(base, INDEX_FILE)
+    where = shown_url(address)
     text = _read(
-        where,
+        address,
         "the index.json of a prepared corpus",
         "no such file; name a folder written by data_prep/*.py (the index is written last: is the "
         "preparation still running?)",
         timeout,
     )
     try:
-        tree = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}); prepare the data again") from None
+        tree = parse_json(text)
+    except FormatError as error:
+        raise DataError(f"{where}: {error}; prepare the data again") from None
     version = tree.get("format_version") if isinstance(tree, dict) else None
     if isinstance(version, int) and version > INDEX_VERSION:
         raise DataError(
@@ -218,7 +244,7 @@ def locate(base: str, file: str) -> str:
     """Return the path or URL of `file` at the location `base`."""
     if base.startswith("pipe:"):
         return base.replace("{}", file)
-    return str(Path(base) / file) if is_local(base) else f"{base.rstrip('/')}/{file}"
+    return str(Path(base) / file) if is_local(base) else join_url(base, file)
 
 
 def member_name(shard_file: str, number: int) -> str:
@@ -232,23 +258,30 @@ def pack_offsets(offsets: Sequence[int] | NDArray[np.int64]) -> str:
     return base64.b64encode(zlib.compress(steps.tobytes(), 9)).decode()
 
 
-def unpack_offsets(text: str) -> NDArray[np.int64]:
-    """Return the positions packed by `pack_offsets`."""
-    return np.cumsum(np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u4"), dtype=np.int64)
+def unpack_offsets(text: str, limit: int) -> NDArray[np.int64]:
+    """Return the positions packed by `pack_offsets`. Raises ValueError if over `limit` of them."""
+    unpack = zlib.decompressobj()
+    try:
+        data = unpack.decompress(base64.b64decode(text), 4 * limit + 1)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    if len(data) > 4 * limit or len(data) % 4 or not unpack.eof:
+        raise ValueError(f"expected complete positions, at most {limit:,}")
+    return np.cumsum(np.frombuffer(data, "<u4"), dtype=np.int64)
 
 
 def _read(where: str, expected: str, missing: str, timeout: float = DEFAULT_TIMEOUT) -> bytes:
     """Return the content of a local or remote file."""
     try:
         if is_local(where):
-            return Path(where).read_bytes()
+            return read_bounded(Path(where), TABLE_BYTES)
         with contextlib.closing(ByteStream(where, timeout)) as stream:
-            return b"".join(iter(lambda: stream.read(1 << 20), b""))
+            return read_stream(stream, TABLE_BYTES)
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError) and is_local(where):
             raise DataError(f"{where}: {missing}") from None
         raise DataError(
-            f"{where}: cannot be read ({read_error_line(error)}); expected {expected}: "
+            f"{shown_url(where)}: cannot be read ({read_error_line(error)}); expected {expected}: "
             "check the location and that it can be reached"
         ) from None
 

@@ -12,6 +12,7 @@ from hg_scale.data.errors import DataError
 from hg_scale.data.index import Index, Shard
 from hg_scale.data.shards import ShardFile, ShardReader, SplitReader, check_shard_checksum
 from hg_scale.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from hg_scale.data.urls import shown_url
 
 END_MARK = "\n<end of document>\n"
 _SHADES = " .:-=+*#%@"  # from dark to light
@@ -51,7 +52,7 @@ def shard_problems(index: Index, shard: Shard, tokenizer: Tokenizer) -> list[str
     if unusable:
         more = f" (and {len(unusable) - 1} more)" if len(unusable) > 1 else ""
         return [unusable[0].message + more]
-    problems, where = [], index.url(shard)
+    problems, where = [], shown_url(index.url(shard))
     if index.eod is not None:
         ends = np.flatnonzero(tokens == index.eod) + 1
         if not np.array_equal(ends, shard.document_ends()):

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hg_scale.config.constants import IGNORED_LABEL
+
+FirstToken = Literal["previous", "zero"]
+"""First input of a window: the token before it, or id 0 (the authors' code)."""
 
 
 class EvaluationWindow(NamedTuple):
@@ -78,8 +81,8 @@ def window_batches(
 
     n is the length of the longest window in the batch, at most `windows.length`. An input is the
     token before its label; before the first token of the text it is `start_token`, and with
-    `separate` (windows are documents, as images are) before that of every window. Labels that are
-    not scored are IGNORED_LABEL.
+    `separate` (windows are documents, as images are, or see no token before them) before that of
+    every window. Labels that are not scored are IGNORED_LABEL.
     """
     last = windows.count(tokens) if last is None else last
     for number in range(first, last, batch_size):

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
+from hg_scale.bounded_read import Count, FormatError, validated
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import Index
 from hg_scale.data.mixture import Mixture
 from hg_scale.data.order import Int64Array, SequenceOrder
 
-History = list[list[int]]  # [sequence length, sequences served at it], ...
+# [sequence length, sequences served at it], ...
+History = list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,10 @@ class DataState:
     The field names are those of the checkpoint manifest; `windows` and `served` count sequences.
     """
 
-    sequence_length: int
-    mixture: list[list[Any]]  # [identity, weight, repeat] of the current sources
-    windows: int = 0  # served at this length from this mixture
-    served: dict[str, int] = field(default_factory=dict)  # of these, by source
+    sequence_length: Count
+    mixture: list[list[str | int | float | bool]]  # [identity, weight, repeat] of the sources
+    windows: Count = 0  # served at this length from this mixture
+    served: dict[str, Count] = field(default_factory=dict)  # of these, by source
     before: dict[str, History] = field(default_factory=dict)  # served earlier, by source
     tokenizer: dict[str, Any] = field(default_factory=dict)
     skipped: list[list[Any]] = field(default_factory=list)  # [sequence of the run, shard], ...
@@ -73,6 +76,14 @@ class DataState:
             elif count:
                 history.append([self.sequence_length, count])
         return histories
+
+
+def parse_data_state(tree: dict[str, Any]) -> DataState:
+    """Return the state of the data in a manifest. Raises DataError, one line, if it is none."""
+    try:
+        return validated(DataState, tree, ("progress", "data"))
+    except FormatError as error:
+        raise DataError(f"the checkpoint's manifest: {error}; use another checkpoint") from None
 
 
 class SequenceLocations(NamedTuple):
@@ -105,7 +116,7 @@ class DataSchedule:
             raise DataError(f"the data position is {position}: expected 0 or more tokens")
         self.sources, self.sequence_length = list(sources), sequence_length
         self._identities = [source.index.identity for source in sources]
-        mixture = [
+        mixture: list[list[str | int | float | bool]] = [
             [identity, source.weight, source.repeat]
             for identity, source in zip(self._identities, sources, strict=True)
         ]
@@ -113,7 +124,7 @@ class DataSchedule:
         tokenizer = self._common_tokenizer(state)
         if state is None:
             state = fresh
-        known = {identity for identity, *_ in state.mixture} | state.before.keys()
+        known = {entry[0] for entry in state.mixture if entry} | state.before.keys()
         self.new_sources = [  # names of the sources that the state does not know
             source.name
             for source, identity in zip(sources, self._identities, strict=True)
@@ -207,10 +218,10 @@ class DataSchedule:
             found = source.index.tokenizer.model_dump()
             if expected and found != expected:
                 raise DataError(
-                    f"{source.index.location}: its tokenizer ({_describe(found)}) differs from "
+                    f"{source.index.shown}: its tokenizer ({_describe(found)}) differs from "
                     f"that of {owner} ({_describe(expected)}); prepare it again with that one"
                 )
-            owner, expected = self.sources[0].index.location, found
+            owner, expected = self.sources[0].index.shown, found
         return expected
 
 
@@ -223,7 +234,7 @@ def make_order(source: DataSource, length: int, seed: int, history: History) -> 
     document = index.document_tokens
     if document and any(shard.tokens % document for shard in split.shards):
         raise DataError(
-            f"{index.location}: a shard does not end with a document of {document} tokens; prepare "
+            f"{index.shown}: a shard does not end with a document of {document} tokens; prepare "
             "the data again"
         )
     lengths = [entry[0] for entry in history] + [length]

@@ -22,6 +22,7 @@ from hg_scale.data.errors import DataError
 from hg_scale.data.index import Index, Members, Shard, is_local, member_name
 from hg_scale.data.store import DEFAULT_TIMEOUT, ByteStream, read_error_line
 from hg_scale.data.tokenizer import token_dtype
+from hg_scale.data.urls import shown_url
 
 _REMEDY = "copy the shard again or prepare the data again"
 _BACK_OFF = 0.5, 30.0  # seconds before the first retry, doubled for each further one; maximum
@@ -44,6 +45,11 @@ class ShardFile:
     file_bytes: int
     vocab_size: int
     members: Members
+
+    @property
+    def shown(self) -> str:
+        """The URL as messages may show it."""
+        return shown_url(self.url)
 
     @classmethod
     def from_index(cls, index: Index, shard: Shard) -> ShardFile:
@@ -214,7 +220,7 @@ def check_shard_checksum(index: Index, shard: Shard) -> None:
         raise DataError(_unreadable(error, file)) from None
     if digest.hexdigest() != shard.sha256:
         raise DataError(
-            f"{file.url}: {size} bytes with sha256 {digest.hexdigest()[:12]}..., the index has "
+            f"{file.shown}: {size} bytes with sha256 {digest.hexdigest()[:12]}..., the index has "
             f"{shard.file_bytes} with {shard.sha256[:12]}...; {_REMEDY}"
         )
 
@@ -256,7 +262,7 @@ class _WrongMember(Exception):
 def _decode_member(entry: dict[str, Any] | None, file: ShardFile, number: int) -> NDArray[Any]:
     """Return the array of a tar entry. Raises _WrongMember where it does not match the index."""
     assert entry is not None
-    where, name = f"{file.url}: member {number}", member_name(file.name, number)
+    where, name = f"{file.shown}: member {number}", member_name(file.name, number)
     dtype, count = token_dtype(file.vocab_size), file.members.tokens[number]
     if entry["fname"] != name:
         raise _WrongMember(f"{where} is {entry['fname']!r}, not {name!r}; {_REMEDY}")
@@ -283,8 +289,8 @@ def _decode_member(entry: dict[str, Any] | None, file: ShardFile, number: int) -
 
 def _unreadable(error: Exception, file: ShardFile, where: str = "") -> str:
     if isinstance(error, FileNotFoundError) and is_local(file.url):
-        return f"{file.url}: the shard is missing{where}; {_REMEDY}"
+        return f"{file.shown}: the shard is missing{where}; {_REMEDY}"
     return (
-        f"{file.url}: cannot be read{where} ({read_error_line(error)}); the file should have "
+        f"{file.shown}: cannot be read{where} ({read_error_line(error)}); the file should have "
         f"{file.file_bytes} bytes: {_REMEDY}"
     )

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from hg_scale.bounded_read import BINARY_BYTES, FormatError, read_bounded
 from hg_scale.data.errors import DataError
 
 TextLike = bytes | memoryview | str  # a str is encoded as UTF-8
@@ -30,8 +31,8 @@ class TokenizerIdentity(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str  # bytes or sentencepiece
-    vocab_size: int = Field(ge=1)
-    eod: int | None = Field(ge=0)  # end-of-document id; None for a text without documents
+    vocab_size: int = Field(ge=1, lt=1 << 31)
+    eod: int | None = Field(ge=0, lt=1 << 31)  # end-of-document id; None without documents
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")  # of the sentencepiece model
 
 
@@ -125,9 +126,11 @@ class SentencePieceTokenizer:
     def read(cls, path: Path, *, documents: bool) -> SentencePieceTokenizer:
         """Read a model file. Raises DataError, naming the file, where it cannot be used."""
         try:
-            return cls(path.read_bytes(), documents=documents)
+            return cls(read_bounded(path, BINARY_BYTES), documents=documents)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        except FormatError as error:
+            raise DataError(f"{path}: cannot be read ({error})") from None
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from hg_scale.bounded_read import BINARY_BYTES, format_errors, read_bounded
 from hg_scale.checkpoint.find import find_latest, verify_checksums
 from hg_scale.checkpoint.load import read_parameters
 from hg_scale.checkpoint.manifest import MANIFEST, read_manifest
@@ -22,7 +24,7 @@ from hg_scale.convert.export import load_export
 from hg_scale.convert.export_source import ExportSource
 from hg_scale.convert.open import is_export
 from hg_scale.data.index import Index, read_index
-from hg_scale.data.protocol import SlidingWindows
+from hg_scale.data.protocol import FirstToken, SlidingWindows
 from hg_scale.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerIdentity, load_tokenizer
 from hg_scale.errors import UserError
 from hg_scale.evaluation.generation import TEMPERATURE, GenerationConfig, generate_texts
@@ -78,7 +80,7 @@ class LoadedModel:
     @property
     def data_source(self) -> str:
         """What messages about the data name: its location, or the model's folder if unknown."""
-        return self.index.location if self.index else str(self.path)
+        return self.index.shown if self.index else str(self.path)
 
     def generate(
         self,
@@ -111,12 +113,14 @@ class LoadedModel:
         window: int | None = None,
         stride: int | None = None,
         batch_size: int = 8,
+        first_token: FirstToken = "previous",
     ) -> float:
         """Return the bits per byte of `text`, every token scored once.
 
         Windows of `window` tokens (default: the training sequence length), each starting `stride`
         tokens after the one before (default: `window`, no overlap), as in `hg-scale evaluate
-        --data FILE`. Raises UserError for a model of images, an empty text or values out of range.
+        --data FILE`. `first_token`: the first input of each window, the token before it or, with
+        "zero", id 0. Raises UserError for a model of images, an empty text or values out of range.
         """
         if self.image_shape is not None:
             raise UserError(
@@ -129,11 +133,16 @@ class LoadedModel:
             raise UserError(f"window={length}, batch_size={batch_size}: expected 1 or more")
         if not 1 <= stride <= length:
             raise UserError(f"stride={stride}: expected 1 to the window of {length} tokens")
+        if first_token not in get_args(FirstToken):
+            raise UserError(f"first_token={first_token!r}: expected 'previous' or 'zero'")
         data = _as_bytes(text, "text")
         if not data:
             raise UserError("text: is empty; expected at least one byte to score")
         protocol = SlidingWindows(length, stride)
-        score = score_text(self.model, self.tokenizer, data, protocol, batch_size=batch_size)
+        score = score_text(
+            self.model, self.tokenizer, data, protocol, batch_size=batch_size,
+            first_token=first_token,
+        )  # fmt: skip
         return score.bits_per_byte
 
 
@@ -188,7 +197,7 @@ def load(
     index, vocab_size = loaded.index, loaded.config.vocab_size
     if index is not None and index.vocab_size > vocab_size:
         raise UserError(
-            f"{index.location}: has a vocabulary of {index.vocab_size}, the model of "
+            f"{index.shown}: has a vocabulary of {index.vocab_size}, the model of "
             f"{loaded.path} one of {vocab_size}; name the data it was trained on with --data"
         )
     loaded.model.to(target, _DTYPES[precision])
@@ -208,7 +217,7 @@ def _parse_device(name: str | None) -> torch.device:
 
 
 def _load_checkpoint(folder: Path, data: str | None) -> LoadedModel:
-    checkpoint = find_latest(folder / "checkpoints")
+    checkpoint = find_latest(folder / "checkpoints", lambda line: print(line, file=sys.stderr))
     if checkpoint is None:
         if (folder / "config.json").is_file():
             raise UserError(f"{folder}: a run without a checkpoint; train until its first one")
@@ -250,7 +259,8 @@ def _load_export(folder: Path, data: str | None) -> LoadedModel:
                 f"{folder}: names no tokenizer; give --data SHARDS, or export with --data"
             )
         file = folder / MODEL_FILE
-        content = file.read_bytes() if file.is_file() else None
+        with format_errors(file, UserError):
+            content = read_bounded(file, BINARY_BYTES) if file.is_file() else None
         return load_tokenizer(TokenizerIdentity.model_validate(identity), content)
 
     if index is not None:
@@ -258,7 +268,7 @@ def _load_export(folder: Path, data: str | None) -> LoadedModel:
         if source.images and index.image_shape != source.images:
             content = f"images of {index.image_shape}" if index.image_shape else "text"
             raise UserError(
-                f"{index.location}: contains {content}, but {folder} generates images of "
+                f"{index.shown}: contains {content}, but {folder} generates images of "
                 f"{source.images} (height, width, channels)"
             )
         open_tokenizer = index.open_tokenizer
@@ -278,7 +288,7 @@ def require_same_tokenizer(index: Index, identity: dict[str, Any] | None, model_
         return  # bytes have the same ids with and without an end-of-document token
     if identity is not None and identity != of_data:
         raise UserError(
-            f"{index.location}: made with another tokenizer ({of_data['name']}, vocabulary "
+            f"{index.shown}: made with another tokenizer ({of_data['name']}, vocabulary "
             f"{of_data['vocab_size']}) than {model_path} ({identity['name']}, vocabulary "
             f"{identity['vocab_size']}); prepare the text again with the model's tokenizer"
         )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hg_scale.data.preparation.images import ARRAYS, PICTURES, read_array, read_picture
+from hg_scale.data.preparation.image_arrays import ARRAYS, ArrayOptions, read_array
+from hg_scale.data.preparation.image_files import PICTURES, read_picture
 from hg_scale.errors import UserError
 from hg_scale.evaluation.generation import ImageArray
 
@@ -17,7 +18,7 @@ MIN_SIDE = 64  # pixels of the longer side of an image in a grid; smaller images
 
 
 def read_images(paths: Sequence[Path], shape: tuple[int, int, int], limit: int) -> list[ImageArray]:
-    """Read the images of .png, .jpg, .npy and .npz files, as prepare_images.py does.
+    """Read the images of picture files and .npy and .npz arrays, as prepare_images.py does.
 
     Raises UserError where a file cannot be read, an image has another shape, or there are more
     than `limit` images.
@@ -25,12 +26,13 @@ def read_images(paths: Sequence[Path], shape: tuple[int, int, int], limit: int) 
     images: list[ImageArray] = []
     for path in paths:
         if path.suffix.lower() in PICTURES:
-            entries = iter([read_picture(path)])
+            entries = iter([read_picture(path)[:2]])
         elif path.suffix.lower() in ARRAYS:
             size = path.stat().st_size if path.is_file() else 0
-            entries = (entry[1:] for entry in read_array(path, None, 0, size, lambda _: None))
+            arrays = read_array(path, ArrayOptions(image=shape), 0, size, lambda _: None)
+            entries = (entry[1:] for entry in arrays)
         else:
-            raise UserError(f"{path}: not an image; expected .png, .jpg, .npy or .npz")
+            raise UserError(f"{path}: not an image; expected {', '.join(PICTURES + ARRAYS)}")
         for pixels, image_shape in entries:
             if image_shape != shape:
                 raise UserError(

@@ -11,7 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hg_scale.data.protocol import SlidingWindows, Tokens, TokenSequence, window_batches
+from hg_scale.data.protocol import (
+    FirstToken,
+    SlidingWindows,
+    Tokens,
+    TokenSequence,
+    window_batches,
+)
 from hg_scale.data.tokenizer import Tokenizer
 from hg_scale.model.hourglass import Hourglass
 
@@ -150,9 +156,9 @@ def score_windows(
 ) -> Losses:
     """Score windows `first` to `last` of a text of `tokens` tokens, `batch_size` at a time.
 
-    `start_token` precedes the text, and every window where windows are `separate` documents
-    (images). `count_bytes` returns the bytes of text that token ids decode to. `advance` is called
-    with the number of tokens of each batch. Raises DataError where the text cannot be read.
+    `start_token` precedes the text, and every window where windows are `separate`. `count_bytes`
+    returns the bytes of text that token ids decode to. `advance` is called with the number of
+    tokens of each batch. Raises DataError where the text cannot be read.
     """
     device = next(model.parameters()).device
     nats, counts, sizes = [np.zeros(0)], [np.zeros(0, np.int64)], []
@@ -184,11 +190,14 @@ def score_text(
     protocol: SlidingWindows,
     *,
     batch_size: int = 8,
+    first_token: FirstToken = "previous",
 ) -> Score:
     """Score a text held in memory, as one document; `text` is not empty."""
+    zero = first_token == "zero"
     ids = tokenizer.encode(text)
     losses = score_windows(
         model, Tokens(ids), len(ids), protocol, batch_size=batch_size,
-        start_token=tokenizer.eod or 0, count_bytes=tokenizer.count_bytes,
+        start_token=0 if zero else tokenizer.eod or 0, separate=zero,
+        count_bytes=tokenizer.count_bytes,
     )  # fmt: skip
     return Score(losses, len(text))

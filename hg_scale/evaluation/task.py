@@ -18,7 +18,7 @@ from hg_scale.convert.open import is_export
 from hg_scale.data.evaluation import split_bytes
 from hg_scale.data.index import INDEX_FILE, is_local
 from hg_scale.data.preparation.sources import read_blocks
-from hg_scale.data.protocol import SlidingWindows, Tokens, TokenSequence
+from hg_scale.data.protocol import FirstToken, SlidingWindows, Tokens, TokenSequence
 from hg_scale.data.shards import SplitReader
 from hg_scale.errors import UserError
 from hg_scale.evaluation.loaded_model import LoadedModel, load
@@ -31,7 +31,8 @@ class EvaluationTask:
 
     `data`: a prepared corpus, of which `split` (None: test) is scored, or a plain file; None: the
     corpus of the run. `length`: tokens per window (None: as in training). `stride`: tokens between
-    windows (None: `length`, no overlap). `windows`: score the first so many only.
+    windows (None: `length`, no overlap). `windows`: score the first so many only. `first_token`:
+    the first input of each window: the token before it, or always id 0 as in the authors' code.
     """
 
     model: Path
@@ -42,6 +43,7 @@ class EvaluationTask:
     windows: int | None = None
     batch_size: int = 8
     precision: Literal["fp32", "bf16"] = "fp32"
+    first_token: FirstToken = "previous"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class EvaluationSetup:
     """A loaded model, the text to score it on, `tokens` long, and the windows to score.
 
     `bytes` is the length of the text in bytes; None where only its first tokens are scored.
-    `start_token` precedes the text, and every image where the data holds images.
+    `start_token` precedes the text, and every window where windows are separate.
     """
 
     loaded: LoadedModel
@@ -60,6 +62,12 @@ class EvaluationSetup:
     protocol: SlidingWindows
     start_token: int
     images: bool
+    first_token: FirstToken
+
+    @property
+    def separate(self) -> bool:
+        """Whether no window sees the token before it."""
+        return self.images or self.first_token == "zero"
 
     @property
     def windows(self) -> int:
@@ -94,18 +102,22 @@ def prepare_evaluation(task: EvaluationTask, device: str | None = None) -> Evalu
         split = task.split or "test"
         text, tokens = SplitReader(index, split), index.split(split).tokens
         size = split_bytes(index, split)
-        name, start_token = f"{split} split of {index.location}", index.eod or 0
+        name, start_token = f"{split} split of {index.shown}", index.eod or 0
         images = loaded.image_shape is not None
         if images and (protocol.length, protocol.stride) != (index.document_tokens,) * 2:
             raise UserError(
-                f"{index.location}: an image is {index.document_tokens} tokens, and is scored on "
+                f"{index.shown}: an image is {index.document_tokens} tokens, and is scored on "
                 "its own: omit --context, --window and --stride"
             )
     if task.windows is not None:
         limit = protocol.length + (task.windows - 1) * protocol.stride
         if limit < tokens:
             tokens, size = limit, None
-    return EvaluationSetup(loaded, text, name, tokens, size, protocol, start_token, images)
+    if task.first_token == "zero":
+        start_token = 0
+    return EvaluationSetup(
+        loaded, text, name, tokens, size, protocol, start_token, images, task.first_token
+    )
 
 
 def _plain_file(task: EvaluationTask) -> Path | None:
@@ -165,7 +177,7 @@ def _score_share(
     edges = np.linspace(0, setup.windows, size + 1).round().astype(int)
     return score_windows(
         setup.loaded.model, setup.text, setup.tokens, setup.protocol, batch_size=batch_size,
-        start_token=setup.start_token, separate=setup.images, first=int(edges[rank]),
+        start_token=setup.start_token, separate=setup.separate, first=int(edges[rank]),
         last=int(edges[rank + 1]), count_bytes=setup.loaded.tokenizer.count_bytes,
         advance=advance,
     )  # fmt: skip

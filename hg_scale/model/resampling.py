@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hg_scale.config.resampling_kind import ResamplingKind
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.attention import Attention, PositionBias
 from hg_scale.model.block import Activations, FeedForward, Layer, make_norm
@@ -17,6 +18,14 @@ from hg_scale.model.context import Context
 from hg_scale.model.grouping import Alignment, FixedGroups
 from hg_scale.model.layers import PlainLayers
 from hg_scale.model.plan import Level, pooling_projection, upsampling_projection
+
+
+def _resampling_dropout(model: ModelConfig, kind: ResamplingKind) -> float:
+    """Return the dropout rate of the new positions: as in the authors' code, linear ones only.
+
+    Positions that then attend have the dropouts of `ResamplingAttention` instead.
+    """
+    return model.dropout if kind.base == "linear" and not kind.attends else 0.0
 
 
 class ResamplingAttention(nn.Module):
@@ -71,6 +80,7 @@ class Shorten(Layer):
         self.base, self.attends = kind.base, kind.attends
         projection = pooling_projection(kind, k, upper.d_model, lower.d_model)
         self.pool = layers.projection(*projection, model.bias) if projection else nn.Identity()
+        self.dropout = layers.dropout(_resampling_dropout(model, kind))
         if self.attends:
             self.attend = ResamplingAttention(
                 model, layers, lower, upper, upper.positions, shared_bias
@@ -85,7 +95,7 @@ class Shorten(Layer):
         if not groups.count:  # a decoding step that completes no group
             z = x.new_empty(x.shape[0], 0, self.width)
         elif not self.attends:
-            z = self._pool(groups.split(shifted))
+            z = self.dropout(self._pool(groups.split(shifted)), context)
         else:
             source = self.attend.in_norm(shifted)
             base = self.attend.base_norm(self._pool(groups.split(source)))
@@ -125,6 +135,7 @@ class Upsample(Layer):
         self.base, self.attends = kind.base, kind.attends
         projection = upsampling_projection(kind, k, upper.d_model, lower.d_model)
         self.expand = layers.projection(*projection, model.bias) if projection else nn.Identity()
+        self.dropout = layers.dropout(_resampling_dropout(model, kind))
         if self.attends:
             self.attend = ResamplingAttention(
                 model, layers, upper, lower, upper.positions, shared_bias
@@ -139,7 +150,7 @@ class Upsample(Layer):
         first = cache.position // tokens_per_position if cache else 0
         groups = FixedGroups(context.factors[self.level], x.shape[1], first)
         if not self.attends:
-            y = self._expand(z, groups, tokens_per_position, cache)
+            y = self.dropout(self._expand(z, groups, tokens_per_position, cache), context)
         else:
             source = self.attend.in_norm(z)
             if self.base == "none":

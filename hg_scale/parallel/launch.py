@@ -32,7 +32,7 @@ _LOCAL_SIZES = (
 # Slurm numbers a job's steps from 0; the batch script, an interactive shell and the like have
 # numbers from here on, and are one process whatever SLURM_NTASKS says.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
-_FIRST_PORT, _PORTS = 10_000, 20_000  # below the ephemeral ports of outgoing connections
+_FIRST_PORT, _PORTS = 10_000, 19_997  # below the ephemeral ports of outgoing connections
 _REPORT_SECONDS = 10.0  # in which rank 0 has reported an error that every rank finds
 
 
@@ -120,9 +120,8 @@ class Launch:
         if {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             return
         if in_slurm_step(os.environ) and "OMPI_COMM_WORLD_RANK" not in os.environ:
-            os.environ["MASTER_ADDR"] = first_host(os.environ["SLURM_STEP_NODELIST"])
-            job = int(os.environ["SLURM_JOB_ID"]) + int(os.environ.get("SLURM_RESTART_COUNT", 0))
-            os.environ["MASTER_PORT"] = str(_FIRST_PORT + job % _PORTS)
+            os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
+            os.environ.setdefault("MASTER_PORT", str(port_of_step(os.environ)))
             return
         remedy = "set MASTER_ADDR and MASTER_PORT to the host of rank 0 and a free port there"
         if "OMPI_COMM_WORLD_RANK" not in os.environ:
@@ -166,6 +165,18 @@ def in_slurm_step(environment: Mapping[str, str]) -> bool:
     """
     step = environment.get("SLURM_STEP_ID", "")
     return step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP
+
+
+def port_of_step(environment: Mapping[str, str]) -> int:
+    """Return the port at which the ranks of a Slurm job step meet.
+
+    Steps of one job, its restarts and other jobs may share a node. The ports of eight steps and
+    eight restarts of 312 consecutive jobs differ. `slurm/common.sh` has the same formula.
+    """
+    job = int(environment["SLURM_JOB_ID"])
+    step = int(environment.get("SLURM_STEP_ID", 0))
+    restarts = int(environment.get("SLURM_RESTART_COUNT", 0))
+    return _FIRST_PORT + (64 * job + 8 * step + restarts) % _PORTS
 
 
 def expand_counts(text: str) -> list[int]:

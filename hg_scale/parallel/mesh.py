@@ -8,25 +8,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from hg_scale.config.training_sections import ParallelConfig
 from hg_scale.errors import UserError
-from hg_scale.exit_codes import LOST
 from hg_scale.model.layers import PlainLayers
 from hg_scale.parallel.launch import Launch, in_slurm_step
+from hg_scale.parallel.rendezvous import meet
 from hg_scale.parallel.timeouts import LONG
-
-
-class PortInUse(UserError):
-    """Another process listens on MASTER_PORT. A restarted Slurm job gets another port."""
-
-    exit_code = LOST
 
 
 @dataclass(frozen=True)
@@ -81,13 +74,15 @@ class Mesh:
         return next(group for group in self.groups(axis) if self.rank in group)
 
 
-def start_processes(launch: Launch) -> torch.device:
+def start_processes(launch: Launch, report: Callable[[str], None] = print) -> torch.device:
     """Initialise the process group (gloo on a CPU, NCCL on GPUs); return this rank's device.
+
+    report: told for which ranks this one waits.
 
     DeepSpeed adopts this process group; on a CPU, DS_ACCELERATOR must be set before its import. The
     user sets DS_ACCELERATOR=cpu to train on the CPU of a machine with GPUs. Raises UserError if
     Slurm allocated GPUs that torch does not see, since nobody wants days of training on a CPU, and
-    PortInUse.
+    the errors of `meet`.
     """
     launch.export()
     cpu_requested = os.environ.get("DS_ACCELERATOR") == "cpu"
@@ -106,31 +101,18 @@ def start_processes(launch: Launch) -> torch.device:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // launch.local_world_size))
     if not dist.is_initialized():
-        _init_process_group(launch, "nccl" if use_gpu else "gloo")
+        _init_process_group(launch, "nccl" if use_gpu else "gloo", report)
     return device
 
 
-def _init_process_group(launch: Launch, backend: str) -> None:
-    """Connect the ranks. Raises PortInUse on rank 0, which listens on MASTER_PORT."""
-    options: dict[str, Any] = {"timeout": LONG}
+def _init_process_group(launch: Launch, backend: str, report: Callable[[str], None]) -> None:
+    """Connect the ranks; a world of one process needs no address."""
+    store: dist.Store = dist.HashStore()
     if launch.world_size > 1:
         launch.set_master_address()
-    elif "MASTER_ADDR" not in os.environ:
-        options["store"] = dist.HashStore()
-    network_error: dist.DistNetworkError | None = None
-    try:
-        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, **options)
-    except dist.DistNetworkError as error:
-        network_error = error
-    if network_error is None:
-        return
-    if "EADDRINUSE" not in str(network_error):
-        raise network_error
-    # Raised outside the handler: as a cause, torch's error would count as a lost connection.
-    raise PortInUse(
-        f"rank {launch.rank}: port {os.environ['MASTER_PORT']} on {os.environ['MASTER_ADDR']} is "
-        "already in use; choose another one with --master_port of deepspeed or torchrun, or with "
-        "MASTER_PORT"
+        store = meet(launch, report)
+    dist.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=LONG
     )
 
 

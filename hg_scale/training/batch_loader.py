@@ -21,7 +21,7 @@ from hg_scale.config.errors import ConfigError, Problem
 from hg_scale.config.schema import Config
 from hg_scale.data.blocks import make_readers
 from hg_scale.data.errors import DataError
-from hg_scale.data.sequence_schedule import DataSchedule, DataSource, DataState
+from hg_scale.data.sequence_schedule import DataSchedule, DataSource, parse_data_state
 from hg_scale.data.stream import NO_TOKEN, Batch, TrainingStream, batch_indices
 from hg_scale.parallel.mesh import Mesh
 from hg_scale.training.agreement import error_flag, raise_flagged, stop_all
@@ -64,7 +64,7 @@ class BatchLoader:
         self._length = config.model.sequence_length
         self._skip_errors = config.data.on_fault == "skip"
         self._max_skipped = config.data.max_skipped
-        resumed = DataState(**state) if state else None
+        resumed = parse_data_state(state) if state else None
         self.schedule = DataSchedule(
             sources,
             sequence_length=self._length,

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
 from hg_scale.formats import format_duration, format_number
+from hg_scale.standard_streams import lossy_stream
 from hg_scale.training.metrics import RECENT_LINES, seconds_left
 
 
@@ -206,7 +207,7 @@ def quiet_libraries(log: Path) -> Iterator[TextIO]:
         stream.reconfigure(line_buffering=True)
     faulthandler_enabled = faulthandler.is_enabled()
     faulthandler.enable(file=saved[1])
-    terminal = os.fdopen(os.dup(saved[0]), "w", buffering=1, encoding="utf-8", errors="replace")
+    terminal = lossy_stream(saved[0])  # a terminal that goes must not end the run
     failed = False
     try:
         yield terminal
@@ -233,5 +234,6 @@ def _flush() -> None:
     """Flush the buffers of Python and C for stdout and stderr, before the descriptors change."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            stream.flush()
+            with suppress(OSError):  # what cannot be written is lost
+                stream.flush()
     ctypes.CDLL(None).fflush(None)

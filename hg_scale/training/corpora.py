@@ -119,6 +119,6 @@ def _mixing_problems(source: DataSource, key: str, others: list[DataSource]) -> 
     if others and index.tokenizer != others[0].index.tokenizer:
         yield Problem(
             key,
-            f"its tokenizer is not that of {others[0].index.location}; prepare both with the same",
-            index.location,
+            f"its tokenizer is not that of {others[0].index.shown}; prepare both with the same",
+            index.shown,
         )

@@ -61,15 +61,21 @@ class StepResult:
 
 
 def make_engine(
-    config: Config, mesh: Mesh, layers: PlainLayers, device: torch.device, draw: bool = True
+    config: Config,
+    mesh: Mesh,
+    layers: PlainLayers,
+    device: torch.device,
+    draw: bool = True,
+    report: Callable[[str], None] | None = None,
 ) -> ModuleEngine | PipelineEngine:
     """Build the model of `config` under DeepSpeed, on this rank of the mesh.
 
     draw: draw the initial weights; else they must be loaded from a checkpoint.
+    report: told what a start waits for, in one line.
     """
     # Adopts the existing process group; a PipelineModule needs it before `initialize`.
     if device.type == "cpu":
-        load_extensions()
+        load_extensions(report)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     recompute = by_level(config.training.activation_checkpointing, config.model.parsed.level_count)
     seed = config.training.seed if draw else None

@@ -16,13 +16,35 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Required
+
+from pydantic import ConfigDict
+from typing_extensions import TypedDict  # that of typing lacks what pydantic needs before 3.12
+
+from hg_scale.bounded_read import Count, parse_record, require_regular
 
 MetricsRecord = dict[str, Any]
 StepPhase = Literal["data", "compute", "rest", "paused"]
 
 RECENT_LINES = 20  # logged steps from which the time left is estimated
 _GIB = 2**30
+
+
+class MetricsEntry(TypedDict, total=False):
+    """The keys of a line of metrics.jsonl that are read again; a line may have others."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)  # type: ignore[misc]
+
+    step: Required[Count]
+    time: float
+    loss: float | None
+    bits_per_byte: float | None
+    tokens_per_second: float | None
+    step_seconds: float | None
+    mfu: float | None
+    skipped_steps: Count
+    validation_loss: float | None
+    validation_bits_per_byte: float | None
 
 
 class MetricsLog:
@@ -73,6 +95,7 @@ class MetricsLog:
 
 def _drop_lines_after(path: Path, step: int) -> None:
     """Drop broken lines and those of steps after `step`, and replace the file atomically."""
+    require_regular(path)
     before = path.read_bytes()
     kept = b"".join(line + b"\n" for line in before.split(b"\n") if _is_up_to(line, step))
     if kept == before:
@@ -86,11 +109,8 @@ def _drop_lines_after(path: Path, step: int) -> None:
 
 
 def _is_up_to(line: bytes, step: int) -> bool:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(record, dict) and record.get("step", 0) <= step
+    record = parse_record(line)
+    return record is not None and record.get("step", 0) <= step
 
 
 def _jsonable(value: Any) -> Any:

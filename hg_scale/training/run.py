@@ -20,7 +20,7 @@ from hg_scale.config.schema import Config
 from hg_scale.data.errors import DataError
 from hg_scale.data.sequence_schedule import DataSource
 from hg_scale.errors import UserError
-from hg_scale.exit_codes import DONE, FAILED, REQUEUE
+from hg_scale.exit_codes import DONE, FAILED, INTERRUPTED, REQUEUE
 from hg_scale.model.costs import parameter_count
 from hg_scale.parallel.launch import Launch
 from hg_scale.parallel.mesh import make_mesh, start_processes
@@ -30,11 +30,11 @@ from hg_scale.training.console import Console, quiet_libraries
 from hg_scale.training.corpora import bytes_per_token, open_sources
 from hg_scale.training.device import peak_flops
 from hg_scale.training.failures import (
+    Interrupted,
     LostRank,
     OutOfMemory,
     as_user_error,
-    clear_end,
-    error_of_peer,
+    find_ends,
     report_failure,
     write_end,
 )
@@ -42,9 +42,10 @@ from hg_scale.training.interruption import Interruption, StopSignals, end_of_job
 from hg_scale.training.loop import Meter, Trainer
 from hg_scale.training.monitoring.events import BATCH_SENDS, EventSender
 from hg_scale.training.monitoring.monitor import Monitor, monitor_run
+from hg_scale.training.monitoring.run_end import write_run_end
 from hg_scale.training.profiling import StepProfiler
 from hg_scale.training.resume import ResumePoint, agree_on_resume_point
-from hg_scale.training.run_lock import RunFolderLocked, RunLock
+from hg_scale.training.run_lock import RunFolderLocked, RunLock, describe_living_run
 from hg_scale.training.run_log import RunLog
 from hg_scale.training.same_run import require_same_run
 from hg_scale.training.validation import Validator
@@ -53,13 +54,16 @@ if TYPE_CHECKING:
     from hg_scale.training.engine import Engine
     from hg_scale.training.state import TrainingProgress
 
+_NOT_SAVED = "interrupted; the next start resumes from the last checkpoint"
 
-@dataclass(frozen=True)
+
+@dataclass
 class Run:
     """What to train, and where.
 
-    stop_at, profile: the step to stop after, and the step to profile, if any.
-    began: when this start did, in seconds since 1970. events: what `logging.on_event` is told.
+    stop_at, profile: the step to stop after, and the step to profile, if any. began: when this
+    start did, in seconds since 1970. events: what `logging.on_event` is told. locked: whether this
+    run has the folder, and may change files that another run would read. ending: how it ends.
     """
 
     config: Config
@@ -71,6 +75,8 @@ class Run:
     profile: int | None
     began: float
     events: EventSender
+    locked: bool = False
+    ending: str = ""
 
     @property
     def checkpoints(self) -> Path:
@@ -105,7 +111,7 @@ def train(
     interrupted, agreed = False, True
     with ExitStack() as stack:
         try:
-            clear_end(folder, launch.rank)
+            earlier = find_ends(folder)
             log = folder / "logs" / f"rank-{launch.rank}.log"
             terminal = stack.enter_context(quiet_libraries(log))
         except OSError as error:
@@ -117,43 +123,70 @@ def train(
             config.logging.on_event, folder, config.training.steps, console.warn, terminal.fileno()
         )
         run = Run(config, folder, launch, console, interruption, stop_at, profile, began, events)
+        _announce_interrupts(run)
         try:
             with console:
                 interrupted = _train_connected(run)
         except KeyboardInterrupt:
-            failure = UserError("interrupted; the next start resumes from the last checkpoint")
+            failure = Interrupted(_NOT_SAVED)
             agreed = False
         except Exception as error:
             failure = as_user_error(error, launch, interruption)
             agreed = not isinstance(failure, LostRank | OutOfMemory)
             if failure is None:  # a bug
-                write_end(folder, launch.rank, FAILED, f"{type(error).__name__}: {error}")
-                _send_end(run, FAILED, f"{type(error).__name__}: {error}")
+                reason = f"{type(error).__name__}: {error}"
+                _record_rank_end(run, FAILED, reason)
+                _record_run_end(run, FAILED, reason)
                 raise
             if failure is not error:
                 traceback.print_exc()  # into the rank's log
-        # `RunFolderLocked`: the end files in the folder are those of the run that has locked it.
         if failure and not isinstance(failure, LostRank | StoppedByPeer | RunFolderLocked):
-            write_end(folder, launch.rank, failure.exit_code, str(failure))
+            _record_rank_end(run, failure.exit_code, str(failure))
         if dist.is_initialized() and agreed:
             dist.destroy_process_group()
-    if failure is None:
-        code, reason = REQUEUE if interrupted else DONE, ""
-    else:
-        code, reason = report_failure(failure, folder, launch), str(failure)
-        if isinstance(failure, StoppedByPeer) and (
-            peer := error_of_peer(folder, launch.rank, launch.world_size, timeout=0)
-        ):
-            reason = f"rank {peer.rank}: {peer.line}"
-    if not isinstance(failure, RunFolderLocked):  # that run has not ended
-        _send_end(run, code, reason)
+    code, line = REQUEUE if interrupted else DONE, run.ending
+    if failure:
+        _, code, line = report_failure(failure, folder, launch, earlier)
+    _record_run_end(run, code, line)
     return code
 
 
-def _send_end(run: Run, code: int, reason: str) -> None:
-    """Send the end of this start, unless the batch script does, which knows what follows."""
-    if run.launch.rank == 0 and BATCH_SENDS not in os.environ:
-        run.events.send_end(code, reason, run.interruption.step)
+def _record_rank_end(run: Run, code: int, line: str) -> None:
+    """Record that this rank ends by an error of its own, unless another run has the folder."""
+    if run.locked or not describe_living_run(run.folder):
+        write_end(run.folder, run.launch.rank, code, line)
+
+
+def _record_run_end(run: Run, code: int, line: str) -> None:
+    """Record on rank 0 how the run ends, once it had the folder, and send the event.
+
+    The batch script sends it instead where there is one, since it knows what follows.
+    """
+    if run.launch.rank != 0:
+        return
+    if run.locked:
+        write_run_end(run.folder, code, line.partition("\n")[0])
+    if BATCH_SENDS not in os.environ and (run.locked or not describe_living_run(run.folder)):
+        run.events.send_end(code, line, run.interruption.step)
+
+
+def _announce_interrupts(run: Run) -> None:
+    """Print what Ctrl-C does, on rank 0; the second one ends this process."""
+    signals, rank = run.interruption.signals, run.launch.rank
+
+    def say(line: str) -> None:
+        if rank == 0:  # Ctrl-C reaches the ranks of this terminal all at once
+            run.console.print_unlocked(line)
+
+    def end_now() -> None:
+        if run.locked:
+            _record_rank_end(run, INTERRUPTED, _NOT_SAVED)
+            _record_run_end(run, INTERRUPTED, _NOT_SAVED)
+        say(_NOT_SAVED)
+        os._exit(INTERRUPTED)
+
+    signals.on_interrupt = lambda: say("Ctrl-C: saving after this step; again: end at once")
+    signals.end_now = end_now
 
 
 def _train_connected(run: Run) -> bool:
@@ -165,18 +198,20 @@ def _train_connected(run: Run) -> bool:
     folder, launch = run.folder, run.launch
 
     def leave(signal_name: str) -> None:
+        again = "" if signal_name == "signal INT" else "; to be started again"
         run.console.print_unlocked(
             f"rank {launch.rank}: {signal_name} while waiting for the other processes, before the "
-            "first step; to be started again"
+            f"first step{again}"
         )
-        os._exit(REQUEUE)
+        os._exit(REQUEUE if again else INTERRUPTED)
 
     with run.interruption.signals.end_wait_on_signal(leave):
-        device = start_processes(launch)
+        device = start_processes(launch, run.console.warn)
     options = {"stop_at": run.stop_at, "profile": run.profile}
     require_same_run(run.config, folder, options)
     lock = run_on_all_ranks(lambda: RunLock(folder) if launch.rank == 0 else None, device)
     monitoring = monitor_run(run.config, folder, launch, run.console, device, run.events)
+    run.locked = True
     with lock or nullcontext(), monitoring as monitor:
         resume = agree_on_resume_point(run.config, run.checkpoints, run.console, device)
         sources = run_on_all_ranks(lambda: open_sources(run.config), device)
@@ -185,21 +220,23 @@ def _train_connected(run: Run) -> bool:
         progress = restore(run, engine, resume)
         if progress.step >= run.last_step:
             reached = f"step {progress.step} of {run.last_step} is reached"
-            run.console.print(f"nothing to do: {reached}")
+            more = "raise training.steps" if run.stop_at is None else "raise --stop-at"
+            profile = "" if run.profile is None else " to profile a step"
+            run.console.print(f"nothing to do: {reached}; {more} or choose another --run{profile}")
+            run.ending = reached
             return False
         return fit(run, engine, progress, sources, monitor, lock, resume.corrupt)
 
 
 def build(run: Run, device: torch.device, draw_weights: bool) -> Engine:
     """Build the engine of this rank; without `draw_weights` its weights are uninitialised."""
-    from hg_scale.parallel.extensions import is_compiled  # imports DeepSpeed
-    from hg_scale.training.engine import make_engine
+    from hg_scale.training.engine import make_engine  # imports DeepSpeed
 
-    config, console = run.config, run.console
+    config, launch, console = run.config, run.launch, run.console
     mesh, layers = make_mesh(config.parallel)
-    if device.type == "cpu" and not is_compiled():
-        console.print("compiling DeepSpeed's collectives for CPUs, once: about a minute")
-    engine = make_engine(config, mesh, layers, device, draw=draw_weights)
+    # Rank 0 reports for its node, and so do the first ranks of the others.
+    report = console.warn if launch.rank and launch.local_rank == 0 else console.print
+    engine = make_engine(config, mesh, layers, device, draw_weights, report)
     _describe(run, engine)
     return engine
 
@@ -234,9 +271,11 @@ def fit(
         interrupted = trainer.fit(last_step)
     if interrupted:
         state = f"saved at step {progress.step}" if progress.step else "before the first step"
-        console.print(f"{interrupted}: {state}, to be started again")
+        run.ending = f"{interrupted}: {state}"
+        console.print(f"{run.ending}, to be started again")
         return True
-    console.print(f"step {progress.step} of {run.config.training.steps} saved in {run.checkpoints}")
+    run.ending = f"step {progress.step} of {run.config.training.steps} saved"
+    console.print(f"{run.ending} in {run.checkpoints}")
     return False
 
 

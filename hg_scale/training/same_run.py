@@ -19,6 +19,7 @@ import hg_scale
 from hg_scale.config.schema import Config
 from hg_scale.errors import UserError
 from hg_scale.exit_codes import CONFIG_ERROR
+from hg_scale.parallel.rendezvous import name_ranks
 from hg_scale.training.agreement import stop_all
 
 _NAMED = 4  # differences named in the message; the others are counted
@@ -88,17 +89,10 @@ def describe_differences(by_rank: list[dict[str, str]]) -> str:
         for rank, identity in enumerate(by_rank):
             ranks.setdefault(identity.get(key, "not set"), []).append(rank)
         if len(ranks) > 1:
-            values = [f"{value} on {_name_ranks(found)}" for value, found in ranks.items()]
+            values = [f"{value} on {name_ranks(found)}" for value, found in ranks.items()]
             lines.append(f"{key} is {' and '.join(values[:2])}")
     more = len(lines) - _NAMED
     return "; ".join(lines[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
-
-
-def _name_ranks(ranks: list[int]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    named = ", ".join(map(str, ranks[:_NAMED]))
-    return f"ranks {named}" + (f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else "")
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

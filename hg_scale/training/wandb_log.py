@@ -1,33 +1,39 @@
 """Logging to Weights & Biases that can neither stop nor slow a run.
 
-Training puts records into a queue; a thread starts wandb and logs them. An error in wandb is one
-warning and ends the thread. `metrics.jsonl` has the same records.
+wandb runs in a process of its own, `wandb_process.py`. A thread passes it the records that training
+queues. Whatever goes wrong there, from the import of wandb to its last upload, is one warning.
+`metrics.jsonl` has the same records.
 """
 
 from __future__ import annotations
 
-import netrc
+import json
 import os
 import secrets
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from queue import Empty, SimpleQueue
+from tempfile import TemporaryDirectory
+from typing import Any
 
-Mode = Literal["online", "offline", "disabled"]
+import hg_scale
 
 INIT_TIMEOUT = 30.0  # seconds to reach the server
 FINISH_TIMEOUT = 30.0  # seconds to finish uploads at the end of a run; the rest stays on disk
 _MARGIN = 5.0  # seconds that we wait longer than wandb's own timeout
+_POLL = 1.0  # seconds until a process that has ended is noticed
+_FALSE = ("", "0", "false", "no", "off")  # of WANDB_DISABLED
 
 
 class WandbLog:
     """Logs records to wandb; use it on one rank.
 
-    mode: `auto` is WANDB_MODE, or if that is not set `online` with an API key and `offline` without
-    (`wandb sync RUN/wandb/offline-*` uploads later).
+    mode: `online`, `offline`, `disabled`, or `auto`, see `choose_mode`. `wandb sync
+    RUN/wandb/offline-*` uploads offline runs later.
     warn: called at most once, with one line.
 
     All starts of a run folder are one wandb run, whose id is in `RUN/wandb_id`.
@@ -39,20 +45,27 @@ class WandbLog:
         project: str,
         name: str | None = None,
         config: Mapping[str, Any] | None = None,
-        mode: Mode | Literal["auto"] = "auto",
+        mode: str = "auto",
         *,
         warn: Callable[[str], None] = print,
         init_timeout: float = INIT_TIMEOUT,
         finish_timeout: float = FINISH_TIMEOUT,
     ) -> None:
-        self.run_dir, self.project, self.name = run_dir, project, name or run_dir.resolve().name
-        self.mode: Mode = choose_mode() if mode == "auto" else mode
-        self.init_timeout, self.finish_timeout = init_timeout, finish_timeout
-        self._config, self._warn = dict(config or {}), warn
+        self._options = {
+            "run_dir": str(run_dir),
+            "project": project,
+            "name": name or run_dir.resolve().name,
+            "config": dict(config or {}),
+            "mode": mode,
+            "init_timeout": init_timeout,
+            "finish_timeout": finish_timeout,
+            "margin": _MARGIN,
+        }
+        self._finish_timeout, self._warn = finish_timeout, warn
         self._warned = False
-        self._queue: SimpleQueue[dict[str, Any] | int] = SimpleQueue()  # records, then an exit code
+        self._queue: SimpleQueue[dict[str, Any]] = SimpleQueue()  # records, then an exit code
         self._thread = threading.Thread(target=self._run, name="wandb", daemon=True)
-        if self.mode != "disabled":
+        if mode != "disabled":
             self._thread.start()
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -67,40 +80,41 @@ class WandbLog:
         """Finish the wandb run; wait for uploads, little more than `finish_timeout` seconds."""
         if not self._thread.is_alive():
             return
-        self._queue.put(exit_code)
-        self._thread.join(self.finish_timeout + _MARGIN)
+        self._queue.put({"exit_code": exit_code})
+        self._thread.join(self._finish_timeout + 2 * _MARGIN)
         if self._thread.is_alive():
             self._warn_once("did not finish in time; metrics.jsonl has all records")
 
     def _run(self) -> None:
-        """The thread: start wandb, log the queued records, finish."""
+        """The thread: start the process, pass it the queued records, report its warning."""
         try:
-            run = self._start()
-            while isinstance(item := self._queue.get(), dict):
-                run.log(item, step=item.get("step"))
-            run.finish(exit_code=item)
-        except (Exception, SystemExit) as error:
-            message = " ".join(str(error).split()) or type(error).__name__
-            self._warn_once(f"disabled: {message}")
+            with TemporaryDirectory(prefix="hg_scale-wandb-", ignore_cleanup_errors=True) as folder:
+                process = _start_process(folder)
+                with suppress(BrokenPipeError):  # it has ended, and says why
+                    self._feed(process)
+                message, _ = process.communicate()
+        except Exception as error:
+            self._warn_once(f"disabled: {one_line(error)}")
+            return
+        if message.strip():
+            self._warn_once(message.strip())
+        elif process.returncode:
+            self._warn_once(f"disabled: its process ended with exit code {process.returncode}")
 
-    def _start(self) -> Any:
-        import wandb
-
-        return wandb.init(
-            project=self.project,
-            name=self.name,
-            id=run_id(self.run_dir),
-            resume="allow",
-            dir=str(self.run_dir),
-            config=self._config,
-            mode=self.mode,
-            settings=wandb.Settings(
-                init_timeout=self.init_timeout,
-                finish_timeout=self.finish_timeout,
-                console="off",  # wandb would wrap stdout and stderr
-                silent=True,
-            ),
-        )
+    def _feed(self, process: subprocess.Popen[str]) -> None:
+        item = self._options
+        while True:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(item, default=str) + "\n")
+            process.stdin.flush()
+            if "exit_code" in item:
+                return
+            while process.poll() is None:
+                with suppress(Empty):
+                    item = self._queue.get(timeout=_POLL)
+                    break
+            else:
+                return
 
     def _warn_once(self, message: str) -> None:
         if not self._warned:
@@ -108,24 +122,52 @@ class WandbLog:
             self._warn(f"wandb {message}")
 
 
-def choose_mode() -> Mode:
-    """Return WANDB_MODE if it is set, else online if there is an API key, else offline."""
-    mode = os.environ.get("WANDB_MODE")
-    if mode in ("online", "offline", "disabled"):
-        return mode  # type: ignore[return-value]
-    return "online" if _has_api_key() else "offline"
+def _start_process(folder: str) -> subprocess.Popen[str]:
+    """Start wandb's process, with its temporary files in `folder`, which it deletes if this one
+    ends first. Its stderr is this one's, the rank's log file.
+    """
+    root = str(Path(hg_scale.__file__).parents[1])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    changes = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1", "TMPDIR": folder}
+    return subprocess.Popen(
+        [sys.executable, "-m", "hg_scale.training.wandb_process"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | changes,
+        start_new_session=True,  # a signal to the run's process group is not for wandb
+    )
 
 
-def _has_api_key() -> bool:
-    """Whether the environment or the netrc file (of `wandb login`) has a key for the server."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return netrc.netrc(str(file)).authenticators(host or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+def one_line(error: BaseException) -> str:
+    """Return an error's message in one line, or its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def choose_mode() -> str:
+    """Return wandb's mode: the one that the user has set, else online with an API key for the
+    server, else offline.
+
+    wandb itself reads its environment variables, settings files and netrc. Two spellings that it
+    does not take are changed for it: WANDB_MODE in capitals, and WANDB_DISABLED, which wandb took
+    in the past and transformers still does. Raises any error of wandb.
+    """
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() not in _FALSE:
+        return "disabled"
+    if mode := os.environ.pop("WANDB_MODE", "").strip().lower():
+        os.environ["WANDB_MODE"] = mode
+    from wandb.sdk import wandb_setup
+
+    settings = wandb_setup.singleton().settings
+    if settings.mode != "online" or "mode" in settings.model_fields_set:
+        return "offline" if settings.mode == "dryrun" else settings.mode
+    from wandb.sdk.lib import wbauth
+
+    key = wbauth.authenticate_session(
+        host=settings.base_url, source="hg_scale", prompt=False, update_session=False
+    )
+    return "online" if key else "offline"
 
 
 def run_id(run_dir: Path) -> str:

@@ -120,3 +120,17 @@ def test_coverage_problems_finds_missing_and_duplicate_elements(data: st.DataObj
 def test_json_round_trip() -> None:
     fragment = Fragment(Slice("w", (4, 6), 1, 1, 2), 3, 5)
     assert Fragment.from_json(fragment.to_json()) == fragment
+
+
+@pytest.mark.timeout(10)
+def test_slices_of_a_huge_count_are_reported_at_once() -> None:
+    piece = Slice("a", (1 << 40,), 0, 0, 1 << 40)
+    (problem,) = coverage_problems([Fragment(piece, 0, 1)])
+    assert "a: slice 1 of 1099511627776, of 1 elements, is covered by []" in problem
+
+
+def test_elements_beyond_a_slice_are_refused() -> None:
+    entry = Fragment(Slice("a", (4,)), 2, 2).to_json()
+    assert Fragment.from_json(entry).end == 4
+    with pytest.raises(ValueError, match="a: no elements 2 to 5 in a slice of 4"):
+        Fragment.from_json({**entry, "length": 3})

@@ -19,7 +19,7 @@ from hg_scale.checkpoint.retention import RetentionPolicy
 from hg_scale.checkpoint.save import write_checkpoint
 from tests.convert.verified import verify
 from tests.forks import KILLED, Forks, die_at
-from tests.manifests import META
+from tests.manifests import meta
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def write(folder: Path, step: int, victim: int = -1, moment: int = 0) -> None:
         die_at(moment, str(folder))
     try:
         policy = RetentionPolicy(last=2)
-        write_checkpoint(folder, step, lambda: stage([state]), META, retention=policy)
+        write_checkpoint(folder, step, lambda: stage([state]), meta(step), retention=policy)
     except (CheckpointError, RuntimeError):
         raise SystemExit(3) from None  # the other rank is gone
 

@@ -14,7 +14,7 @@ from hg_scale.checkpoint.rank_file import stage, write_rank_file
 from hg_scale.checkpoint.retention import RetentionPolicy, prune, remove_leftovers, steps_to_remove
 from hg_scale.checkpoint.save import _write_manifest
 from tests.checkpoint.test_rank_file import states
-from tests.manifests import META
+from tests.manifests import meta
 
 STEPS = st.sets(st.integers(1, 60))
 
@@ -40,7 +40,7 @@ def checkpoint(folder: Path, step: int) -> Path:
     path = folder / folder_name(step)
     path.mkdir(parents=True)
     entry = write_rank_file(path / "rank-00000.safetensors", stage(states(3)))
-    _write_manifest(path, step, [entry], META)
+    _write_manifest(path, step, [entry], meta(step))
     assert verify_sizes(path) is None
     return path
 
@@ -48,7 +48,7 @@ def checkpoint(folder: Path, step: int) -> Path:
 def test_parameter_that_no_rank_wrote_is_named(tmp_path: Path) -> None:
     entry = write_rank_file(tmp_path / "rank-00000.safetensors", stage(states(3)))
     with pytest.raises(ValueError, match="p1: no rank wrote it"):
-        _write_manifest(tmp_path, 1, [entry], META, ["p0", "p1"])
+        _write_manifest(tmp_path, 1, [entry], meta(1), ["p0", "p1"])
     assert not (tmp_path / "manifest.json").exists()
 
 

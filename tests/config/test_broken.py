@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hg_scale.config import ConfigError, load_config, parse_config
+from hg_scale.config.read import parse_value
 
 # (dotted key at the start of the message, what the message contains, the invalid tree)
 INVALID: list[tuple[str, str, dict[str, Any]]] = [
@@ -319,6 +322,12 @@ def test_invalid_override_causes_no_second_error(tmp_path: Path) -> None:
         ('model={"heads": 2, "heads": 4}', "model.heads: appears twice"),
         ("\udcff=1", r'--set: NUL or a lone surrogate in "\\udcff=1"'),
         ("notes=\udcff", r'--set: NUL or a lone surrogate in "notes=\\udcff"'),
+        (
+            "optimizer.learning_rate=None",
+            "= null: expected a valid number; this key cannot",
+        ),
+        ("model.hierarchy=none", "= null: expected a valid string; this key cannot be null"),
+        ("logging.wandb_name=7", "expected a valid string; in quotes it is a text: '\"7\"'"),
         (r'notes="\ud800"', r'notes: NUL or a lone surrogate in "\\ud800"'),
     ],
 )
@@ -327,6 +336,37 @@ def test_overrides_that_cannot_be_applied(tmp_path: Path, override: str, expecte
     path.write_text('{"model": {"heads": 2}}')
     with pytest.raises(ConfigError, match=expected):
         load_config(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *((word, None) for word in ("null", "Null", "NULL", "none", "None", "NONE", "~")),
+        *((word, True) for word in ("true", "True", "TRUE")),
+        *((word, False) for word in ("false", "False", "FALSE")),
+        *((f"{quote}None{quote}", "None") for quote in "'\""),
+        *((text, text) for text in ("it's", "'", "nonesuch", "yes", "")),
+        ("''", ""),
+        ("1e-4", 1e-4),
+        ('{"a": [null]}', {"a": [None]}),
+    ],
+)
+def test_values_of_overrides(text: str, value: object) -> None:
+    found = parse_value(text)
+    assert found == value and type(found) is type(value)
+
+
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",))))
+def test_a_quoted_override_is_that_text(text: str) -> None:
+    assert parse_value(json.dumps(text)) == parse_value(f"'{text}'") == text
+
+
+def test_null_is_written_in_several_ways(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"logging": {"wandb_project": "p"}}')
+    for text, project in (("None", None), ("~", None), ("'none'", "none"), ('"None"', "None")):
+        config = load_config(path, [f"logging.wandb_project={text}"])
+        assert config.logging.wandb_project == project
 
 
 def test_extends_merges_files(tmp_path: Path) -> None:

@@ -183,3 +183,19 @@ def test_planted_pickle_is_executed_by_an_unrestricted_load(tmp_path: Path) -> N
     torch.save({"a": Hostile(tmp_path / "mark")}, tmp_path / "file.bin")
     torch.load(tmp_path / "file.bin", weights_only=False)
     assert (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(("kind", "value"), [("fp32", float("nan")), ("exp_avg_sq", -1.0)])
+def test_weights_that_training_never_produces_are_refused_unless_asked_for(
+    trained: Get, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, value: float
+) -> None:
+    source, out = tmp_path / "universal", tmp_path / "out"
+    assert main(["convert", "to-deepspeed", str(trained("plain").path), str(source)]) == 0
+    (file,) = source.glob(f"*/zero/head.linear.bias/{kind}.pt")
+    torch.save({"param": torch.full_like(torch.load(file)["param"], value)}, file)
+    command = ["convert", "from-deepspeed", str(source), str(out)]
+    assert main(command) == 2
+    assert f"{kind} of head.linear.bias: " in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*command, "--allow-non-finite"]) == 0
+    assert main(["convert", "verify", str(out)]) == 1  # it is written, and still reported

@@ -82,7 +82,7 @@ def test_refused_and_stalled_requests_raise_one_line(index):
     refuses = serve(index.location, lambda name, number: "refuse")
     with refuses as (url, _), pytest.raises(DataError) as caught:
         read_index(url)
-    reason = "cannot be read (curl ended with exit code 22); expected the index.json"
+    reason = "cannot be read (HTTP status 404 Not Found: check the URL); expected the index.json"
     assert str(caught.value).startswith(f"{url}/index.json: {reason}")
     stalls = serve(index.location, lambda name, number: "stall")
     with stalls as (url, _), pytest.raises(DataError) as caught:
@@ -105,7 +105,7 @@ def test_locate_joins_location_and_file():
 
 @given(st.lists(st.integers(0, 2**31), unique=True).map(sorted))
 def test_offsets_survive_packing(offsets):
-    assert unpack_offsets(pack_offsets(offsets)).tolist() == offsets
+    assert unpack_offsets(pack_offsets(offsets), len(offsets)).tolist() == offsets
 
 
 def test_packed_offsets_are_compact():

@@ -276,7 +276,11 @@ def test_failed_requests_are_retried(index, error):
     with serve(index.location, fails) as (url, requests):
         remote = read_index(url)
         reader = open_shard(remote, shard, RetryPolicy(retries=1))
-        message = r"exit code 22\)" if error == "refuse" else "tried 2 times"
+        message = (
+            r"\(HTTP status 404 Not Found: check the URL\)"
+            if error == "refuse"
+            else "tried 2 times"
+        )
         with pytest.raises(DataError, match=message):
             reader.read(0, SHARD)
         reader = open_shard(remote, shard, RetryPolicy(retries=3))

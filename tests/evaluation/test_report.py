@@ -375,7 +375,7 @@ def test_mean_over_sources_has_no_compressors(
 
 
 def test_run_on_images_has_baselines(report: Callable[..., Page], tmp_path: Path) -> None:
-    images = np.random.default_rng(1).integers(0, 4, (60, 4, 4), np.uint8)
+    images = np.random.default_rng(1).integers(0, 4, (60, 8, 2), np.uint8)
     source, shards = tmp_path / "images.npy", tmp_path / "shards"
     np.save(source, images)
     pictures = ImageCorpus((source,), fractions=(0.5, 0.5, 0.0))

@@ -90,6 +90,22 @@ def test_losses_equal_those_of_a_plain_loop(model: Hourglass, stride: int) -> No
     assert found.position_nats.sum() == pytest.approx(sum(nats), rel=1e-6)
 
 
+@pytest.mark.parametrize("stride", [64, 24])
+def test_separate_windows_begin_with_the_start_token(model: Hourglass, stride: int) -> None:
+    """As in the authors' code, which shifts the ids of every window by one and fills in a 0."""
+    protocol, nats = SlidingWindows(64, stride), 0.0
+    for number in range(protocol.count(700)):
+        start, stop, first_scored = protocol.window(number, 700)
+        ids = torch.tensor([0, *TEXT[start:stop]])
+        with torch.no_grad():
+            logits = model(ids[None, :-1])[0].double()
+        losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        nats += float(losses[first_scored - start :].sum())
+    found = score(model, protocol, separate=True)
+    assert found.nats == pytest.approx(nats, rel=1e-6)
+    assert abs(found.nats - score(model, protocol).nats) > 1e-3
+
+
 def test_window_longer_than_the_text_changes_nothing(model: Hourglass) -> None:
     """Nor does it cost memory or time."""
     found, expected = (

@@ -147,6 +147,28 @@ def test_file_scores_like_shards_of_its_text(run: Path, tmp_path: Path) -> None:
     )
 
 
+def test_first_token_zero_gives_no_window_the_token_before_it(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Windows of one token then know nothing of the text: one loss per byte value."""
+    text = b"aababb" * 5
+    (tmp_path / "text").write_bytes(text)
+    common = (str(run), "--data", str(tmp_path / "text"), "--context", "1")
+    zero = evaluate(tmp_path, *common, "--first-token", "zero")
+    assert ", each after token id 0" in capsys.readouterr().out
+    single = {}
+    for letter in b"ab":
+        (tmp_path / "letter").write_bytes(bytes([letter]))
+        options = ("--data", str(tmp_path / "letter"), "--first-token", "zero")
+        single[letter] = evaluate(tmp_path, str(run), *options)["nats_per_token"]
+    expected = sum(single[letter] for letter in text) / len(text)
+    assert zero["nats_per_token"] == pytest.approx(expected, rel=1e-6)
+    assert single[ord("a")] != single[ord("b")]
+    previous = evaluate(tmp_path, *common)
+    assert previous["nats_per_token"] != pytest.approx(expected, rel=1e-4)
+    assert (zero["first_token"], previous["first_token"]) == ("zero", "previous")
+
+
 def test_export_scores_a_file_without_its_data(run: Path, tmp_path: Path) -> None:
     file = tmp_path / "text"
     file.write_bytes(b"the quick brown fox " * 20)

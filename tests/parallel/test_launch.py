@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -20,6 +22,7 @@ from hg_scale.parallel.launch import (
     expand_counts,
     first_host,
     in_slurm_step,
+    port_of_step,
 )
 from tests.shared import ROOT
 
@@ -161,11 +164,37 @@ def test_master_address_under_plain_srun_is_the_first_node(monkeypatch: pytest.M
         monkeypatch.setenv(name, value)
     launch = Launch.from_environment()
     launch.set_master_address()
-    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu007", "10007")
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu007", "10448")
     assert launch.local_world_size == 8
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
-    launch.set_master_address()
-    assert os.environ["MASTER_ADDR"] == "10.0.0.1"
+    monkeypatch.delenv("MASTER_PORT")
+    launch.set_master_address()  # the one that is set is kept
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.1", "10448")
+
+
+def step_port(job: int, step: int, restarts: int) -> int:
+    """Return the port of a step of a job."""
+    values = {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step, "SLURM_RESTART_COUNT": restarts}
+    return port_of_step({name: str(value) for name, value in values.items()})
+
+
+@given(st.integers(1, 2**40))
+def test_neighbouring_jobs_steps_and_restarts_have_different_ports(first: int) -> None:
+    near = itertools.product((0, 1, 2, 311), range(8), range(8))  # also elements of an array
+    ports = [step_port(first + job, step, restarts) for job, step, restarts in near]
+    assert len(set(ports)) == len(ports) and all(10_000 <= port < 29_997 for port in ports)
+
+
+def test_the_job_script_has_the_port_of_step_0() -> None:
+    script = (ROOT / "slurm" / "common.sh").read_text()
+    [line] = [line for line in script.splitlines() if line.startswith("export MASTER_PORT=")]
+    for job, restarts in ((7, None), (4242, 0), (4242, 3), (2**31, 1)):
+        environment = {"SLURM_JOB_ID": str(job)}
+        if restarts is not None:
+            environment["SLURM_RESTART_COUNT"] = str(restarts)
+        command = ["bash", "-uc", f'{line}; echo "$MASTER_PORT"']
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert int(done.stdout) == port_of_step(environment), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hg_scale.errors import UserError
-from hg_scale.exit_codes import LOST
 from hg_scale.parallel.launch import Launch
 from hg_scale.parallel.mesh import Mesh, compare_group, start_processes
-from tests.runs import train
 
 sizes = st.integers(1, 4)
 
@@ -88,22 +84,3 @@ def test_allocated_gpus_that_torch_does_not_see_are_refused(
     monkeypatch.delenv("DS_ACCELERATOR")
     with pytest.raises(UserError, match="rank 0: Slurm allocated 8 GPUs on this node, but torch"):
         start_processes(Launch())
-
-
-def test_a_port_in_use_is_reported_with_the_options_that_change_it(
-    config: Path, tmp_path: Path
-) -> None:
-    """Really occupied: rank 0 of two cannot listen on it."""
-    with socket.socket() as other:
-        other.bind(("", 0))
-        other.listen()
-        port = str(other.getsockname()[1])
-        world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        arguments = ("--config", str(config), "--run", str(tmp_path / "run"))
-        done = train(*arguments, environment=world | address)
-    assert done.returncode == LOST
-    assert done.stderr == (
-        f"rank 0: port {port} on 127.0.0.1 is already in use; choose another one with "
-        "--master_port of deepspeed or torchrun, or with MASTER_PORT\n"
-    )

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from hg_scale.exit_codes import CONFIG_ERROR, FAILED, GAVE_UP, LOST, REQUEUE
-from hg_scale.parallel.launch import Launch
+from hg_scale.parallel.launch import Launch, port_of_step
+from hg_scale.training.monitoring.status import read_status
 from tests.shared import ROOT
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import launcher, log_of
@@ -27,7 +28,11 @@ Start = Callable[..., int]
 
 # Passes the check; then ends as the file $ENDS lists, one word per start.
 RANK = """#!/bin/bash
-for word in "$@"; do [[ $word == --check ]] && exit 0; done
+for word in "$@"; do
+  [[ $word == --check ]] || continue
+  [[ $(<"$ENDS") != refused ]] || { echo "refused: taken"; exit 1; }
+  exit 0
+done
 echo "rank $SLURM_PROCID start ${SLURM_RESTART_COUNT:-0} runs $1 $(cksum <"$1")"
 env >"$ENDS.env-$SLURM_PROCID"
 [[ $SLURM_PROCID != 0 ]] || echo "# edited" >>"$REPOSITORY/hg_scale/train.py"
@@ -102,6 +107,20 @@ def test_errors_that_a_restart_cannot_fix_are_not_requeued(
     assert not (elsewhere / "run" / "finished").exists()
 
 
+def test_a_refused_job_leaves_the_files_of_the_living_run(
+    cluster: Cluster, start: Start, elsewhere: Path
+) -> None:
+    run = elsewhere / "run"
+    (run / "ranks").mkdir(parents=True)
+    kept = {"restarts": "step-00000004 2", "ranks/rank-00001.end": "{}", "jobs.jsonl": "{}\n"}
+    for name, text in kept.items():
+        (run / name).write_text(text)
+    state = cluster.wait(start("refused"))
+    assert (state["JobState"], state["ExitCode"]) == ("FAILED", "1:0"), log_of(elsewhere)
+    assert "refused: taken" in log_of(elsewhere)
+    assert {name: (run / name).read_text() for name in kept} == kept
+
+
 def test_saved_and_lost_jobs_restart_with_the_code_of_their_first_start(
     cluster: Cluster,
     start: Start,
@@ -131,10 +150,11 @@ def test_environment_of_a_rank(
     """Rendezvous, node-local caches, the CPUs of the batch script, no Slurm on the PATH."""
     job = start(0)
     assert cluster.wait(job)["JobState"] == "COMPLETED", log_of(elsewhere)
+    port = str(port_of_step({"SLURM_JOB_ID": str(job)}))
     for rank in range(2):
         lines = (tmp_path / f"ends.env-{rank}").read_text().splitlines()
         found = dict(line.split("=", 1) for line in lines if "=" in line)
-        assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("127.0.0.1", str(10000 + job))
+        assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("127.0.0.1", port)
         assert (found["SLURM_PROCID"], found["SLURM_STEP_NUM_TASKS"]) == (str(rank), "2")
         assert found["SLURM_CPUS_PER_TASK"] == found["SRUN_CPUS_PER_TASK"] == "8"
         assert found["SLURM_GPUS_ON_NODE"] == "8"
@@ -230,6 +250,9 @@ def test_a_cancelled_job_stays_cancelled(
     cluster.command("scancel", str(job))
     state = cluster.wait(job, 60)
     assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0"), log_of(elsewhere)
+    last = json.loads((elsewhere / "run" / "jobs.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["requeued"], last["state"]) == ("end", False, "CANCELLED")
+    assert read_status(elsewhere / "run").lines["state"] == f"not running: job {job} was cancelled"
 
 
 def test_a_job_that_lost_a_node_restarts_on_others(
@@ -248,5 +271,7 @@ def test_a_job_that_lost_a_node_restarts_on_others(
         state = cluster.wait(job, 120)
         assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), log_of(elsewhere)
         assert lost not in cluster.command("scontrol", "show", "hostnames", state["NodeList"])
+        lines = (elsewhere / "run" / "jobs.jsonl").read_text().splitlines()
+        assert json.loads(lines[1])["requeued"] is True  # by Slurm or by the script
     finally:
         cluster.start_node(lost)

@@ -24,7 +24,7 @@ from hg_scale.training.check import (
     checkpoints_to_come,
 )
 from hg_scale.training.resume import changed_keys
-from tests.manifests import META
+from tests.manifests import meta
 from tests.runs import TINY, train
 from tests.shared import ROOT
 
@@ -44,7 +44,7 @@ def save(folder: Path, step: int, size: int = 100) -> Path:
     (checkpoint / "rank-00000.safetensors").write_bytes(b"x" * size)
     name, checksum = "rank-00000.safetensors", f"xxh3_128:{0:032}"
     files = [{"name": name, "bytes": size, "checksum": checksum, "fragments": []}]
-    metadata = {**META, "config": {"model": TINY["model"]}}
+    metadata = {**meta(step), "config": {"model": TINY["model"]}}
     manifest = {"format_version": CHECKPOINT_VERSION, "step": step, **metadata, "files": files}
     (checkpoint / "manifest.json").write_text(json.dumps(seal(manifest)))
     return checkpoint

@@ -6,10 +6,8 @@ import gzip
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -82,34 +80,52 @@ def test_a_step_is_profiled_on_every_rank(start: Start, tmp_path: Path) -> None:
     assert done.code == 0 and "no profile: step 3 is not among 5 to 6" in done.output
 
 
-def broken_wandb(call: str) -> Any:
-    """A wandb module of which "init", "log" or "finish" raises; None to fail on "import"."""
+BROKEN_WANDB = """
+import os
+from types import SimpleNamespace
 
-    def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError(f"cannot {call}")
+def fails_at(call):
+    def method(*_, **__):
+        if os.environ["BROKEN"] == call:
+            raise RuntimeError(f"cannot {call}")
+    return method
 
-    def method(name: str) -> Callable[..., Any]:
-        return fail if name == call else lambda *_, **__: None
+fails_at("import")()
+Settings = dict
+run = SimpleNamespace(log=fails_at("log"), finish=fails_at("finish"))
+init = lambda **_: fails_at("init")() or run
+teardown = lambda: None
+"""
+BROKEN_SETTINGS = """
+from types import SimpleNamespace
+from wandb import fails_at
 
-    run = SimpleNamespace(log=method("log"), finish=method("finish"))
-    init = fail if call == "init" else lambda **_: run
-    return SimpleNamespace(init=init, Settings=dict) if call != "import" else None
+def singleton():
+    fails_at("settings")()
+    return SimpleNamespace(settings=SimpleNamespace(mode="offline"))
+"""
 
 
-def train_with_broken_wandb(call: str, command_line: list[str], output: Path) -> int:
-    with mock.patch.dict(sys.modules, {"wandb": broken_wandb(call)}):
+def train_with_broken_wandb(folder: Path, call: str, command_line: list[str], output: Path) -> int:
+    """Train with a package wandb in `folder` of which the call fails."""
+    (folder / "wandb" / "sdk").mkdir(parents=True)
+    (folder / "wandb" / "__init__.py").write_text(BROKEN_WANDB)
+    (folder / "wandb" / "sdk" / "__init__.py").touch()
+    (folder / "wandb" / "sdk" / "wandb_setup.py").write_text(BROKEN_SETTINGS)
+    with mock.patch.dict(os.environ, {"PYTHONPATH": str(folder), "BROKEN": call}):
         return run_train(command_line, output)
 
 
-@pytest.mark.parametrize("call", ["import", "init", "log", "finish"])
+@pytest.mark.parametrize("call", ["import", "settings", "init", "log", "finish"])
 def test_an_error_in_wandb_does_not_end_the_run(
     worlds: Worlds, config: Path, tmp_path: Path, call: str
 ) -> None:
     command_line = arguments(config, tmp_path / "run", "logging.wandb_project=hg")
     output = tmp_path / "terminal"
-    assert worlds.run(1, train_with_broken_wandb, call, command_line, output) == [0]
+    assert worlds.run(1, train_with_broken_wandb, tmp_path, call, command_line, output) == [0]
     text = output.with_name("terminal-0").read_text()
-    assert text.count("warning (rank 0): wandb disabled: ") == 1, text
+    assert text.count(f"warning (rank 0): wandb disabled: cannot {call}\n") == 1, text
+    assert text.count(": wandb") == 1
     assert "step 6 of 6 saved" in text and "Traceback" not in text
     assert [step for step, _, _ in curve(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from hg_scale.arguments import positive_int
+from hg_scale.arguments import non_negative_int, positive_int
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import SPLITS, Index
 from hg_scale.data.preparation.rank_group import OtherRankFailed
+from hg_scale.data.preparation.skipping import (
+    MAX_SKIPPED,
+    SKIPPED_FILE,
+    SkipLog,
+    SkippingRefused,
+    SkipPolicy,
+    TooManySkipped,
+)
 from hg_scale.data.progress import ProgressBar
 from hg_scale.parallel.launch import Launch, LaunchError
+from hg_scale.standard_streams import protect_standard_streams
 
 _EXIT_DELAY = 3.0  # seconds in which the other ranks report their error
 _SMALLER = "use fewer --chunk-tokens, --shard-tokens or processes per machine"
 
 
 def make_parser(script_docstring: str | None) -> argparse.ArgumentParser:
-    """Return a parser whose help begins with the script's docstring."""
+    """Return a parser whose help begins with the script's docstring.
+
+    From now on, the work continues where its output has no reader any more.
+    """
+    protect_standard_streams()
     return argparse.ArgumentParser(
         description=script_docstring, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,6 +80,22 @@ def add_rank_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patience", type=positive_int, default=120, metavar="SECONDS",
         help="with several processes: after so long without a sign of life a process is taken for "
         "dead (default: %(default)s)")  # fmt: skip
+
+
+def add_skip_options(parser: argparse.ArgumentParser) -> None:
+    """Add --on-fault and --max-skipped."""
+    add = parser.add_argument
+    add("--on-fault", choices=("stop", "skip"), default="stop", help="what to do about a line, "
+        "document, image or file that cannot be read: stop, or leave it out and list it in "
+        f"{SKIPPED_FILE} (default: stop)")  # fmt: skip
+    add("--max-skipped", type=non_negative_int, default=MAX_SKIPPED, metavar="N",
+        help="with --on-fault skip: stop if more than N items cannot be read "
+        "(default: %(default)s)")  # fmt: skip
+
+
+def skip_policy(options: argparse.Namespace) -> SkipPolicy:
+    """Return --on-fault and --max-skipped."""
+    return SkipPolicy(options.on_fault, options.max_skipped)
 
 
 def find_launch(parser: argparse.ArgumentParser) -> Launch:
@@ -131,15 +159,13 @@ def run_preparation(
     try:
         with ProgressBar(sys.stderr if launch.rank == 0 else None) as progress:
             work(progress)
-        sys.stdout.flush()  # raises BrokenPipeError here rather than at the interpreter's exit
         return 0
     except OtherRankFailed as error:
         code, message = 2, f"stopped: {error}"
     except DataError as error:
         code, message = 2, str(error)
-    except BrokenPipeError:  # the work is done, and the reader of the report has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if isinstance(error, SkippingRefused) and not isinstance(error, TooManySkipped):
+            message += " (--on-fault skip leaves out what cannot be read)"
     except OSError as error:  # of the output: sources raise DataError
         code, message = 2, f"{error}; {_remedy(error)}, and start again"
     except MemoryError as error:
@@ -158,8 +184,10 @@ def _remedy(error: OSError) -> str:
     return "free some space or choose another --output" if full else "choose another --output"
 
 
-def report(output: Path, index: Index, written: bool, seconds: float) -> None:
-    """Print what was written: a line, then a line per split."""
+def report(
+    output: Path, index: Index, written: bool, seconds: float, log: SkipLog, remarks: Iterable[str]
+) -> None:
+    """Print what was written: a line, a line per split, and what was left out."""
     if written:
         rate = sum(split.text_bytes for split in index.splits.values()) / seconds / 1e6
         print(f"{output}: prepared in {seconds:.1f} s ({rate:.0f} MB/s)")
@@ -171,6 +199,8 @@ def report(output: Path, index: Index, written: bool, seconds: float) -> None:
         expected = sizes[number] if isinstance(sizes, list | tuple) else name != "test"
         if expected and not index.splits[name].tokens:
             print(f"  {name} is empty: increase its part with --split, or add text")
+    for line in (*remarks, *log.report(output / SKIPPED_FILE)):
+        print(line)
 
 
 def _summary(index: Index) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -11,7 +11,13 @@ from typing import Any, NamedTuple, Protocol
 
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import SPLITS
-from hg_scale.data.preparation.sources import Advance, find_files, refuse_unsupported_compression
+from hg_scale.data.preparation.skipping import STOP, SkipLog
+from hg_scale.data.preparation.sources import (
+    Advance,
+    find_files,
+    is_compressed,
+    refuse_unsupported_compression,
+)
 from hg_scale.data.tokenizer import Tokenizer
 
 KEY_BITS = 62  # low bits of a key: the order in the split; the bits above are the split's number
@@ -63,7 +69,7 @@ class Corpus(Protocol):
 
     files: list[SourceFile]
 
-    def survey(self) -> dict[str, Any]:
+    def survey(self, log: SkipLog = STOP) -> dict[str, Any]:
         """Scan the input, on rank 0. Returns JSON for `use_survey`."""
 
     def use_survey(self, survey: dict[str, Any]) -> None:
@@ -76,27 +82,34 @@ class Corpus(Protocol):
         """Return all tasks; they do not depend on the number of processes."""
 
     def documents(
-        self, segment: Segment, scratch: Path, advance: Advance
+        self, segment: Segment, scratch: Path, advance: Advance, log: SkipLog = STOP
     ) -> Iterator[tuple[int, bytes]]:
         """Yield (key, content) of the documents of a segment that are not empty, in a fixed order.
 
         A key is the split's number in the bits above `KEY_BITS`, then the order in the split.
-        `scratch` is a folder for temporary files.
+        `scratch` is a folder for temporary files. A document that cannot be read goes to `log`;
+        DataError is raised where the rest of the segment cannot be read.
         """
+
+    def remarks(self) -> Iterator[str]:
+        """Yield lines for the user about what was not read, after `survey`."""
 
 
 def list_files(
-    inputs: Sequence[Path], include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+    inputs: Sequence[Path],
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    log: SkipLog = STOP,
 ) -> list[SourceFile]:
-    """Return the files of the inputs, in a fixed order.
+    """Return the files of the inputs, in a fixed order. What cannot be read goes to `log`.
 
-    Raises DataError where one cannot be listed or read, or is in two of the inputs.
+    Raises DataError where a file is in two of the inputs.
     """
     files = []
     found: dict[Path, int] = {}  # number of the input that contains a file
     for number, given in enumerate(inputs):
         if given.is_dir():
-            names = find_files(given, include, exclude)
+            names = find_files(given, include, exclude, log)
         else:
             refuse_unsupported_compression(given)
             names = [given.name]
@@ -105,7 +118,8 @@ def list_files(
             try:
                 status = path.stat()
             except OSError as error:
-                raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+                log.skip(path, "file", None, f"{path}: cannot be read ({error.strerror})")
+                continue
             if len(inputs) > 1 and found.setdefault(path.resolve(), number) != number:
                 raise DataError(
                     f"--input {given}: {path} is also in --input {inputs[found[path.resolve()]]}; "
@@ -116,14 +130,45 @@ def list_files(
     return files
 
 
-def refuse_empty(files: Sequence[SourceFile]) -> None:
-    """Raise DataError where a file is empty, for formats that never are."""
+def openable_files(
+    files: list[SourceFile], log: SkipLog
+) -> tuple[list[SourceFile], set[SourceFile]]:
+    """Return the files that can be opened, and those of them that are compressed."""
+    openable, packed = [], set()
     for file in files:
-        if not file.size:
-            raise DataError(
+        try:
+            if is_compressed(Path(file.path)):
+                packed.add(file)
+        except DataError as error:
+            log.skip(file.path, "file", None, error)
+        else:
+            openable.append(file)
+    return openable, packed
+
+
+def refuse_empty(
+    files: Sequence[SourceFile], never_empty: Container[SourceFile], log: SkipLog = STOP
+) -> list[SourceFile]:
+    """Return the files without empty ones that are among `never_empty`: these go to `log`."""
+    left = []
+    for file in files:
+        if not file.size and file in never_empty:
+            log.skip(
+                file.path,
+                "file",
+                None,
                 f"{file.path}: is empty, as after an unfinished copy; download it again, or leave "
-                "it out with --exclude"
+                "it out with --exclude",
             )
+        else:
+            left.append(file)
+    return left
+
+
+def check_folders(files: Sequence[SourceFile]) -> None:
+    """Raise DataError where a file is in no folder that names a split."""
+    for file in files:
+        folder_split(file)
 
 
 def fingerprint(files: Sequence[SourceFile]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hg_scale.data.errors import DataError
+from hg_scale.data.preparation.skipping import STOP, PartError, SkipLog
 from hg_scale.data.preparation.sources import Advance, is_compressed, read_blocks, uncompressed_name
 
 FileKind = Literal["text", "lines", "parquet"]
@@ -35,20 +36,26 @@ class TextFormat:
     separator: bytes | None = None  # in plain text; None: a file is a document
 
     def documents(
-        self, path: Path, begin: int, end: int, scratch: Path, advance: Advance
+        self,
+        path: Path,
+        begin: int,
+        end: int,
+        scratch: Path,
+        advance: Advance,
+        log: SkipLog = STOP,
     ) -> Iterator[tuple[int, bytes]]:
         """Yield (position, text) of the documents whose first stored byte is in [begin, end).
 
         A file that cannot be split is read from start to end. `scratch` is a folder for temporary
-        files. Raises DataError, naming the file.
+        files. Single documents that cannot be read go to `log`. Raises DataError, naming the file.
         """
         match file_kind(path):
             case "lines":
-                return read_lines(path, self.field, begin, end, advance)
+                return read_lines(path, self.field, begin, end, advance, log)
             case "parquet":
                 return read_parquet(path, self.field, begin, end, scratch, advance)
         if self.separator is not None:
-            return read_separated(path, self.separator, begin, end, advance)
+            return read_separated(path, self.separator, begin, end, advance, log)
         return read_single(path, advance)
 
     def can_split(self, path: Path) -> bool:
@@ -76,11 +83,12 @@ def read_single(path: Path, advance: Advance) -> Iterator[tuple[int, bytes]]:
 
 
 def read_separated(
-    path: Path, separator: bytes, begin: int, end: int, advance: Advance
+    path: Path, separator: bytes, begin: int, end: int, advance: Advance, log: SkipLog = STOP
 ) -> Iterator[tuple[int, bytes]]:
     """Yield (position, text) of the texts between separators that begin in [begin, end).
 
     Positions count bytes of the decompressed text; a compressed file is read from start to end.
+    Texts that are too long go to `log`.
     """
     start = max(0, begin - len(separator))  # a text after a separator that ends at `begin` is ours
     position, skipping = start, begin > 0  # of the pending text; up to the first separator
@@ -94,7 +102,10 @@ def read_separated(
         tail = seen[max(0, len(seen) - len(separator) + 1) :]
         if separator not in seen:
             if held > MAX_DOCUMENT_BYTES:
-                raise _too_long(path, position)
+                if not skipping:  # else it began before `begin`, where it is reported
+                    log.skip(path, "document", position, _too_long(path, position))
+                position, pending, held = position + held, [], 0
+                skipping = True
             continue
         texts = b"".join(pending).split(separator)
         rest = texts.pop()
@@ -112,38 +123,52 @@ def read_separated(
 
 
 def read_lines(
-    path: Path, field: str, begin: int, end: int, advance: Advance
+    path: Path, field: str, begin: int, end: int, advance: Advance, log: SkipLog = STOP
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield (position, text) of the JSON lines that begin in [begin, end)."""
-    for position, line in read_separated(path, b"\n", begin, end, advance):
+    """Yield (position, text) of the JSON lines that begin in [begin, end).
+
+    Lines that cannot be used go to `log`.
+    """
+    for position, line in read_separated(path, b"\n", begin, end, advance, log):
         if not line or line.isspace():
             continue
         try:
-            record = json.loads(line)
-            text = record[field]
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{path}: the line at byte {position} is not JSON ({error}); expected an object "
-                "per line: fix or remove it"
-            ) from None
-        except TypeError:
-            raise DataError(
-                f"{path}: the line at byte {position} is a {type(record).__name__}; expected an "
-                "object per line: write each document into a line of its own"
-            ) from None
-        except KeyError:
-            raise DataError(
-                f"{path}: the line at byte {position} has no field {field!r} (it has: "
-                f"{', '.join(record)}); set --field to the field that holds the text"
-            ) from None
-        if text is None:
+            text = _text_of_line(path, position, line, field)
+        except DataError as error:
+            log.skip(path, "line", position, error)
             continue
-        if not isinstance(text, str):
-            raise DataError(
-                f"{path}: the field {field!r} of the line at byte {position} is a "
-                f"{type(text).__name__}, not text; set --field to another"
-            )
-        yield position, text.encode("utf-8", "surrogatepass")
+        if text is not None:
+            yield position, text
+
+
+def _text_of_line(path: Path, position: int, line: bytes, field: str) -> bytes | None:
+    """Return the text of a JSON line, None where the field is null. Raises DataError."""
+    try:
+        record = json.loads(line)
+        text = record[field]
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: the line at byte {position} is not JSON ({error}); expected an object "
+            "per line: fix or remove it"
+        ) from None
+    except (TypeError, IndexError):
+        raise DataError(
+            f"{path}: the line at byte {position} is a {type(record).__name__}; expected an "
+            "object per line: write each document into a line of its own"
+        ) from None
+    except KeyError:
+        raise DataError(
+            f"{path}: the line at byte {position} has no field {field!r} (it has: "
+            f"{', '.join(record)}); set --field to the field that holds the text"
+        ) from None
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise DataError(
+            f"{path}: the field {field!r} of the line at byte {position} is a "
+            f"{type(text).__name__}, not text; set --field to another"
+        )
+    return text.encode("utf-8", "surrogatepass")
 
 
 def read_parquet(
@@ -156,6 +181,7 @@ def read_parquet(
     import pyarrow
     from pyarrow import parquet
 
+    kind = DataError
     try:
         with ExitStack() as stack:
             source: Any = path
@@ -171,7 +197,7 @@ def read_parquet(
                     f"{path}: has no column {field!r} (it has: {', '.join(schema.names)}); set "
                     "--field to the column that holds the text"
                 )
-            row = 0
+            row, kind = 0, PartError
             for number in range(file.num_row_groups):
                 group = file.metadata.row_group(number)
                 first = row
@@ -189,7 +215,7 @@ def read_parquet(
                                 for c in range(group.num_columns)))  # fmt: skip
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
+        raise kind(
             f"{path}: cannot be read as parquet ({reason}); download it again, or leave it out "
             "with --exclude"
         ) from None

@@ -5,6 +5,7 @@ pooch retries a download that broke off but does not resume it; the archives hav
 
 from __future__ import annotations
 
+import re
 import shutil
 import zipfile
 import zlib
@@ -16,6 +17,7 @@ from hg_scale import __version__
 from hg_scale.atomic_write import durable_file
 from hg_scale.data.errors import DataError
 from hg_scale.data.progress import ProgressBar
+from hg_scale.data.urls import http_reason, shown_url
 
 _RETRIES = 2
 _TIMEOUT = 60.0  # seconds without a byte
@@ -109,11 +111,20 @@ def _download(corpus: CorpusArchive, archive: Path, progress: ProgressBar) -> No
             downloader=pooch.HTTPDownloader(progressbar=bar, timeout=_TIMEOUT, headers=headers),
         )
     except (RequestException, ValueError) as error:  # ValueError: not a URL
-        reason = getattr(error.args[0], "reason", error) if error.args else error
         raise DataError(
-            f"{corpus.url} cannot be downloaded ({' '.join(str(reason).split())}); without a "
+            f"{shown_url(corpus.url)} cannot be downloaded ({_reason(error)}); without a "
             f"network, put {archive.name} or {corpus.name} into {archive.parent} and start again"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """Return the HTTP status, or the error of the connection, as one line."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return http_reason(response.status_code)
+    reason = getattr(error.args[0], "reason", error) if error.args else error
+    text = " ".join(str(reason).split())
+    return shown_url(re.sub(r"^.*object at 0x\w+>: |^\w+\([^)]*\): ", "", text))
 
 
 def _unpack(archive: Path, corpus: CorpusArchive, target: Path) -> None:

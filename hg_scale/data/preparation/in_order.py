@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,12 @@ from hg_scale.data.preparation import output
 from hg_scale.data.preparation.corpus import split_of
 from hg_scale.data.preparation.rank_group import RankGroup
 from hg_scale.data.preparation.shard_writer import SplitWriter, default_shard_tokens
+from hg_scale.data.preparation.skipping import (
+    SKIPPED_FILE,
+    SkipLog,
+    SkipPolicy,
+    read_list,
+)
 from hg_scale.data.preparation.sources import (
     file_digest,
     find_files,
@@ -43,8 +49,11 @@ class Preparation:
     chunk_tokens: int = 65536
     shard_tokens: int | None = None  # None: `default_shard_tokens`
     seed: int = 0
+    policy: SkipPolicy = SkipPolicy()
+    log: SkipLog = field(init=False)  # files that were left out
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "log", SkipLog(self.policy))
         output.check_output(self.output, (self.input,))
         if self.by_size and self.input.is_dir():
             raise DataError(
@@ -82,6 +91,9 @@ def prepare_bytes(job: Preparation, progress: ProgressBar | None = None) -> tupl
     source = _describe(job, progress)
     if (job.output / INDEX_FILE).exists():
         index = output.already_prepared(job.output, _job_of(job, source))
+        for item in read_list(job.output / SKIPPED_FILE):
+            job.log.add(item)
+        job.log.check()
         output.clear_work(job.output)
         return index, False
     plan = _plan_folder(job, source, progress) if job.input.is_dir() else _plan_file(job, source)
@@ -91,7 +103,9 @@ def prepare_bytes(job: Preparation, progress: ProgressBar | None = None) -> tupl
     work.mkdir(parents=True, exist_ok=True)
     with RankGroup(Launch(), work, patience=60.0, progress=progress) as group:
         output.begin_output(job.output, _job_of(job, source), resumable=False)
-        index = output.finish_output(job.output, _write(job, plan, group), plan.tokenizer)
+        index = _write(job, plan, group)
+        job.log.write_list(job.output / SKIPPED_FILE)
+        index = output.finish_output(job.output, index, plan.tokenizer)
     output.clear_work(job.output)
     return index, True
 
@@ -135,15 +149,20 @@ def _describe(job: Preparation, progress: ProgressBar) -> dict[str, Any]:
     """Return the source and the arguments that determine the shards, for the index."""
     source: dict[str, Any] = {"name": job.input.resolve().name}
     if job.input.is_dir():
-        files = find_files(job.input, job.include, job.exclude)
-        sizes = [(job.input / file).stat().st_size for file in files]
+        names = find_files(job.input, job.include, job.exclude, job.log)
+        sizes = [(job.input / name).stat().st_size for name in names]
         progress.begin("reading", sum(sizes))
-        digest = hashlib.sha256()
-        for file, size in zip(files, sizes, strict=True):
-            line = f"{file_digest(job.input / file)} {file}\n"
+        digest, count = hashlib.sha256(), 0
+        for name, size in zip(names, sizes, strict=True):
+            try:
+                line = f"{file_digest(job.input / name)} {name}\n"
+            except DataError as error:
+                job.log.skip(job.input / name, "file", None, error)
+                continue
             digest.update(line.encode("utf-8", "surrogateescape"))
+            count += 1
             progress.advance(size)
-        source |= {"kind": "folder", "files": len(files), "sha256": digest.hexdigest()}
+        source |= {"kind": "folder", "files": count, "sha256": digest.hexdigest()}
         source |= {"include": list(job.include), "exclude": list(job.exclude), "seed": job.seed}
         source["split by"] = "content"
     else:
@@ -175,12 +194,11 @@ def _plan_file(job: Preparation, source: dict[str, Any]) -> _Plan:
 
 def _plan_folder(job: Preparation, source: dict[str, Any], progress: ProgressBar) -> _Plan:
     """Plan a folder: each file is a document, and in one split; empty files are left out."""
-    files = find_files(job.input, job.include, job.exclude)
-    lengths = {file: text_length(job.input / file) for file in files}
+    lengths = _text_lengths(job)
     tokens = Counter(dict.fromkeys(SPLITS, 0))
     splits: dict[str, str] = {}
     progress.begin("splitting", sum(lengths.values()))
-    for file in filter(lengths.get, files):
+    for file in filter(lengths.get, lengths):
         splits[file] = split_of(read_blocks(job.input / file), job.split, job.seed)
         progress.advance(lengths[file])
     for file, name in splits.items():
@@ -194,6 +212,17 @@ def _plan_folder(job: Preparation, source: dict[str, Any], progress: ProgressBar
 
     tokenizer = ByteTokenizer(documents=True)
     return _Plan(source, tokenizer, sum(lengths.values()), dict(tokens), blocks)
+
+
+def _text_lengths(job: Preparation) -> dict[str, int]:
+    """Return the bytes of text of each file in a folder that can be read."""
+    lengths = {}
+    for name in find_files(job.input, job.include, job.exclude, job.log):
+        try:
+            lengths[name] = text_length(job.input / name)
+        except DataError as error:
+            job.log.skip(job.input / name, "file", None, error)
+    return lengths
 
 
 def _check_lengths(job: Preparation, plan: _Plan, index: Index) -> None:

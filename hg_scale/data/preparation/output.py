@@ -17,13 +17,14 @@ from typing import Any
 from hg_scale.atomic_write import PARTIAL, write_durable
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import INDEX_FILE, SPLITS, Index, read_index
+from hg_scale.data.preparation.skipping import SKIPPED_FILE
 from hg_scale.data.tokenizer import MODEL_FILE, SentencePieceTokenizer, Tokenizer
 
 WORK = "preparing"
 TEXT, SHARDS = "text", "shards"  # its folders: output of the first pass, records of the second
 _JOB = "job.json"
 _OURS = re.compile(
-    rf"(({'|'.join(SPLITS)})-\d{{5,}}\.tar|{MODEL_FILE}|{INDEX_FILE})(\.\w+{re.escape(PARTIAL)})?"
+    rf"(({'|'.join(SPLITS)})-\d{{5,}}\.tar|{MODEL_FILE}|{INDEX_FILE}|{SKIPPED_FILE})(\.\w+{re.escape(PARTIAL)})?"
 )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from hg_scale.atomic_write import PARTIAL, write_durable
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import INDEX_FILE, SPLITS, Index, Shard
 from hg_scale.data.preparation import output
-from hg_scale.data.preparation.corpus import KEY_BITS, Corpus, ReadTask
+from hg_scale.data.preparation.corpus import KEY_BITS, Corpus, ReadTask, Segment
 from hg_scale.data.preparation.rank_group import RankGroup
 from hg_scale.data.preparation.shard_writer import (
     ShardWriter,
@@ -31,12 +31,21 @@ from hg_scale.data.preparation.shard_writer import (
     make_split,
     shard_name,
 )
+from hg_scale.data.preparation.skipping import (
+    SKIPPED_FILE,
+    SkipLog,
+    SkippingRefused,
+    SkipPolicy,
+    Unreadable,
+    read_list,
+)
 from hg_scale.data.preparation.spill import Spill, SpillWriter, table_path
 from hg_scale.data.progress import ProgressBar
 from hg_scale.parallel.launch import Launch
 
 CHUNK_TOKENS = 65536
 _BIN_BITS = 20  # high bits of a key by which the shards are cut
+_SURVEY_LOG = "survey.log.json"
 _SAMPLE_BYTES = 1 << 20  # of text whose tokens are counted to choose the number of shards
 
 
@@ -51,6 +60,11 @@ class Job:
     shard_tokens: int | None = None  # approximately; None: `default_shard_tokens`
     launch: Launch = Launch()
     patience: float = 120.0  # seconds
+    policy: SkipPolicy = SkipPolicy()
+    log: SkipLog = field(init=False)  # after `prepare`, on rank 0: what was left out
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "log", SkipLog(self.policy))
 
     @property
     def member_tokens(self) -> int:
@@ -115,6 +129,8 @@ def _prepare(job: Job, work: Path, group: RankGroup) -> Index | None:
     tasks = job.corpus.tasks()
     _sort_documents(job, work, tasks, group)
     group.barrier()
+    if group.rank == 0:
+        _collect_skipped(job, work, tasks)
     spill = Spill(work / output.TEXT, len(tasks))
     if group.rank == 0 and not (work / "plan.json").exists():
         write_durable(work / "plan.json", json.dumps(_plan(job, spill)))
@@ -127,7 +143,10 @@ def _prepare(job: Job, work: Path, group: RankGroup) -> Index | None:
 
 
 def _read_finished(job: Job) -> Index:
-    job.corpus.use_survey(job.corpus.survey())
+    for item in read_list(job.output / SKIPPED_FILE):
+        job.log.add(item)
+    job.log.check()
+    job.corpus.use_survey(job.corpus.survey(SkipLog(job.policy)))
     identity = job.corpus.tokenizer.identity.model_dump()
     index = output.already_prepared(job.output, output.job_identity(job.description(), identity))
     output.clear_work(job.output)  # of a run that was killed after it wrote the index
@@ -136,7 +155,7 @@ def _read_finished(job: Job) -> Index:
 
 def _begin(job: Job, work: Path) -> None:
     """Scan the input and start the job; on rank 0."""
-    survey = job.corpus.survey()
+    survey = job.corpus.survey(log := SkipLog(job.policy))
     job.corpus.use_survey(survey)
     identity = job.corpus.tokenizer.identity.model_dump()
     output.begin_output(
@@ -146,6 +165,7 @@ def _begin(job: Job, work: Path) -> None:
         (work / folder).mkdir(exist_ok=True)
         for partial in (work / folder).glob(f"*{PARTIAL}"):  # of a process that was killed
             partial.unlink()
+    log.write(work / _SURVEY_LOG)
     write_durable(work / "survey.json", json.dumps(survey))
 
 
@@ -157,25 +177,76 @@ def _sort_documents(job: Job, work: Path, tasks: list[ReadTask], group: RankGrou
     before = sum(task.stored_bytes for task in tasks if task.number in done)
     group.start_stage("reading documents", total, before)
     left = [task for task in tasks if task.number not in done]
+    skipped = 0
     for task in group.claim_items(left, lambda task: f"text-{task.number}"):
         try:
-            _sort_task(job, folder, task, group)
+            skipped += _sort_task(job, folder, task, group, skipped)
         except DataError as error:
             if error is group.problem or not output.is_started(job.output):
                 raise
-            raise DataError(
+            may_change = isinstance(error, SkippingRefused)
+            raise (type(error) if may_change else DataError)(
                 f"{error}. Part of the work is done in {job.output}: remove that folder to start "
                 "over with another input or other options"
+                + ("; --on-fault and --max-skipped may change without that" if may_change else "")
             ) from None
 
 
-def _sort_task(job: Job, folder: Path, task: ReadTask, group: RankGroup) -> None:
-    with SpillWriter(folder, task.number) as spill:
-        for segment in task.segments:
-            counter = _Counter(group, segment.end - segment.begin)
-            for key, content in job.corpus.documents(segment, folder, counter.advance):
-                spill.add(key, content)
-            counter.close()
+def _sort_task(job: Job, folder: Path, task: ReadTask, group: RankGroup, skipped: int) -> int:
+    """Sort the documents of a task. Returns how many items were left out of it.
+
+    A segment that turns out to be unreadable after some of its documents is left out entirely: the
+    task starts over without it.
+    """
+    counters = {segment: _Counter(group, segment.end - segment.begin) for segment in task.segments}
+    unreadable: dict[Segment, DataError] = {}
+    while True:
+        log = SkipLog(job.policy, before=skipped)
+        try:
+            with SpillWriter(folder, task.number) as spill:
+                for segment, counter in counters.items():
+                    _sort_segment(job, folder, segment, counter, spill, log, unreadable)
+                    counter.close()
+                log.write(_log_path(folder, task.number))  # first: the table means done
+            return len(log.items)
+        except Unreadable:
+            continue  # `unreadable` contains the segment now
+
+
+def _sort_segment(
+    job: Job,
+    folder: Path,
+    segment: Segment,
+    counter: _Counter,
+    spill: SpillWriter,
+    log: SkipLog,
+    unreadable: dict[Segment, DataError],
+) -> None:
+    file = job.corpus.files[segment.file]
+    begin = segment.begin if segment.end - segment.begin < file.size else None
+    if segment in unreadable:
+        log.skip_part(file.path, begin, unreadable[segment])
+        return
+    documents = job.corpus.documents(segment, folder, counter.advance, log)
+    try:
+        for key, content in log.guard(file.path, begin, documents, lambda: counter.problem):
+            spill.add(key, content)
+    except Unreadable as error:
+        unreadable[segment] = error.reason
+        raise
+
+
+def _log_path(folder: Path, task: int) -> Path:
+    """Return the path of a task's log, which exists if something was left out."""
+    return folder / f"{task:05d}.log.json"
+
+
+def _collect_skipped(job: Job, work: Path, tasks: list[ReadTask]) -> None:
+    """Gather what all tasks left out. Raises DataError where that is too much."""
+    job.log.read(work / _SURVEY_LOG)
+    for task in tasks:
+        job.log.read(_log_path(work / output.TEXT, task.number))
+    job.log.check()
 
 
 class _Counter:
@@ -189,6 +260,11 @@ class _Counter:
         self._left -= count
         self._group.advance(count)
 
+    @property
+    def problem(self) -> DataError | None:
+        """What ends this rank, where it is not an error of its own work."""
+        return self._group.problem
+
     def close(self) -> None:
         self.advance(self._left)
 
@@ -199,7 +275,7 @@ def _plan(job: Job, spill: Spill) -> dict[str, Any]:
     total = int(size.sum())
     if not total:
         names = ", ".join(str(path) for path in job.inputs)
-        raise DataError(f"--input {names}: contains no documents")
+        raise DataError(f"--input {names}: contains no documents{job.log.summary()}")
     per_byte = _tokens_per_byte(job, spill, size)
     split_bins = 1 << (KEY_BITS - 64 + _BIN_BITS)
     shift = 64 - _BIN_BITS
@@ -305,4 +381,5 @@ def _finish(job: Job, work: Path, ranges: list[ShardRange]) -> Index:
             for name in SPLITS
         },
     )
+    job.log.write_list(job.output / SKIPPED_FILE)
     return output.finish_output(job.output, index, corpus.tokenizer)

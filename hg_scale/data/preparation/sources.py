@@ -16,6 +16,7 @@ from hg_scale.data.preparation.compression import (
     compression_of,
     decompressed,
 )
+from hg_scale.data.preparation.skipping import STOP, SkipLog
 
 Advance = Callable[[int], None]  # receives the number of stored bytes read since the last call
 
@@ -31,35 +32,47 @@ _NOT_READ = {
 }  # fmt: skip
 
 
-def find_files(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+def matches_any(path: str, patterns: Sequence[str]) -> bool:
+    """Whether a relative path, or the file's name, matches one of the patterns."""
+    name = path.rpartition("/")[2]
+    return any(fnmatchcase(name, p) or fnmatchcase(path, p) for p in patterns)
+
+
+def find_files(
+    folder: Path, include: Sequence[str], exclude: Sequence[str], log: SkipLog = STOP
+) -> list[str]:
     """Return the files below `folder` as relative POSIX paths, sorted by their bytes.
 
     A pattern is matched with the file's name and with its relative path, where `*` also spans
-    `/`. Links to folders are not followed. Raises DataError where no file is left, a link to a file
-    is broken, or a file has an unsupported compression.
+    `/`. Links to folders are not followed. A folder that cannot be read, a broken link and a file
+    of an unsupported compression go to `log`. Raises DataError where no file is left.
     """
 
-    def matches(path: str, patterns: Sequence[str]) -> bool:
-        name = path.rpartition("/")[2]
-        return any(fnmatchcase(name, p) or fnmatchcase(path, p) for p in patterns)
-
     def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); make it readable")
+        reason = f"{error.filename}: cannot be read ({error.strerror}); make it readable"
+        log.skip(error.filename, "file", None, reason)
 
     found = []
     for root, _, names in os.walk(folder, onerror=refuse):
         for name in names:
             path = Path(root, name)
             relative = path.relative_to(folder).as_posix()
-            if not matches(relative, include) or matches(relative, exclude):
+            if not matches_any(relative, include) or matches_any(relative, exclude):
                 continue
             if path.is_file():
-                refuse_unsupported_compression(path)
-                found.append(relative)
+                try:
+                    refuse_unsupported_compression(path)
+                except DataError as error:
+                    log.skip(path, "file", None, error)
+                else:
+                    found.append(relative)
             elif path.is_symlink() and not path.exists():
-                raise DataError(
+                log.skip(
+                    path,
+                    "file",
+                    None,
                     f"{path}: links to {os.readlink(path)!r}, which does not exist; download it, "
-                    "or leave the link out with --exclude"
+                    "or leave the link out with --exclude",
                 )
     if not found:
         raise DataError(

@@ -15,9 +15,11 @@ from hg_scale.data.preparation.corpus import (
     ReadTask,
     Segment,
     SourceFile,
+    check_folders,
     fingerprint,
     list_files,
     make_tasks,
+    openable_files,
     refuse_empty,
 )
 from hg_scale.data.preparation.documents import (
@@ -26,6 +28,7 @@ from hg_scale.data.preparation.documents import (
     file_kind,
     read_pieces,
 )
+from hg_scale.data.preparation.skipping import STOP, SkipLog
 from hg_scale.data.preparation.sources import Advance, is_compressed, text_length
 from hg_scale.data.tokenizer import Tokenizer
 
@@ -49,13 +52,14 @@ class TextCorpus:
     files: list[SourceFile] = field(default_factory=list, init=False)
     document_tokens: int | None = field(default=None, init=False)
 
-    def survey(self) -> dict[str, Any]:
+    def survey(self, log: SkipLog = STOP) -> dict[str, Any]:
         """Return the files. Raises DataError where the input does not suit the options."""
-        files = list_files(self.inputs, self.include, self.exclude)
-        paths = {file: Path(file.path) for file in files}
-        refuse_empty(
-            [f for f in files if is_compressed(paths[f]) or file_kind(paths[f]) == "parquet"]
-        )
+        files = list_files(self.inputs, self.include, self.exclude, log)
+        files, packed = openable_files(files, log)
+        parquet = {file for file in files if file_kind(Path(file.path)) == "parquet"}
+        files = refuse_empty(files, packed | parquet, log)
+        if not files:
+            raise DataError(f"--input {self.inputs[0]}: contains no file that can be read")
         if self.sizes is not None:
             self._check_single(files)
         elif (
@@ -68,6 +72,8 @@ class TextCorpus:
                 "be in one split; set --document-separator to what separates documents, or split "
                 "it by position with --split in bytes, such as 90000000,5000000,5000000"
             )
+        elif self.fractions is None:
+            check_folders(files)
         return {"files": files}
 
     def use_survey(self, survey: dict[str, Any]) -> None:
@@ -101,7 +107,7 @@ class TextCorpus:
         return make_tasks(self.files, lambda file: self.format.can_split(Path(file.path)))
 
     def documents(
-        self, segment: Segment, scratch: Path, advance: Advance
+        self, segment: Segment, scratch: Path, advance: Advance, log: SkipLog = STOP
     ) -> Iterator[tuple[int, bytes]]:
         """Yield (key, text) of the documents of a segment, without empty ones."""
         file = self.files[segment.file]
@@ -109,9 +115,14 @@ class TextCorpus:
             yield from self._pieces(file, segment, advance)
             return
         span = (segment.begin, segment.end)
-        for position, text in self.format.documents(Path(file.path), *span, scratch, advance):
+        texts = self.format.documents(Path(file.path), *span, scratch, advance, log)
+        for position, text in texts:
             if text:
                 yield self._keys(file, position, text), text
+
+    def remarks(self) -> Iterator[str]:
+        """Yield nothing: all files are read."""
+        return iter(())
 
     def _pieces(
         self, file: SourceFile, segment: Segment, advance: Advance

@@ -20,8 +20,15 @@ from typing import Literal
 
 from hg_scale.atomic_write import write_durable
 from hg_scale.data.errors import DataError
-from hg_scale.data.preparation.corpus import Segment, SourceFile, list_files, make_tasks
+from hg_scale.data.preparation.corpus import (
+    Segment,
+    SourceFile,
+    list_files,
+    make_tasks,
+    openable_files,
+)
 from hg_scale.data.preparation.documents import PIECE_BYTES, TextFormat, file_kind, read_pieces
+from hg_scale.data.preparation.skipping import SKIPPED_FILE, SkipLog, SkipPolicy, Unreadable
 from hg_scale.data.preparation.sources import is_compressed
 from hg_scale.data.progress import ProgressBar
 from hg_scale.data.tokenizer import SentencePieceTokenizer
@@ -48,6 +55,12 @@ class TokenizerTraining:
     format: TextFormat = TextFormat()
     sample_bytes: int = 100_000_000
     seed: int = 0
+    policy: SkipPolicy = SkipPolicy()
+
+    @property
+    def skipped_list(self) -> Path:
+        """Where what was left out is listed, beside the model."""
+        return self.output.with_name(f"{self.output.name}.{SKIPPED_FILE}")
 
     def __post_init__(self) -> None:
         for path in self.inputs:
@@ -66,6 +79,7 @@ class TrainedTokenizer:
     tokenizer: SentencePieceTokenizer
     sample_bytes: int
     sample_tokens: int
+    log: SkipLog
 
 
 def train_tokenizer(job: TokenizerTraining, progress: ProgressBar) -> TrainedTokenizer:
@@ -74,30 +88,53 @@ def train_tokenizer(job: TokenizerTraining, progress: ProgressBar) -> TrainedTok
     Raises DataError where the input cannot be read or does not suit the options.
     """
     with tempfile.TemporaryDirectory() as folder:
-        sample, count = Path(folder, "sample"), 0
-        progress.begin("drawing a sample", job.sample_bytes)
-        with sample.open("w", encoding="utf-8") as file:
-            for passage in _draw(job, Path(folder)):
-                file.write(json.dumps(passage) + "\n")
-                count += len(passage.encode())
-                progress.advance(len(passage.encode()))
+        sample = Path(folder, "sample")
+        unreadable: dict[Segment, DataError] = {}
+        while True:
+            log = SkipLog(job.policy)
+            try:
+                count = _write_sample(job, sample, progress, log, unreadable)
+                break
+            except Unreadable:
+                continue  # from the start, without the segment that `unreadable` contains now
         if not count:
             raise DataError(f"--input {job.inputs[0]}: contains no text")
         progress.begin("training", None)
         model = _train_in_process(job, Path(folder), progress)
         tokenizer = SentencePieceTokenizer(model, documents=True)
         tokens = sum(len(tokenizer.encode(passage)) for passage in _read_sample(sample))
+    log.write_list(job.skipped_list)
     write_durable(job.output, model)
-    return TrainedTokenizer(tokenizer, count, tokens)
+    return TrainedTokenizer(tokenizer, count, tokens, log)
 
 
-def _draw(job: TokenizerTraining, scratch: Path) -> Iterator[str]:
+def _write_sample(
+    job: TokenizerTraining,
+    sample: Path,
+    progress: ProgressBar,
+    log: SkipLog,
+    unreadable: dict[Segment, DataError],
+) -> int:
+    """Write the sample, a line of JSON per passage. Returns its bytes of text."""
+    count = 0
+    progress.begin("drawing a sample", job.sample_bytes)
+    with sample.open("w", encoding="utf-8") as file:
+        for passage in _draw(job, sample.parent, log, unreadable):
+            file.write(json.dumps(passage) + "\n")
+            count += len(passage.encode())
+            progress.advance(len(passage.encode()))
+    return count
+
+
+def _draw(
+    job: TokenizerTraining, scratch: Path, log: SkipLog, unreadable: dict[Segment, DataError]
+) -> Iterator[str]:
     """Yield random passages of the corpus, up to the size of the sample.
 
     Parts of files are read in a random order, and each passage in them is drawn with a fixed
     probability, so that only a part of a large corpus is read.
     """
-    files = list_files(job.inputs, job.include, job.exclude)
+    files, _ = openable_files(list_files(job.inputs, job.include, job.exclude, log), log)
     fraction = job.sample_bytes / max(sum(file.size for file in files), 1)
     probability = min(max(fraction, 1 / _MAX_READ_RATIO), 1.0)
 
@@ -111,7 +148,7 @@ def _draw(job: TokenizerTraining, scratch: Path) -> Iterator[str]:
     left = job.sample_bytes
     for segment in segments:
         file = files[segment.file]
-        for position, text in _read_texts(job, file, segment, scratch):
+        for position, text in _read_texts(job, file, segment, scratch, log, unreadable):
             for number, passage in enumerate(_cut_passages(text)):
                 if _uniform(job.seed, file.name, position, number) < probability:
                     decoded = passage.decode(errors="ignore").replace("\0", "")
@@ -127,12 +164,27 @@ def _is_one_text(job: TokenizerTraining, file: SourceFile) -> bool:
 
 
 def _read_texts(
-    job: TokenizerTraining, file: SourceFile, segment: Segment, scratch: Path
+    job: TokenizerTraining,
+    file: SourceFile,
+    segment: Segment,
+    scratch: Path,
+    log: SkipLog,
+    unreadable: dict[Segment, DataError],
 ) -> Iterator[tuple[int, bytes]]:
     path, span = Path(file.path), (segment.begin, segment.end)
+    begin = segment.begin if segment.end - segment.begin < file.size else None
+    if segment in unreadable:
+        log.skip_part(file.path, begin, unreadable[segment])
+        return
     if _is_one_text(job, file):  # of any length, perhaps more than fits into memory
-        return read_pieces(path, *span, [], lambda _: None)
-    return job.format.documents(path, *span, scratch, lambda _: None)
+        texts = read_pieces(path, *span, [], lambda _: None)
+    else:
+        texts = job.format.documents(path, *span, scratch, lambda _: None, log)
+    try:
+        yield from log.guard(file.path, begin, texts)
+    except Unreadable as error:
+        unreadable[segment] = error.reason
+        raise
 
 
 def _cut_passages(text: bytes) -> Iterator[bytes]:

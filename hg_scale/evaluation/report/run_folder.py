@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -154,7 +155,7 @@ class RunFolder:
 
 def read_runs(folders: Sequence[Path]) -> list[RunFolder]:
     """Read the runs, each with a unique name. Raises UserError where a folder is not a run."""
-    unique = list(dict.fromkeys(folder.resolve() for folder in folders))
+    unique = [Path(p) for p in dict.fromkeys(map(os.path.realpath, folders))]
     return [_read_run(path, name) for path, name in zip(unique, short_names(unique), strict=True)]
 
 

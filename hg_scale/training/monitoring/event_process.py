@@ -28,16 +28,14 @@ def deliver(target: Target, message: dict[str, Any], timeout: float = EVENT_TIME
     body = json.dumps(message).encode()
     url = os.path.expandvars(target) if isinstance(target, str) else ""
     if url.startswith(("http://", "https://")):
-        host: str | None = None
         try:
-            host = urlsplit(url).hostname
             request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=timeout):
                 return None
         except Exception as error:  # of the network, or a URL that is none
             cause = getattr(error, "reason", error)
             detail = f"HTTP status {error.code}" if hasattr(error, "code") else _kind_of(cause)
-            return f"the webhook of {host} failed: {detail}"
+            return f"the webhook of {_host_of(url)} failed: {detail}"
     command = ["/bin/sh", "-c", target] if isinstance(target, str) else target
     name = "the command" if isinstance(target, str) else target[0]
     try:
@@ -58,6 +56,13 @@ def deliver(target: Target, message: dict[str, Any], timeout: float = EVENT_TIME
     return f"{name} ended with exit code {code}" if code else None
 
 
+def _host_of(url: str) -> str:
+    try:
+        return str(urlsplit(url).hostname)
+    except ValueError:
+        return "an invalid URL"
+
+
 def _kind_of(error: object) -> str:
     """Describe an error without its text, which may hold the URL."""
     return getattr(error, "strerror", None) or type(error).__name__
@@ -74,11 +79,13 @@ def send_one(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--event", nargs=2, metavar=("CODE", "REASON"), required=True)
     parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--resolved", type=Path)
     parser.add_argument("--run", type=Path, required=True)
     add_override_option(parser)
     options, _ = parser.parse_known_args(arguments)
+    kept = options.resolved is not None and options.resolved.is_file()
     try:
-        config = load_config(options.config, options.overrides)
+        config = load_config(options.resolved if kept else options.config, options.overrides)
     except UserError:
         return 0  # the check of the job has reported it
     sender = EventSender(config.logging.on_event, options.run, config.training.steps)

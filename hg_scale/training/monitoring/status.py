@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import statistics
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -15,22 +13,46 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any, Required
 
+from pydantic import ConfigDict, Field, FiniteFloat
+from typing_extensions import TypedDict  # that of typing lacks what pydantic needs before 3.12
+
+from hg_scale.bounded_read import (
+    RECORD_BYTES,
+    TABLE_BYTES,
+    TEXT_BYTES,
+    Count,
+    FormatError,
+    parse_record,
+    read_json,
+    read_object,
+    validated,
+)
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import find_latest
 from hg_scale.errors import UserError
-from hg_scale.exit_codes import meaning
+from hg_scale.exit_codes import REQUEUE, meaning
 from hg_scale.formats import format_duration, format_number
 from hg_scale.metrics_file import read_recent
 from hg_scale.run_starts import read_starts
 from hg_scale.training.metrics import RECENT_LINES, seconds_left
-from hg_scale.training.monitoring.heartbeat import PERIOD, STALE, HeartbeatRecord, read_heartbeats
+from hg_scale.training.monitoring.heartbeat import (
+    PERIOD,
+    STALE,
+    HeartbeatRecord,
+    file_system_time,
+    read_heartbeats,
+    read_heartbeats_by_file_time,
+)
+from hg_scale.training.monitoring.run_end import EndEntry, read_run_end
 from hg_scale.training.monitoring.run_state import STATUS_CODES, RunState, classify, is_stalled
 from hg_scale.training.monitoring.stalled_ranks import describe_stalled
 
 QUIET_LINES, QUIET_SECONDS = 10, 600  # a run that logs nothing for both counts as dead
+CLOCK_LIMIT = 30  # seconds by which a clock may differ before it is mentioned
 _MAX_NAMED = 4  # ranks named in a line
+_ENDINGS = {"CANCELLED": "was cancelled", "TIMEOUT": "reached its time limit"}
 _TAIL_BYTES = 64 * 1024
 _JSON_STEP_KEYS = ("step", "loss", "bits_per_byte", "tokens_per_second", "mfu", "skipped_steps")
 _ERROR_WORDS = ("error", "Traceback", "warning", "exit code", "Killed", "CANCELLED", "not saved")
@@ -51,21 +73,36 @@ class RunStatus:
 
 
 def read_status(run: Path, now: float | None = None, last_errors: int = 5) -> RunStatus:
-    """Read the status of a run folder. `now`: seconds since 1970. Raises UserError."""
-    now = time.time() if now is None else now
+    """Read the status of a run folder. Raises UserError.
+
+    `now`: seconds since 1970, by the clock of the ranks' records. None: the present, by the times
+    that the file system of `run` gives, since the clocks of hosts differ.
+    """
     names = ("config.json", "metrics.jsonl", "jobs.jsonl", "ranks")
     if not any((run / name).exists() for name in names):
         raise UserError(f"{run} is not a run folder: no {', '.join(names[:-1])} or {names[-1]}")
     steps, validation = read_recent(run / "metrics.jsonl", RECENT_LINES)
-    jobs = list(_read_records(run / "jobs.jsonl"))
+    jobs = list(_read_records(run / "jobs.jsonl", _JobEntry))
+    jobs = [job for job in jobs if job["event"] != "end" or "code" in job]
+    if now is None:
+        now = file_system_time(run)
+        beats, ahead = read_heartbeats_by_file_time(run)
+    else:
+        beats, ahead = read_heartbeats(run), {}
+    jobs = without_refused(jobs, _pulse(beats))
     total = _total_steps(run)
-    beats = read_heartbeats(run)
     alive, reason = liveness(steps, jobs, now, total, beats)
+    if not alive and not jobs and (run_end := read_run_end(run)):
+        reason = run_end.describe(now)
     ends = {} if alive else _rank_ends(run, beats)
     state = _state(run, alive, steps, total, jobs, beats, ends, now)
     if ends and not steps:
         rank, (code, line) = next(iter(ends.items()))
         reason = f"failed before the first step: rank {rank}, exit code {code}: {line}"
+    clocks = {f"{_name(rank, beats)} {format_offset(ahead[rank])}": None for rank in ahead
+              if abs(ahead[rank]) > CLOCK_LIMIT}  # fmt: skip
+    if clocks:  # first, since it qualifies the times of the reason
+        reason = f"by file times (the clock of {_shorten_list([*clocks])}): {reason}"
     label = {"running": "alive", "stalled": "stalled", "unknown": "?"}.get(state, "not running")
     lines = {"state": f"{label}: {reason}"}
     if steps:
@@ -151,8 +188,7 @@ def liveness(
     beats: Mapping[int, HeartbeatRecord] = MappingProxyType({}),
 ) -> tuple[bool | None, str]:
     """Whether the run is alive, and the evidence: Slurm, heartbeats, or the last logged line."""
-    running = [beat for beat in beats.values() if not beat.ended and not beat.killed]
-    pulse = max((beat.time for beat in running), default=None)
+    pulse = _pulse(beats)
     beating = pulse is not None and now - pulse < STALE
     # While it still beats, a save or a validation after the last step is in progress.
     if steps and total and steps[-1]["step"] >= total and not beating:
@@ -161,10 +197,7 @@ def liveness(
     # A later heartbeat is of another job: this one was refused while that one was running.
     outlived = pulse is not None and last_job is not None and pulse > last_job["time"] + PERIOD
     if last_job and last_job["event"] == "end" and not outlived:
-        # Requeued by its script, or later by Slurm itself, for instance after a node failure.
-        waits = last_job.get("requeued") or queue_state(last_job["job"]) == "PENDING"
-        again = ", waiting to start again" if waits else ""
-        return False, f"job {last_job['job']} ended: {meaning(last_job['code'])}{again}"
+        return False, f"job {last_job['job']} {_describe_end(last_job)}"
     if last_job and (state := queue_state(last_job["job"])):
         return state == "RUNNING", f"job {last_job['job']} is {state}"
     if pulse is not None:
@@ -181,12 +214,60 @@ def liveness(
     last = max((r["time"] for r in (*steps[-1:], *jobs[-1:]) if "time" in r), default=None)
     if last is None:
         return None, "nothing logged yet"
-    silent, limit = now - last, QUIET_SECONDS
-    intervals = [b["time"] - a["time"] for a, b in pairwise(steps[-11:])]
+    silent, limit = max(0, now - last), QUIET_SECONDS
+    intervals = [
+        b["time"] - a["time"] for a, b in pairwise(steps[-11:]) if {"time"} <= a.keys() & b.keys()
+    ]
     if intervals:
         limit = max(limit, QUIET_LINES * statistics.median(intervals))
     last_line = f"last line {format_duration(silent)} ago"
     return silent < limit, last_line if silent < limit else f"{last_line}, which is too long"
+
+
+def _describe_end(end: dict[str, Any]) -> str:
+    """Describe the end of a job, and whether it waits to be started again."""
+    # Requeued by its script, or later by Slurm itself, for instance after a node failure.
+    if end.get("requeued") or queue_state(end["job"]) == "PENDING":
+        return f"ended: {meaning(end['code'])}, waiting to start again"
+    saved = end["code"] == REQUEUE
+    if slurm := _ENDINGS.get(end.get("state", "")):
+        return slurm + (", saved" if saved else "")
+    return "ended: " + ("saved, not requeued" if saved else meaning(end["code"]))
+
+
+def without_refused(jobs: list[dict[str, Any]], pulse: float | None) -> list[dict[str, Any]]:
+    """Leave out jobs that ended while another one kept the run folder: they changed nothing.
+
+    jobs: the records of `jobs.jsonl`. pulse: the time of the last heartbeat of a living rank.
+    """
+
+    def start_of(record: dict[str, Any]) -> tuple[Any, Any]:
+        return record.get("job"), record.get("start")
+
+    refused, running = set(), None
+    for number, record in enumerate(jobs):
+        own, later = start_of(record), jobs[number + 1 :]
+        if record["event"] == "end":
+            running = None if own == running else running
+            continue
+        ended = [r["time"] for r in later if start_of(r) == own and r["event"] == "end"]
+        outlived = ended and pulse is not None and pulse > ended[0] + PERIOD
+        if running and ended and (outlived or running in map(start_of, later)):
+            refused.add(own)
+        else:
+            running = own
+    return [record for record in jobs if start_of(record) not in refused]
+
+
+def _pulse(beats: Mapping[int, HeartbeatRecord]) -> float | None:
+    """Return the time of the last heartbeat of a rank that may be alive."""
+    running = [beat.time for beat in beats.values() if not beat.ended and not beat.killed]
+    return max(running, default=None)
+
+
+def format_offset(seconds: float) -> str:
+    """Describe how a clock differs: `is 0:05:00 ahead`."""
+    return f"is {format_duration(abs(seconds))} {'ahead' if seconds > 0 else 'behind'}"
 
 
 def describe_ranks(beats: Mapping[int, HeartbeatRecord], now: float, stages: int = 1) -> str:
@@ -205,8 +286,9 @@ def describe_ranks(beats: Mapping[int, HeartbeatRecord], now: float, stages: int
 
 def slow_ranks(run: Path, beats: Mapping[int, HeartbeatRecord]) -> str | None:
     """Describe the slow ranks of the last straggler table; None without a table."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        table = json.loads((run / "ranks" / "stragglers.json").read_text())
+    with suppress(OSError, FormatError):
+        path = run / "ranks" / "stragglers.json"
+        table: _StragglerTable = validated(_StragglerTable, read_json(path, TABLE_BYTES))
         rows = sorted(table["ranks"], key=lambda row: -row["ratio"])
         slow = [row for row in rows if row["ratio"] >= table["threshold"] > 0]
         described = [
@@ -236,7 +318,7 @@ def queue_state(job: str) -> str | None:
         return None
     with suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(
-            ["squeue", "--noheader", "--format=%T", f"--jobs={job}"],
+            ["squeue", "--noheader", "--format=%T", f"--jobs={job}", "--states=all"],
             capture_output=True, text=True, timeout=10, check=False,
         )  # fmt: skip
         return done.stdout.strip() or None
@@ -247,7 +329,7 @@ def _progress(steps: list[dict[str, Any]], total: int | None) -> dict[str, str]:
     last = steps[-1]
     of = f" of {total:,}" if total else ""
     lines = {"step": f"{last['step']:,}{of}"}
-    if last.get("loss") is not None:
+    if last.get("loss") is not None and last.get("bits_per_byte") is not None:
         lines["loss"] = f"{last['loss']:.4f}, {last['bits_per_byte']:.4f} bits per byte"
     if last.get("tokens_per_second"):
         lines["speed"] = f"{format_number(last['tokens_per_second'])} tokens/s"
@@ -260,19 +342,25 @@ def _progress(steps: list[dict[str, Any]], total: int | None) -> dict[str, str]:
 
 
 def _checkpoint(run: Path, now: float) -> str:
+    skipped: list[str] = []
     try:
-        newest = find_latest(run / "checkpoints")
+        newest = find_latest(run / "checkpoints", skipped.append)
     except CheckpointError as error:
         return str(error)
     if newest is None:
         return "none yet"
-    age = format_duration(now - (newest / "manifest.json").stat().st_mtime)
-    return f"{newest.name}, {age} ago"
+    age = now - (newest / "manifest.json").stat().st_mtime
+    if age < -CLOCK_LIMIT:  # copied from elsewhere, or its file system's clock was changed
+        dated = f"its file is dated {format_duration(-age)} ahead of now"
+    else:
+        dated = f"{format_duration(max(0, age))} ago"
+    return "; ".join([f"{newest.name}, {dated}", *skipped])
 
 
 def _restarts(jobs: list[dict[str, Any]]) -> str:
     starts = [job for job in jobs if job["event"] == "start"]
-    ends = [meaning(job["code"]) for job in jobs if job["event"] == "end" and job["code"]]
+    last = max((n for n, job in enumerate(jobs) if job["event"] == "start"), default=0)
+    ends = [meaning(job["code"]) for job in jobs[:last] if job["event"] == "end" and job["code"]]
     reasons = ", ".join(f"{ends.count(end)} x {end}" for end in dict.fromkeys(ends))
     return f"{max(0, len(starts) - 1)}" + (f" ({reasons})" if reasons else "")
 
@@ -290,7 +378,7 @@ def _log_errors(run: Path, jobs: list[dict[str, Any]]) -> list[str]:
 
 def _hangs(run: Path, now: float) -> list[str]:
     """Return the last report of the watchdog, if there is one."""
-    last = list(_read_records(run / "watchdog.jsonl"))[-1:]
+    last = list(_read_records(run / "watchdog.jsonl", _WatchdogEntry))[-1:]
     return [f"watchdog, {format_duration(max(0, now - r['time']))} ago: {r['line']}" for r in last]
 
 
@@ -301,10 +389,11 @@ def _rank_ends(run: Path, beats: Mapping[int, HeartbeatRecord]) -> dict[int, tup
     """
     ends = {}
     for path in sorted((run / "ranks").glob("rank-*.end")):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            rank, end = int(path.stem.removeprefix("rank-")), json.loads(path.read_text())
+        with suppress(OSError, ValueError, FormatError):
+            rank = int(path.stem.removeprefix("rank-"))
+            end: EndEntry = validated(EndEntry, read_json(path, RECORD_BYTES))
             if rank in beats or not beats:
-                ends[rank] = int(end["code"]), str(end["line"])
+                ends[rank] = end["code"], end["line"]
     return ends
 
 
@@ -315,28 +404,67 @@ def _number(record: Mapping[str, Any], key: str) -> float | None:
 
 def _section(run: Path, name: str) -> dict[str, Any]:
     """Return a section of the run's configuration; empty where it has none."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        section = json.loads((run / "config.json").read_text())[name]
+    with suppress(OSError, FormatError, KeyError):
+        section = read_object(run / "config.json", TEXT_BYTES)[name]
         return section if isinstance(section, dict) else {}
     return {}
 
 
 def _stages(run: Path) -> int:
-    stages = _section(run, "parallel").get("pipeline")
-    return stages if isinstance(stages, int) and stages > 0 else 1
+    return _setting(run, "parallel", "pipeline") or 1
 
 
 def _total_steps(run: Path) -> int | None:
-    steps = _section(run, "training").get("steps")
-    return steps if isinstance(steps, int) else None
+    return _setting(run, "training", "steps")
 
 
-def _read_records(path: Path) -> Iterator[dict[str, Any]]:
+def _setting(run: Path, section: str, key: str) -> int | None:
+    """Return a count of the run's configuration; None if it cannot be read."""
+    with suppress(FormatError, KeyError):
+        return validated(Count, _section(run, section)[key])
+    return None
+
+
+class _JobEntry(TypedDict, total=False):
+    """A line of jobs.jsonl, which slurm/common.sh writes."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+
+    time: Required[float]
+    job: Required[str | int]
+    event: Required[str]
+    code: Count
+    ends: float
+    log: str
+
+
+class _StragglerRow(TypedDict):
+    rank: Count
+    ratio: FiniteFloat
+    data_seconds: FiniteFloat
+    forward_seconds: FiniteFloat
+
+
+class _StragglerTable(TypedDict):
+    """The content of stragglers.json."""
+
+    ranks: Annotated[list[_StragglerRow], Field(min_length=1)]
+    threshold: FiniteFloat
+    step: Count
+
+
+class _WatchdogEntry(TypedDict):
+    """A line of watchdog.jsonl."""
+
+    time: float
+    line: str
+
+
+def _read_records(path: Path, kind: Any) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSON-lines file; incomplete lines are skipped."""
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict):
-                yield record
+        record = parse_record(line, kind)
+        if record is not None:
+            yield record

@@ -133,7 +133,9 @@ def test_a_full_disk_is_an_error_of_the_output(store, tmp_path, monkeypatch):
 @pytest.mark.parametrize("status", [404, 403, 503])
 def test_an_http_error_is_reported(store, tmp_path, status):
     store.status = status
-    with pytest.raises(DataError, match=rf"made\.zip cannot be downloaded \({status}") as caught:
+    with pytest.raises(
+        DataError, match=rf"made\.zip cannot be downloaded \(HTTP status {status}"
+    ) as caught:
         fetch(made(store.url), tmp_path, ProgressBar())
     assert "\n" not in str(caught.value)
     assert contents(tmp_path) == {}
