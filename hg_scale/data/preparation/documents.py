@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from heapq import merge
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any, Literal
 
 from hg_scale.data.errors import DataError
+from hg_scale.data.preparation import batches
+from hg_scale.data.preparation.batches import (
+    PositionedBatch,
+    document_too_long,
+    group_documents,
+    separated_batches,
+)
 from hg_scale.data.preparation.sources import Advance, is_compressed, read_blocks, uncompressed_name
 
 FileKind = Literal["text", "lines", "parquet"]
 
-MAX_DOCUMENT_BYTES = 1 << 30  # a document has to fit into memory
 PIECE_BYTES = 1 << 16  # of a piece of a text without documents
+_CUT_RANGE = 1 << 12  # bytes in front of the end of a piece in which it may be cut
+LastCut = Callable[[bytes, int, int], int | None]  # as `Tokenizer.last_cut`
 _SUFFIXES: dict[str, FileKind] = {
     ".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".parquet": "parquet",
 }  # fmt: skip
@@ -51,6 +61,14 @@ class TextFormat:
             return read_separated(path, self.separator, begin, end, advance)
         return read_single(path, advance)
 
+    def batches(
+        self, path: Path, begin: int, end: int, scratch: Path, advance: Advance
+    ) -> Iterator[PositionedBatch]:
+        """Yield the same documents in batches, some of them empty."""
+        if file_kind(path) == "text" and self.separator is not None:
+            return separated_batches(path, self.separator, begin, end, advance)
+        return group_documents(self.documents(path, begin, end, scratch, advance))
+
     def can_split(self, path: Path) -> bool:
         """Return whether a part of the file can be read without the bytes before it."""
         if is_compressed(path):
@@ -70,45 +88,18 @@ def read_single(path: Path, advance: Advance) -> Iterator[tuple[int, bytes]]:
     for block in read_blocks(path, advance=advance):
         blocks.append(block)
         size += len(block)
-        if size > MAX_DOCUMENT_BYTES:
-            raise _too_long(path, 0)
+        if size > batches.MAX_DOCUMENT_BYTES:
+            raise document_too_long(path, 0)
     yield 0, b"".join(blocks)
 
 
 def read_separated(
     path: Path, separator: bytes, begin: int, end: int, advance: Advance
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield (position, text) of the texts between separators that begin in [begin, end).
-
-    Positions count bytes of the decompressed text; a compressed file is read from start to end.
-    """
-    start = max(0, begin - len(separator))  # a text after a separator that ends at `begin` is ours
-    position, skipping = start, begin > 0  # of the pending text; up to the first separator
-    pending: list[bytes] = []
-    held, tail = 0, b""  # bytes pending; the last bytes, in which a separator may begin
-    stop = None if is_compressed(path) else end
-    for block in read_blocks(path, start, advance):
-        pending.append(block)
-        held += len(block)
-        seen = tail + block
-        tail = seen[max(0, len(seen) - len(separator) + 1) :]
-        if separator not in seen:
-            if held > MAX_DOCUMENT_BYTES:
-                raise _too_long(path, position)
-            continue
-        texts = b"".join(pending).split(separator)
-        rest = texts.pop()
-        for text in texts:
-            if skipping:
-                skipping = False
-            else:
-                yield position, text
-            position += len(text) + len(separator)
-            if stop is not None and position >= stop:
-                return
-        pending, held, tail = [rest], len(rest), rest[max(0, len(rest) - len(separator) + 1) :]
-    if held and not skipping:
-        yield position, b"".join(pending)
+    """Yield (position, text) of the texts between separators that begin in [begin, end)."""
+    for positions, batch in separated_batches(path, separator, begin, end, advance):
+        for position, text in zip(positions.tolist(), batch.documents(), strict=True):
+            yield position, bytes(text)
 
 
 def read_lines(
@@ -215,33 +206,40 @@ def _as_bytes(column: Any, path: Path, field: str) -> list[bytes | None]:
 
 
 def read_pieces(
-    path: Path, begin: int, end: int, cuts: Sequence[int], advance: Advance
+    path: Path,
+    begin: int,
+    end: int,
+    bounds: Sequence[int],
+    advance: Advance,
+    last_cut: LastCut = lambda data, low, high: high,
 ) -> Iterator[tuple[int, bytes]]:
     """Yield (position, text) of the pieces of a text that begin in [begin, end).
 
-    A piece ends at each multiple of `PIECE_BYTES` and at each of `cuts`. `begin` is a multiple.
+    A piece ends at each of `bounds`, and at each multiple of `PIECE_BYTES` or where `last_cut`
+    moves it: up to 4 KiB to the front; where there is no cut, the piece continues. `begin` is a
+    multiple; a piece belongs to the multiple or bound that began it, wherever its cut is.
     """
-    position, pending = begin, b""
     stop = None if is_compressed(path) else end
-
-    def next_cut() -> int:
-        multiple = (position // PIECE_BYTES + 1) * PIECE_BYTES
-        return min([cut for cut in cuts if position < cut < multiple], default=multiple)
-
-    for block in read_blocks(path, begin, advance):
-        pending += block
-        while len(pending) >= (size := next_cut() - position):
-            yield position, pending[:size]
-            position, pending = position + size, pending[size:]
-            if stop is not None and position >= stop:
-                return
-    if pending:
-        yield position, pending
-
-
-def _too_long(path: Path, position: int) -> DataError:
-    return DataError(
-        f"{path}: the document at byte {position} is longer than {MAX_DOCUMENT_BYTES >> 20} MiB; "
-        "set --document-separator to what separates documents, or split a single text by position "
-        "with --split in bytes"
-    )
+    held, offset = b"", max(0, begin - _CUT_RANGE)  # text that was read, and its position
+    blocks, ended = read_blocks(path, offset, advance), False
+    position: int | None = None  # of the piece; None: none has begun yet
+    multiples = count(begin, PIECE_BYTES)
+    for mark, _ in groupby(merge(multiples, sorted(b for b in bounds if b > begin))):
+        while not ended and offset + len(held) < mark + 2:
+            block = next(blocks, b"")
+            held, ended = held + block, not block
+        if mark >= offset + len(held):
+            break
+        cut: int | None = mark
+        if mark and mark not in bounds:
+            low = max([mark - _CUT_RANGE, offset, *(b for b in bounds if b < mark)])
+            cut = last_cut(held, low - offset, mark - offset)
+            cut = None if cut is None else cut + offset
+        if cut is not None and position is not None:
+            yield position, held[position - offset : cut - offset]
+        if stop is not None and mark >= stop and (cut is not None or position is None):
+            return
+        if cut is not None:
+            held, offset, position = held[cut - offset :], cut, cut
+    if position is not None and held:
+        yield position, held

@@ -18,8 +18,10 @@ from typing import IO, Any
 import numpy as np
 
 from hg_scale.data.errors import DataError
+from hg_scale.data.preparation.batches import group_documents
 from hg_scale.data.preparation.corpus import (
     DocumentKeys,
+    KeyedBatch,
     ReadTask,
     Segment,
     SourceFile,
@@ -92,11 +94,16 @@ class ImageCorpus:
         """Return all tasks; only .npy files can be split."""
         return make_tasks(self.files, lambda file: Path(file.path).suffix == ".npy")
 
-    def documents(
-        self, segment: Segment, scratch: Path, advance: Advance
-    ) -> Iterator[tuple[int, bytes]]:
-        """Yield (key, sub-pixels) of the images of a segment."""
+    def documents(self, segment: Segment, scratch: Path, advance: Advance) -> Iterator[KeyedBatch]:
+        """Yield (keys, batch) of the images of a segment."""
         file = self.files[segment.file]
+        for positions, batch in group_documents(self._images(file, segment, advance)):
+            yield self._keys(file, positions, batch), batch
+
+    def _images(
+        self, file: SourceFile, segment: Segment, advance: Advance
+    ) -> Iterator[tuple[int, bytes]]:
+        """Yield (position, sub-pixels) of the images of a segment."""
         path = Path(file.path)
         if path.suffix.lower() in PICTURES:
             images = iter([(0, *_picture(path))])
@@ -109,7 +116,7 @@ class ImageCorpus:
                     f"{_describe(self.shape)}; all images need the same size: prepare them "
                     "separately, or leave it out with --exclude"
                 )
-            yield self._keys(file, position, content), content
+            yield position, content
 
     def _first_shape(self, path: Path) -> ImageShape:
         if path.suffix.lower() in PICTURES:

@@ -8,10 +8,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hg_scale.data.errors import DataError
+from hg_scale.data.preparation.batches import DocumentBatch
 from hg_scale.data.preparation.corpus import (
     KEY_BITS,
     DocumentKeys,
+    KeyedBatch,
     ReadTask,
     Segment,
     SourceFile,
@@ -100,27 +104,27 @@ class TextCorpus:
             )
         return make_tasks(self.files, lambda file: self.format.can_split(Path(file.path)))
 
-    def documents(
-        self, segment: Segment, scratch: Path, advance: Advance
-    ) -> Iterator[tuple[int, bytes]]:
-        """Yield (key, text) of the documents of a segment, without empty ones."""
+    def documents(self, segment: Segment, scratch: Path, advance: Advance) -> Iterator[KeyedBatch]:
+        """Yield (keys, batch) of the documents of a segment, without empty ones."""
         file = self.files[segment.file]
         if self.sizes is not None:
             yield from self._pieces(file, segment, advance)
             return
         span = (segment.begin, segment.end)
-        for position, text in self.format.documents(Path(file.path), *span, scratch, advance):
-            if text:
-                yield self._keys(file, position, text), text
+        for found, batch in self.format.batches(Path(file.path), *span, scratch, advance):
+            filled = batch.lengths > 0
+            positions, batch = found[filled], batch.select(filled)
+            if len(positions):
+                yield self._keys(file, positions, batch), batch
 
-    def _pieces(
-        self, file: SourceFile, segment: Segment, advance: Advance
-    ) -> Iterator[tuple[int, bytes]]:
+    def _pieces(self, file: SourceFile, segment: Segment, advance: Advance) -> Iterator[KeyedBatch]:
         assert self.sizes is not None
         cuts, span = list(accumulate(self.sizes)), (segment.begin, segment.end)
-        for position, text in read_pieces(Path(file.path), *span, cuts, advance):
+        last_cut = self.tokenizer.last_cut
+        for position, text in read_pieces(Path(file.path), *span, cuts, advance, last_cut):
             split = sum(position >= cut for cut in cuts)
-            yield split << KEY_BITS | (position << KEY_BITS) // cuts[-1], text
+            key = split << KEY_BITS | (position << KEY_BITS) // cuts[-1]
+            yield np.array([key], np.uint64), DocumentBatch.single(text)
 
     def _check_single(self, files: list[SourceFile]) -> None:
         assert self.sizes is not None
