@@ -3,6 +3,7 @@
 # make test        lint, types and the tests
 # make test-cluster  those that need Slurm, a browser or kills
 # make test-all    also those that take minutes each
+# make evidence      what takes minutes to show, again, into docs/evidence
 # make docs        docs/config.md and the JSON Schema, from the code
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ GPU := $(wildcard /dev/nvidia* /dev/kfd /dev/dxg)$(shell grep -lx 0x10de /sys/bu
 # One process on a machine with one GPU, which two cannot share.
 PROCESSES ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ] && echo 1 || echo 2)
 
-.PHONY: setup quickstart test test-cluster test-all lint docs clean
+.PHONY: setup quickstart test test-cluster test-all lint evidence docs clean
 
 setup: $(VENV)/.installed
 
@@ -48,6 +49,9 @@ test-cluster: setup
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ""
+
+evidence: setup
+	$(BIN)/python -m tests.evidence
 
 docs: setup
 	$(BIN)/python -m hg_scale.config.docs

@@ -4,7 +4,7 @@
 Imports nothing, so that any module may import it.
 
 All ranks agree on one of the codes before they exit. `srun` returns the highest code of all ranks,
-and a killed rank counts as 128 plus its signal: a code above 128 is a lost rank.
+and a killed rank counts as 128 plus its signal: a code above 128, but for Ctrl-C, is a lost rank.
 """
 
 DONE = 0
@@ -25,6 +25,9 @@ LOST = 76
 GAVE_UP = 77
 """A restart would not help, as after too many non-finite steps. Not requeued."""
 
+INTERRUPTED = 130
+"""Ended by Ctrl-C at once, without a save. Not requeued. 128 plus SIGINT, as of a shell."""
+
 MEANINGS = {
     DONE: "done",
     FAILED: "failed: see the last lines of the log",
@@ -32,18 +35,21 @@ MEANINGS = {
     REQUEUE: "saved, to be started again",
     LOST: "lost a rank or a node",
     GAVE_UP: "gave up",
+    INTERRUPTED: "interrupted by Ctrl-C",
 }
 
 
 def meaning(code: int) -> str:
     """Describe an exit code; a process that a signal ended counts as lost."""
+    if code in MEANINGS:
+        return MEANINGS[code]
     if code > 192:  # above 128 plus any signal: srun's own code
         return MEANINGS[LOST]
     if code > 128:
         return f"{MEANINGS[LOST]} (signal {code - 128})"
-    return MEANINGS.get(code, f"unknown exit code {code}")
+    return f"unknown exit code {code}"
 
 
 def starts_again(code: int) -> bool:
     """Whether the Slurm launcher requeues a job with this exit code."""
-    return code in (REQUEUE, LOST) or code > 128
+    return code in (REQUEUE, LOST) or (code > 128 and code != INTERRUPTED)

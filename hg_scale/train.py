@@ -21,9 +21,16 @@ from hg_scale.arguments import add_override_option, positive_int  # noqa: E402
 from hg_scale.config import load_config  # noqa: E402
 from hg_scale.config.layouts import elastic_line, load_elastic  # noqa: E402
 from hg_scale.errors import UserError  # noqa: E402
-from hg_scale.exit_codes import DONE, FAILED  # noqa: E402
+from hg_scale.exit_codes import DONE, FAILED, INTERRUPTED  # noqa: E402
 from hg_scale.parallel.launch import Launch, LaunchError, affinity_problem  # noqa: E402
+from hg_scale.standard_streams import protect_standard_streams  # noqa: E402
 from hg_scale.training.interruption import StopSignals  # noqa: E402
+from hg_scale.training.job_config import (  # noqa: E402
+    describe_changes,
+    is_requeued,
+    job_copy,
+    keep_config,
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +53,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--world-size", type=positive_int, metavar="N",
         help="with --dry-run or --check: number of processes to plan for "
         "(default: the smallest possible)")  # fmt: skip
+    add("--resolved", type=Path, metavar="FILE",
+        help="copy of the configuration of the job's first start, used if it exists; --check "
+        "writes it (default in a requeued Slurm job: RUN/code/JOB/config.json)")  # fmt: skip
+    add("--reread-config", action="store_true",
+        help="in a requeued Slurm job, use --config as it is now")  # fmt: skip
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
 
 
@@ -60,7 +72,30 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train, or check or plan a run; return one of `exit_codes.py`."""
+    """Train, or check or plan a run, in a process that continues; return one of `exit_codes.py`."""
+    signals = StopSignals()
+    try:
+        return _run(options, signals)
+    finally:
+        signals.restore()
+
+
+def run_and_exit(options: argparse.Namespace) -> NoReturn:
+    """As `run`, then exit: a signal or lost output in the last moments changes no exit code."""
+    protect_standard_streams()
+    signals = StopSignals()
+    try:
+        code = _run(options, signals)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        code = FAILED
+    signals.ignore()
+    exit_process(code)
+
+
+def _run(options: argparse.Namespace, signals: StopSignals) -> int:
     folder = options.run_folder or Path("runs") / options.config.stem
     try:
         launch = Launch.from_environment()
@@ -72,7 +107,8 @@ def run(options: argparse.Namespace) -> int:
             return dry_run(options, launch)
         if options.check:
             return check(options, folder, launch)
-        config, layout = load_elastic(options.config, options.overrides, launch.world_size)
+        path = use_job_config(options, folder, launch)
+        config, layout = load_elastic(path, options.overrides, launch.world_size)
         if launch.on_one_node:  # on several, a rank that sees other files would exit alone
             from hg_scale.training.check import check_inputs
 
@@ -83,17 +119,37 @@ def run(options: argparse.Namespace) -> int:
         print(elastic_line(config, layout, launch.world_size))
     if launch.local_rank == 0 and (problem := affinity_problem()):
         print(f"warning (rank {launch.rank}): {problem}", file=sys.stderr)
-    with StopSignals(config.training.stop_signals) as signals:
-        from hg_scale.training.run import train  # imports torch
+    signals.install(config.training.stop_signals)
+    from hg_scale.training.run import train  # imports torch
 
-        return train(
-            config,
-            folder,
-            launch,
-            signals=signals,
-            stop_at=options.stop_at,
-            profile=options.profile,
-        )
+    return train(
+        config,
+        folder,
+        launch,
+        signals=signals,
+        stop_at=options.stop_at,
+        profile=options.profile,
+    )
+
+
+def use_job_config(options: argparse.Namespace, folder: Path, launch: Launch) -> Path:
+    """Return the configuration file to load: at a later start of a Slurm job the job's own copy.
+
+    At the first start rank 0 writes the copy. Raises ConfigError or UserError.
+    """
+    copy = options.resolved or job_copy(folder)
+    if copy is None:
+        return options.config
+    writes = launch.rank == 0 and (options.check or options.resolved is None)
+    again = options.resolved is not None or is_requeued()
+    rereads = options.reread_config and (options.check or options.resolved is None)
+    if again and copy.is_file() and not rereads:
+        if writes and (line := describe_changes(copy, options.config, options.overrides)):
+            print(line)
+        return copy
+    if writes:
+        keep_config(options.config, copy)
+    return options.config
 
 
 def dry_run(options: argparse.Namespace, launch: Launch) -> int:
@@ -119,9 +175,14 @@ def dry_run(options: argparse.Namespace, launch: Launch) -> int:
 def check(options: argparse.Namespace, folder: Path, launch: Launch) -> int:
     """Report within a second what would stop the run later, without importing torch."""
     from hg_scale.training.check import check_run
+    from hg_scale.training.run_lock import describe_living_run
 
     world_size = options.world_size or launch.world_size
-    lines = check_run(options.config, options.overrides, folder, world_size, options.stop_at)
+    if refusal := describe_living_run(folder):
+        print(f"refused: {refusal}")  # to stdout, which `slurm/common.sh` reads
+        return FAILED
+    path = use_job_config(options, folder, launch)
+    lines = check_run(path, options.overrides, folder, world_size, options.stop_at)
     if launch.rank == 0:
         print("\n".join(lines))
     return DONE
@@ -143,11 +204,4 @@ def exit_process(code: int) -> NoReturn:
 if __name__ == "__main__":
     parser = Parser(prog="train.py", description=__doc__.split("\n")[0])
     add_options(parser)
-    try:
-        exit_code = run(parser.parse_args())
-    except KeyboardInterrupt:
-        exit_code = FAILED
-    except Exception:
-        traceback.print_exc()
-        exit_code = FAILED
-    exit_process(exit_code)
+    run_and_exit(parser.parse_args())

@@ -118,21 +118,23 @@ hg_train() {
     hg_die "--run and --config are set as variables: RUN=... CONFIG=... sbatch slurm/$hg_launcher"
   mkdir -p "$run/logs" || hg_die "cannot create the run folder $run; set RUN to another"
   [[ -e $HG_CODE/copied-from ]] || hg_copy_code "$run"
-  config=$(hg_copy_config "$config")
-  hg_journal "$run" start \
-    "\"nodes\": \"$SLURM_JOB_NODELIST\", \"tasks\": $hg_tasks, \"ends\": ${HG_END_TIME:-null}"
   hg_say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $hg_tasks tasks on" \
     "$SLURM_JOB_NODELIST, run folder $run, code $HG_CODE"
   local gpus=$((SLURM_JOB_NUM_NODES * ${SLURM_GPUS_ON_NODE:-0}))
   if ((gpus && gpus != hg_tasks)); then
     hg_say "warning: $gpus GPUs but $hg_tasks tasks; set --ntasks-per-node to one task per GPU"
   fi
-  [[ ${SLURM_RESTART_COUNT:-0} != 0 ]] || rm -f "$run/restarts"
 
-  local train=("$HG_CODE/hg_scale/train.py" --config "$config" --run "$run" "$@")
+  # Until here, and if it is refused, the job changes nothing of a run that has the folder.
+  local train=("$HG_CODE/hg_scale/train.py" --config "$config" --run "$run"
+    --resolved "$(hg_copy_config "$config")" "$@")
   output=$(hg_srun 1 "${train[@]}" --check --world-size "$hg_tasks")
   code=$?
   [[ -z $output ]] || echo "$output"
+  [[ $output != refused:* ]] || exit "$code"
+  hg_journal "$run" start \
+    "\"nodes\": \"$SLURM_JOB_NODELIST\", \"tasks\": $hg_tasks, \"ends\": ${HG_END_TIME:-null}"
+  [[ ${SLURM_RESTART_COUNT:-0} != 0 ]] || rm -f "$run/restarts"
   if ((code == 0)); then
     # With parallel.elastic, possibly fewer tasks than the job has.
     tasks=$(sed -n '$s/^\([0-9]*\) processes = .*/\1/p' <<<"$output")
@@ -161,25 +163,16 @@ hg_copy_code() {
     tar -C "$HG_ROOT" --exclude=__pycache__ -cf - hg_scale configs data_prep slurm |
       tar -C "$partial" -xf - || hg_die "cannot copy the code into $copies"
     echo "$HG_ROOT" >"$partial/copied-from"
+    [[ $hg_launcher != sweep_array.sh ]] || cp "$POINTS" "$partial/points" || hg_die "cannot copy $POINTS"
     git -C "$HG_ROOT" describe --always --dirty >"$partial/version" 2>/dev/null
     mv -T "$partial" "$copy" 2>/dev/null || rm -rf "$partial" # another array element was first
   fi
   exec bash "$copy/slurm/$hg_launcher" "${hg_arguments[@]}"
 }
 
-# The copy of a configuration. One outside the repository is copied at its first use, unless it
-# extends others: then it is read from its own path.
-hg_copy_config() {
-  local copy=$HG_CODE/${1##*/}
-  if [[ $1 == "$HG_ROOT"/* && -e $HG_CODE/${1#"$HG_ROOT"/} ]]; then
-    copy=$HG_CODE/${1#"$HG_ROOT"/}
-  elif [[ ! -e $1 ]] || grep -q '"extends"' "$1"; then
-    copy=$1
-  elif [[ ! -e $copy ]]; then
-    cp "$1" "$copy.$SLURM_JOB_ID" && mv "$copy.$SLURM_JOB_ID" "$copy" # atomic, for other elements
-  fi
-  echo "$copy"
-}
+# The job's copy of a configuration, merged with those that it extends: the check writes it at the
+# job's first start, and every start runs from it.
+hg_copy_config() { echo "$HG_CODE/resolved/${1##*/}"; }
 
 # Wait for a child through any number of signals; return its exit code.
 hg_wait() {
@@ -206,6 +199,7 @@ hg_end() {
     75) hg_requeue "$run" 75 "saved, to be started again" ;;
     76) hg_requeue "$run" 76 "lost a rank or a node" ;;
     77) hg_finish "$run" 77 "gave up: not requeued" ;;
+    130) hg_finish "$run" 130 "interrupted by Ctrl-C: not requeued" ;;
     *)
       if ((code > 192)); then # of srun itself, such as 255 when a node ends the step
         hg_requeue "$run" "$code" "lost a rank or a node"
@@ -218,25 +212,46 @@ hg_end() {
   esac
 }
 
+# hg_finish RUN CODE MESSAGE [STATE]: end for good; STATE is why Slurm ends the job, if it does.
 hg_finish() {
   [[ $2 != 0 ]] || echo "${hg_arguments[*]}" >"$1/finished"
   hg_say "exit code $2: $3"
-  hg_journal "$1" end "\"code\": $2, \"requeued\": false"
+  hg_journal "$1" end "\"code\": $2, \"requeued\": false${4:+, \"state\": \"$4\"}"
   exit "$2"
+}
+
+# Why Slurm ends the job, which does not run any more: REQUEUED (a lost node, scontrol requeue),
+# TIMEOUT or CANCELLED. Slurm shows all of them as COMPLETING, but has counted the restart already.
+hg_ending() {
+  local restarts
+  restarts=$(hg_field Restarts)
+  if [[ -z $restarts ]]; then
+    echo UNKNOWN # the controller does not answer
+  elif ((restarts > ${SLURM_RESTART_COUNT:-0})); then
+    echo REQUEUED
+  elif [[ -n $HG_END_TIME ]] && (($(date +%s) >= HG_END_TIME)); then
+    echo TIMEOUT
+  else
+    echo CANCELLED
+  fi
 }
 
 # Restart from the last checkpoint, unless too many restarts brought no new checkpoint. Preemptions
 # do not count.
 hg_requeue() {
-  local run=$1 code=$2 reason=$3 step last=none count=0 state
+  local run=$1 code=$2 reason=$3 step last=none count=0 ending
   step=$(find "$run/checkpoints" -mindepth 2 -maxdepth 2 -path '*/step-*/manifest.json' 2>/dev/null |
     sort | tail -n 1)
   step=$(basename "$(dirname "${step:-none/none}")")
   [[ ! -e $run/restarts ]] || read -r last count <"$run/restarts"
-  # Slurm itself requeues a job that it preempts or that loses a node; a cancelled job stays so.
-  state=$(hg_field JobState)
-  if [[ $state != RUNNING ]]; then
-    hg_finish "$run" "$code" "$reason; the job is $state, which Slurm handles"
+  if [[ $(hg_field JobState) != RUNNING ]]; then
+    ending=$(hg_ending)
+    if [[ $ending == REQUEUED ]]; then
+      hg_journal "$run" end "\"code\": $code, \"requeued\": true"
+      hg_say "exit code $code: $reason; Slurm has requeued the job"
+      exit "$code"
+    fi
+    hg_finish "$run" "$code" "${reason%, to be started again}; the job is $ending" "$ending"
   fi
   if [[ $(hg_field PreemptTime) != *:* ]]; then # no time of day: None, or missing
     if [[ $step == "$last" ]]; then count=$((count + 1)); else count=1; fi

@@ -35,6 +35,11 @@ here=$(dirname "$0")
 
 [[ -n ${POINTS:-} && -n ${SLURM_ARRAY_TASK_ID:-} ]] ||
   hg_die "usage: POINTS=FILE sbatch --array=1-N slurm/sweep_array.sh"
+export SWEEP=${SWEEP:-runs/$(basename "${POINTS%.*}")}
+HG_COPIES=$SWEEP/code
+# A requeued element keeps its line, whatever has been edited since the first element started.
+copy=$HG_COPIES/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}/points
+[[ ! -e $copy ]] || POINTS=$copy
 [[ -r $POINTS ]] || hg_die "POINTS=$POINTS: cannot be read"
 point=$(grep -v '^[[:space:]]*\(#\|$\)' "$POINTS" | sed -n "${SLURM_ARRAY_TASK_ID}p")
 [[ -n $point ]] || hg_die "$POINTS has no line $SLURM_ARRAY_TASK_ID of overrides; see --array"
@@ -42,7 +47,6 @@ unquoted=$(xargs printf '%s\n' <<<"$point") ||
   hg_die "$POINTS, line $SLURM_ARRAY_TASK_ID of overrides: cannot be read: $point"
 mapfile -t words <<<"$unquoted"
 
-export SWEEP=${SWEEP:-runs/$(basename "${POINTS%.*}")}
 name=$(tr -c 'A-Za-z0-9.=,@_\n-' _ <<<"${words[*]}")
 # Two lines must not share a folder, nor may its name be too long for a file system.
 [[ $name == "${words[*]// /_}" && ${#name} -le 120 ]] ||
@@ -53,5 +57,4 @@ if [[ -e $SWEEP/$name/finished && $(<"$SWEEP/$name/finished") == "$*" ]]; then
 fi
 overrides=()
 for word in "${words[@]}"; do overrides+=(--set "$word"); done
-HG_COPIES=$SWEEP/code
 hg_train "${CONFIG:-configs/hg_1b.json}" "$SWEEP/$name" "${overrides[@]}" "$@"

@@ -13,7 +13,15 @@ from tests.shared import ROOT
 
 PACKAGE = ROOT / "hg_scale"
 LAYERS = (
-    ("errors", "exit_codes", "arguments", "atomic_write", "folder_lock", "__init__"),
+    (
+        "errors",
+        "exit_codes",
+        "arguments",
+        "atomic_write",
+        "folder_lock",
+        "standard_streams",
+        "__init__",
+    ),
     ("config",),
     ("model",),
     ("parallel",),

@@ -7,6 +7,7 @@ Each verb is a module of this package with `HELP` (one line), `add_options(parse
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -14,6 +15,9 @@ from collections.abc import Sequence
 
 from hg_scale import __version__
 from hg_scale.errors import UserError
+from hg_scale.standard_streams import open_missing_streams, protect_stderr
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)  # of stdout itself
 
 VERBS = (
     "train",
@@ -33,8 +37,11 @@ VERBS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return its exit code.
 
-    2: invalid usage or configuration, 130: interrupted, 141: stdout was closed (`| head`).
+    1: stdout cannot be written, 2: invalid usage or configuration, 130: interrupted, 141: stdout
+    was closed (`| head`).
     """
+    open_missing_streams()
+    protect_stderr()
     parser = argparse.ArgumentParser(
         prog="hg-scale",
         description="Train hierarchical (Hourglass) Transformer language models.",
@@ -46,20 +53,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb = verbs.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_options(verb)
         verb.set_defaults(run_verb=module.run)
-    options = parser.parse_args(arguments)
+    command = "hg-scale"
     try:
-        code = options.run_verb(options)
-        sys.stdout.flush()
-        return code
+        try:
+            options = parser.parse_args(arguments)
+            command += f" {options.verb}"
+            return options.run_verb(options)
+        finally:
+            sys.stdout.flush()  # also the text of --help; here its errors are caught
     except UserError as error:
-        print(f"hg-scale {options.verb}: {error}", file=sys.stderr)
+        print(f"{command}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # stdout was closed, as by `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
+    except OSError as error:
+        if error.filename is not None or error.errno not in _UNWRITABLE:
+            raise
+        _drop_output()
+        print(f"{command}: stdout cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print(f"hg-scale {options.verb}: interrupted", file=sys.stderr)
+        print(f"{command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _drop_output() -> None:
+    """Drop what is still buffered for stdout, which the interpreter would flush at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -14,4 +14,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    return train.run(options)
+    train.run_and_exit(options)

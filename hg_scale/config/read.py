@@ -56,7 +56,7 @@ def _read_file(path: Path, seen: list[Path]) -> dict[str, Any]:
         tree = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         candidates = [p.name for p in path.parent.glob("*.json") if _real_path(p) not in seen]
-        nearest = difflib.get_close_matches(path.name, candidates, 1, 0.4)
+        nearest = difflib.get_close_matches(path.name, candidates, 1, 0.6)
         hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
         base_of = f", which {seen[-1]} extends" if seen else ""
         raise fail(f"no such file{base_of}{hint}") from None

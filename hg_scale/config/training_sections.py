@@ -109,8 +109,9 @@ class TrainingConfig(Section):
         None, description="Windows of the validation split to score; null: all."
     )
     stop_signals: list[Literal["TERM", "USR1", "USR2", "HUP", "XCPU"]] = Field(
-        ["TERM", "USR1", "USR2"],
-        description="Signals on which a run finishes its step, saves and exits with code 75.",
+        ["TERM", "USR1", "USR2", "HUP"],
+        description="Signals on which a run finishes its step, saves and exits with code 75, as "
+        "on a first Ctrl-C.",
     )
     stop_margin: Annotated[float, Field(ge=0, le=10_000_000)] = Field(
         60.0,

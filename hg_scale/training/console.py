@@ -24,6 +24,8 @@ from rich import console as rich
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
+from hg_scale.standard_streams import lossy_stream
+
 
 class Console:
     """Prints the lines of a run: rank 0 everything, the other ranks warnings only.
@@ -237,7 +239,7 @@ def quiet_libraries(log: Path) -> Iterator[TextIO]:
         stream.reconfigure(line_buffering=True)
     faulthandler_enabled = faulthandler.is_enabled()
     faulthandler.enable(file=saved[1])
-    terminal = os.fdopen(os.dup(saved[0]), "w", buffering=1, encoding="utf-8", errors="replace")
+    terminal = lossy_stream(saved[0])  # a terminal that goes must not end the run
     failed = False
     try:
         yield terminal
@@ -264,5 +266,6 @@ def _flush() -> None:
     """Flush the buffers of Python and C for stdout and stderr, before the descriptors change."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            stream.flush()
+            with suppress(OSError):  # what cannot be written is lost
+                stream.flush()
     ctypes.CDLL(None).fflush(None)

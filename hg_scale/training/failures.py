@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from hg_scale.atomic_write import write_json
 from hg_scale.errors import UserError
-from hg_scale.exit_codes import FAILED, LOST, starts_again
+from hg_scale.exit_codes import FAILED, INTERRUPTED, LOST, starts_again
 from hg_scale.parallel.launch import Launch
 from hg_scale.parallel.runtime_errors import connection_error, gpu_error, out_of_memory
 from hg_scale.training.agreement import StoppedByPeer
@@ -35,6 +35,12 @@ class LostRank(UserError):
     exit_code = LOST
 
 
+class Interrupted(UserError):
+    """Ctrl-C ended this rank before it could save."""
+
+    exit_code = INTERRUPTED
+
+
 class OutOfMemory(UserError):
     """This rank ran out of memory; the other ranks do not know it yet."""
 
@@ -47,9 +53,21 @@ class RankEnd(NamedTuple):
     line: str
 
 
-def clear_end(folder: Path, rank: int) -> None:
-    """Delete this rank's end file of an earlier start. Raises OSError."""
-    _path(folder, rank).unlink(missing_ok=True)
+def find_ends(folder: Path) -> frozenset[tuple[str, int, int]]:
+    """Identify the present end files, to tell those of an earlier start from new ones.
+
+    They are not removed before the folder is locked: they may be those of a run that has it.
+    """
+    found = set()
+    for path in (folder / "ranks").glob("rank-*.end"):
+        with suppress(OSError):
+            found.add(_identify(path))
+    return frozenset(found)
+
+
+def _identify(path: Path) -> tuple[str, int, int]:
+    state = path.stat()
+    return path.name, state.st_ino, state.st_mtime_ns
 
 
 def write_end(folder: Path, rank: int, code: int, line: str) -> None:
@@ -61,26 +79,32 @@ def write_end(folder: Path, rank: int, code: int, line: str) -> None:
 
 
 def error_of_peer(
-    folder: Path, rank: int, world_size: int, timeout: float = _PEER_TIMEOUT
+    folder: Path,
+    rank: int,
+    world_size: int,
+    timeout: float = _PEER_TIMEOUT,
+    earlier: frozenset[tuple[str, int, int]] = frozenset(),
 ) -> RankEnd | None:
     """Return the end of another rank whose exit code forbids starting the job again, or None.
 
-    Waits up to `timeout` seconds for the file of such a rank.
+    Waits up to `timeout` seconds for the file of such a rank. `earlier`: files to ignore, of
+    `find_ends`.
     """
     end = time.monotonic() + timeout
     while True:
         for other in range(world_size):
-            if other != rank and (found := _read(folder, other)):
+            if other != rank and (found := _read(folder, other, earlier)):
                 return found
         if time.monotonic() >= end:
             return None
         time.sleep(0.1)
 
 
-def _read(folder: Path, rank: int) -> RankEnd | None:
+def _read(folder: Path, rank: int, earlier: frozenset[tuple[str, int, int]]) -> RankEnd | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
-        record = json.loads(_path(folder, rank).read_text())
-        if not starts_again(int(record["code"])):
+        path = _path(folder, rank)
+        record = json.loads(path.read_text())
+        if not starts_again(int(record["code"])) and _identify(path) not in earlier:
             return RankEnd(rank, int(record["code"]), str(record["line"]))
     return None
 
@@ -120,20 +144,29 @@ def _when(interruption: Interruption) -> str:
     return "during start-up" if step is None else f"at step {step + 1}"
 
 
-def report_failure(error: UserError, folder: Path, launch: Launch) -> int:
-    """Print why the run ended, unless another rank does, and return the exit code."""
+def report_failure(
+    error: UserError,
+    folder: Path,
+    launch: Launch,
+    earlier: frozenset[tuple[str, int, int]] = frozenset(),
+) -> RankEnd:
+    """Print why the run ended, unless another rank does; return whose error it was, and the code.
+
+    `earlier`: as in `error_of_peer`.
+    """
+    own = RankEnd(launch.rank, error.exit_code, str(error))
     if isinstance(error, StoppedByPeer):
-        return _exit_code_of(error.__cause__)
+        return own._replace(code=_exit_code_of(error.__cause__))
     if not isinstance(error, LostRank):
         print(error, file=sys.stderr)
-        return error.exit_code
-    peer = error_of_peer(folder, launch.rank, launch.world_size)
+        return own
+    peer = error_of_peer(folder, launch.rank, launch.world_size, earlier=earlier)
     if peer is None:
         print(error, file=sys.stderr)
-        return error.exit_code
+        return own
     if launch.rank == (1 if peer.rank == 0 else 0):  # only one rank reports it
         print(f"rank {peer.rank} failed and ended all ranks: {peer.line}", file=sys.stderr)
-    return peer.code
+    return peer
 
 
 def _exit_code_of(error: BaseException | None) -> int:

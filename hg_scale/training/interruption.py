@@ -1,8 +1,9 @@
 """Stop a run early, on all ranks after the same step: on a signal, or near the time limit.
 
 Slurm signals a job before its time limit and before a preemption; `slurm/common.sh` also exports
-when the job ends, for sites that send no signal. Imports no torch before the first step, so that
-the signal handlers are installed before the long start-up.
+when the job ends, for sites that send no signal. Ctrl-C (SIGINT) saves and ends too; a second one
+ends the process at once. Imports no torch before the first step, so that the signal handlers are
+installed before the long start-up.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from hg_scale.exit_codes import INTERRUPTED
+
 if TYPE_CHECKING:
     import torch
 
@@ -29,22 +32,52 @@ class StopSignals:
     """Records the first stop signal that arrives. A context manager, for the main thread.
 
     A signal interrupts nothing: the current step, its collectives and a running save continue.
+    Exceptions: Ctrl-C before `saves` is set, when there is nothing to save, and the second Ctrl-C.
     """
 
     def __init__(self, names: Sequence[str] = ()) -> None:
         """`names` as in `training.stop_signals`: TERM, USR1, ..."""
         self.received = 0  # number of the first signal; 0: none
-        self._numbers = [getattr(signal, f"SIG{name}") for name in names]
+        self.saves = False  # whether the run reacts to `received` by a save
+        self.on_interrupt: Callable[[], object] = lambda: None  # after the first Ctrl-C
+        self.end_now: Callable[[], object] = lambda: os._exit(INTERRUPTED)  # after the second
+        self._numbers: list[int] = []
         self._previous_handlers: dict[int, Any] = {}
+        self._interrupts: _InterruptCounter | None = None
+        self._names = names
+
+    def install(self, names: Sequence[str]) -> None:
+        """Handle these signals, and Ctrl-C, until `restore` or `ignore`."""
+        for name in (*names, "INT"):
+            number = getattr(signal, f"SIG{name}")
+            # Ignored by nohup, or by a shell for a command in the background.
+            if name in ("HUP", "INT") and signal.getsignal(number) == signal.SIG_IGN:
+                continue
+            self._numbers.append(number)
+            self._previous_handlers[number] = signal.signal(number, self._record)
+        self._interrupts = _InterruptCounter(lambda: self.end_now())
+
+    def restore(self) -> None:
+        """Handle signals as before `install`."""
+        if self._interrupts:
+            self._interrupts.close()
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+
+    def ignore(self) -> None:
+        """Ignore the signals from now on: the process ends, and its exit code is decided.
+
+        Python itself resets handlers while it shuts down, but leaves ignored signals ignored.
+        """
+        for number in self._numbers:
+            signal.signal(number, signal.SIG_IGN)
 
     def __enter__(self) -> StopSignals:
-        for number in self._numbers:
-            self._previous_handlers[number] = signal.signal(number, self._record)
+        self.install(self._names)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
+        self.restore()
 
     @contextmanager
     def end_wait_on_signal(self, end: Callable[[str], object]) -> Iterator[None]:
@@ -61,7 +94,8 @@ class StopSignals:
         def watch() -> None:
             while numbers := os.read(reader, 64):  # empty when `writer` is closed
                 for number in numbers:
-                    if number in self._numbers and not arrived.wait(_RENDEZVOUS_GRACE):
+                    grace = 0.0 if number == signal.SIGINT else _RENDEZVOUS_GRACE
+                    if number in self._numbers and not arrived.wait(grace):
                         end(signal_name(number))
 
         thread = threading.Thread(target=watch, name="stop-signals", daemon=True)
@@ -79,10 +113,38 @@ class StopSignals:
             os.close(reader)
 
     def _record(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if not self.saves:
+                raise KeyboardInterrupt
+            if self.received != signal.SIGINT:
+                self.on_interrupt()
         self.received = self.received or number
 
     def __str__(self) -> str:
         return signal_name(self.received)
+
+
+class _InterruptCounter:
+    """Calls `end` on the second Ctrl-C from a thread, since the main thread may wait in C++."""
+
+    def __init__(self, end: Callable[[], object]) -> None:
+        self._end = end
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._count, name="interrupts", daemon=True).start()
+
+    def _count(self) -> None:
+        count = 0
+        while numbers := os.read(self._reader, 64):  # empty when the writer is closed
+            count += numbers.count(signal.SIGINT)
+            if count > 1:
+                self._end()
+        os.close(self._reader)
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(self._previous_fd)
+        os.close(self._writer)
 
 
 def signal_name(number: int) -> str:
@@ -114,7 +176,7 @@ class Interruption:
         step: the last finished step, which took `seconds`.
         ahead: estimated seconds from the end of the next step until a save after it is complete.
         """
-        self.step = step
+        self.step, self.signals.saves = step, True
         if seconds:
             self._step_seconds.append(seconds)
         reason = self._local_reason(ahead)

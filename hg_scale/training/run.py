@@ -19,7 +19,7 @@ from hg_scale.config.schema import Config
 from hg_scale.data.errors import DataError
 from hg_scale.data.sequence_schedule import DataSource
 from hg_scale.errors import UserError
-from hg_scale.exit_codes import DONE, FAILED, REQUEUE
+from hg_scale.exit_codes import DONE, FAILED, INTERRUPTED, REQUEUE
 from hg_scale.model.costs import parameter_count
 from hg_scale.parallel.launch import Launch
 from hg_scale.parallel.mesh import make_mesh, start_processes
@@ -29,19 +29,21 @@ from hg_scale.training.console import Console, quiet_libraries
 from hg_scale.training.corpora import bytes_per_token, open_sources
 from hg_scale.training.device import peak_flops
 from hg_scale.training.failures import (
+    Interrupted,
     LostRank,
     OutOfMemory,
     as_user_error,
-    clear_end,
+    find_ends,
     report_failure,
     write_end,
 )
 from hg_scale.training.interruption import Interruption, StopSignals, end_of_job
 from hg_scale.training.loop import Meter, Trainer
 from hg_scale.training.monitoring.monitor import Monitor, monitor_run
+from hg_scale.training.monitoring.run_end import write_run_end
 from hg_scale.training.profiling import StepProfiler
 from hg_scale.training.resume import ResumePoint, agree_on_resume_point
-from hg_scale.training.run_lock import RunFolderLocked, RunLock
+from hg_scale.training.run_lock import RunFolderLocked, RunLock, describe_living_run
 from hg_scale.training.run_log import RunLog
 from hg_scale.training.same_run import require_same_run
 from hg_scale.training.validation import Validator
@@ -50,12 +52,15 @@ if TYPE_CHECKING:
     from hg_scale.training.engine import Engine
     from hg_scale.training.state import TrainingProgress
 
+_NOT_SAVED = "interrupted; the next start resumes from the last checkpoint"
 
-@dataclass(frozen=True)
+
+@dataclass
 class Run:
     """What to train, and where.
 
-    stop_at, profile: the step to stop after, and the step to profile, if any.
+    stop_at, profile: the step to stop after, and the step to profile, if any. locked: whether this
+    run has the folder, and may change files that another run would read. ending: how it ends.
     """
 
     config: Config
@@ -65,6 +70,8 @@ class Run:
     interruption: Interruption
     stop_at: int | None
     profile: int | None
+    locked: bool = False
+    ending: str = ""
 
     @property
     def checkpoints(self) -> Path:
@@ -98,7 +105,7 @@ def train(
     interrupted, agreed = False, True
     with ExitStack() as stack:
         try:
-            clear_end(folder, launch.rank)
+            earlier = find_ends(folder)
             log = folder / "logs" / f"rank-{launch.rank}.log"
             terminal = stack.enter_context(quiet_libraries(log))
         except OSError as error:
@@ -107,28 +114,62 @@ def train(
             return FAILED
         console = Console(config.training.steps, rank=launch.rank, stream=terminal)
         run = Run(config, folder, launch, console, interruption, stop_at, profile)
+        _announce_interrupts(run)
         try:
             with console:
                 interrupted = _train_connected(run)
         except KeyboardInterrupt:
-            failure = UserError("interrupted; the next start resumes from the last checkpoint")
+            failure = Interrupted(_NOT_SAVED)
             agreed = False
         except Exception as error:
             failure = as_user_error(error, launch, interruption)
             agreed = not isinstance(failure, LostRank | OutOfMemory)
             if failure is None:  # a bug
-                write_end(folder, launch.rank, FAILED, f"{type(error).__name__}: {error}")
+                _record_rank_end(run, FAILED, f"{type(error).__name__}: {error}")
+                _record_run_end(run, FAILED, f"{type(error).__name__}: {error}")
                 raise
             if failure is not error:
                 traceback.print_exc()  # into the rank's log
-        # `RunFolderLocked`: the end files in the folder are those of the run that has locked it.
         if failure and not isinstance(failure, LostRank | StoppedByPeer | RunFolderLocked):
-            write_end(folder, launch.rank, failure.exit_code, str(failure))
+            _record_rank_end(run, failure.exit_code, str(failure))
         if dist.is_initialized() and agreed:
             dist.destroy_process_group()
-    if failure is None:
-        return REQUEUE if interrupted else DONE
-    return report_failure(failure, folder, launch)
+    code, line = REQUEUE if interrupted else DONE, run.ending
+    if failure:
+        _, code, line = report_failure(failure, folder, launch, earlier)
+    _record_run_end(run, code, line)
+    return code
+
+
+def _record_rank_end(run: Run, code: int, line: str) -> None:
+    """Record that this rank ends by an error of its own, unless another run has the folder."""
+    if run.locked or not describe_living_run(run.folder):
+        write_end(run.folder, run.launch.rank, code, line)
+
+
+def _record_run_end(run: Run, code: int, line: str) -> None:
+    """Record on rank 0 how the run ends, once it had the folder."""
+    if run.locked and run.launch.rank == 0:
+        write_run_end(run.folder, code, line.partition("\n")[0])
+
+
+def _announce_interrupts(run: Run) -> None:
+    """Print what Ctrl-C does, on rank 0; the second one ends this process."""
+    signals, rank = run.interruption.signals, run.launch.rank
+
+    def say(line: str) -> None:
+        if rank == 0:  # Ctrl-C reaches the ranks of this terminal all at once
+            run.console.print_unlocked(line)
+
+    def end_now() -> None:
+        if run.locked:
+            _record_rank_end(run, INTERRUPTED, _NOT_SAVED)
+            _record_run_end(run, INTERRUPTED, _NOT_SAVED)
+        say(_NOT_SAVED)
+        os._exit(INTERRUPTED)
+
+    signals.on_interrupt = lambda: say("Ctrl-C: saving after this step; again: end at once")
+    signals.end_now = end_now
 
 
 def _train_connected(run: Run) -> bool:
@@ -140,11 +181,12 @@ def _train_connected(run: Run) -> bool:
     folder, launch = run.folder, run.launch
 
     def leave(signal_name: str) -> None:
+        again = "" if signal_name == "signal INT" else "; to be started again"
         run.console.print_unlocked(
             f"rank {launch.rank}: {signal_name} while waiting for the other processes, before the "
-            "first step; to be started again"
+            f"first step{again}"
         )
-        os._exit(REQUEUE)
+        os._exit(REQUEUE if again else INTERRUPTED)
 
     with run.interruption.signals.end_wait_on_signal(leave):
         device = start_processes(launch)
@@ -152,6 +194,7 @@ def _train_connected(run: Run) -> bool:
     require_same_run(run.config, folder, options)
     lock = run_on_all_ranks(lambda: RunLock(folder) if launch.rank == 0 else None, device)
     monitoring = monitor_run(run.config, folder, launch, run.console, device)
+    run.locked = True
     with lock or nullcontext(), monitoring as monitor:
         resume = agree_on_resume_point(run.config, run.checkpoints, run.console, device)
         sources = run_on_all_ranks(lambda: open_sources(run.config), device)
@@ -161,6 +204,7 @@ def _train_connected(run: Run) -> bool:
         if progress.step >= run.last_step:
             reached = f"step {progress.step} of {run.last_step} is reached"
             run.console.print(f"nothing to do: {reached}")
+            run.ending = reached
             return False
         return fit(run, engine, progress, sources, monitor, lock, resume.corrupt)
 
@@ -209,9 +253,11 @@ def fit(
         interrupted = trainer.fit(last_step)
     if interrupted:
         state = f"saved at step {progress.step}" if progress.step else "before the first step"
-        console.print(f"{interrupted}: {state}, to be started again")
+        run.ending = f"{interrupted}: {state}"
+        console.print(f"{run.ending}, to be started again")
         return True
-    console.print(f"step {progress.step} of {run.config.training.steps} saved in {run.checkpoints}")
+    run.ending = f"step {progress.step} of {run.config.training.steps} saved"
+    console.print(f"{run.ending} in {run.checkpoints}")
     return False
 
 

@@ -1,6 +1,6 @@
 """Save in one layout and resume in another: `python -m tests.cluster.pairs` prints the full table.
 
-python -m tests.cluster.pairs [--precision bf16] [--writers 0:4] > docs/checkpoint_layouts.txt
+python -m tests.cluster.pairs [--precision bf16] [--writers 0:4]
 """
 
 from __future__ import annotations

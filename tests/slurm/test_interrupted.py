@@ -94,10 +94,16 @@ def saved_at(folder: Path, reason: str) -> int:
 
 
 def test_warning_signal_saves_and_requeues(
-    cluster: Cluster, submit: Submit, elsewhere: Path, alone: Callable[..., list]
+    cluster: Cluster, submit: Submit, elsewhere: Path, alone: Callable[..., list], tiny_3d: Path
 ) -> None:
+    """The job runs on with the configuration of its first start, whose base is edited meanwhile."""
+    base = tiny_3d.with_name("base.json")
+    text = tiny_3d.read_text()
+    base.write_text(text)
+    tiny_3d.write_text('{"extends": "base.json"}')
     job = submit(("--nodes=8",))
     wait_for_step(cluster, job, elsewhere, 5)
+    base.write_text(json.dumps({**json.loads(text), "optimizer": {"learning_rate": 0.025}}))
     cluster.command("scancel", "--signal=USR1", str(job))  # sent to the ranks, as by --signal
     state = cluster.wait(job, 240)
     log = log_of(elsewhere)
@@ -105,6 +111,8 @@ def test_warning_signal_saves_and_requeues(
     assert codes(elsewhere) == [REQUEUE, 0]
     assert 5 <= saved_at(elsewhere, "signal USR1") < STEPS
     assert "exit code 75: saved, to be started again; requeued" in log
+    assert log.count("which continues without: optimizer.learning_rate unset -> 0.025; to use") == 1
+    base.write_text(text)
     np.testing.assert_allclose(curve(elsewhere / "run"), alone(), rtol=1e-4)
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from hg_scale.exit_codes import CONFIG_ERROR, FAILED, GAVE_UP, LOST, REQUEUE
 from hg_scale.parallel.launch import Launch
+from hg_scale.training.monitoring.status import read_status
 from tests.shared import ROOT
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import launcher, log_of
@@ -27,7 +28,11 @@ Start = Callable[..., int]
 
 # Passes the check; then ends as the file $ENDS lists, one word per start.
 RANK = """#!/bin/bash
-for word in "$@"; do [[ $word == --check ]] && exit 0; done
+for word in "$@"; do
+  [[ $word == --check ]] || continue
+  [[ $(<"$ENDS") != refused ]] || { echo "refused: taken"; exit 1; }
+  exit 0
+done
 echo "rank $SLURM_PROCID start ${SLURM_RESTART_COUNT:-0} runs $1 $(cksum <"$1")"
 env >"$ENDS.env-$SLURM_PROCID"
 [[ $SLURM_PROCID != 0 ]] || echo "# edited" >>"$REPOSITORY/hg_scale/train.py"
@@ -100,6 +105,20 @@ def test_errors_that_a_restart_cannot_fix_are_not_requeued(
     assert state["ExitCode"] == f"{code}:0"
     assert journal(elsewhere) == [(1, "start", None), (1, "end", code)]
     assert not (elsewhere / "run" / "finished").exists()
+
+
+def test_a_refused_job_leaves_the_files_of_the_living_run(
+    cluster: Cluster, start: Start, elsewhere: Path
+) -> None:
+    run = elsewhere / "run"
+    (run / "ranks").mkdir(parents=True)
+    kept = {"restarts": "step-00000004 2", "ranks/rank-00001.end": "{}", "jobs.jsonl": "{}\n"}
+    for name, text in kept.items():
+        (run / name).write_text(text)
+    state = cluster.wait(start("refused"))
+    assert (state["JobState"], state["ExitCode"]) == ("FAILED", "1:0"), log_of(elsewhere)
+    assert "refused: taken" in log_of(elsewhere)
+    assert {name: (run / name).read_text() for name in kept} == kept
 
 
 def test_saved_and_lost_jobs_restart_with_the_code_of_their_first_start(
@@ -230,6 +249,9 @@ def test_a_cancelled_job_stays_cancelled(
     cluster.command("scancel", str(job))
     state = cluster.wait(job, 60)
     assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0"), log_of(elsewhere)
+    last = json.loads((elsewhere / "run" / "jobs.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["requeued"], last["state"]) == ("end", False, "CANCELLED")
+    assert read_status(elsewhere / "run").lines["state"] == f"not running: job {job} was cancelled"
 
 
 def test_a_job_that_lost_a_node_restarts_on_others(
@@ -248,5 +270,7 @@ def test_a_job_that_lost_a_node_restarts_on_others(
         state = cluster.wait(job, 120)
         assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), log_of(elsewhere)
         assert lost not in cluster.command("scontrol", "show", "hostnames", state["NodeList"])
+        lines = (elsewhere / "run" / "jobs.jsonl").read_text().splitlines()
+        assert json.loads(lines[1])["requeued"] is True  # by Slurm or by the script
     finally:
         cluster.start_node(lost)

@@ -22,11 +22,12 @@ from hg_scale.training.failures import (
     LostRank,
     RankEnd,
     as_user_error,
-    clear_end,
     error_of_peer,
+    find_ends,
     write_end,
 )
 from hg_scale.training.interruption import Interruption, StopSignals
+from hg_scale.training.monitoring.heartbeat import clear_ranks
 from tests.faults.worlds import MODULES
 from tests.forks import KILLED, Forks, finish
 from tests.runs import arguments, records, run_train
@@ -169,8 +170,12 @@ def test_end_files_are_written_found_and_cleared(tmp_path: Path) -> None:
     assert error_of_peer(tmp_path, 0, 4, timeout=0) == RankEnd(2, GAVE_UP, "enough")
     assert error_of_peer(tmp_path, 2, 4, timeout=0) is None  # its own end
     (tmp_path / "ranks" / "rank-00003.end").write_text("{")
-    clear_end(tmp_path, 2)
-    clear_end(tmp_path, 2)
+    earlier = find_ends(tmp_path)
+    assert error_of_peer(tmp_path, 0, 4, timeout=0, earlier=earlier) is None
+    write_end(tmp_path, 2, FAILED, "of this start")
+    found = error_of_peer(tmp_path, 0, 4, timeout=0, earlier=earlier)
+    assert found == RankEnd(2, FAILED, "of this start")
+    clear_ranks(tmp_path)
     assert error_of_peer(tmp_path, 0, 4, timeout=0) is None
     with mock.patch("os.replace", side_effect=OSError):
         write_end(tmp_path, 1, FAILED, "lost on a full disk")

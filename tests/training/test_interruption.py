@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -272,3 +279,92 @@ def test_a_wait_that_succeeds_in_the_grace_time_goes_on(
         assert signals.received == signal.SIGUSR1
     assert set(ended) == ({"signal USR1"} if grace < 1 else set())
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_second_interrupt_ends_at_once() -> None:
+    """From a thread, as the main thread may wait in C++; the first one while nothing is saved."""
+    ended = threading.Event()
+    said: list[str] = []
+    with StopSignals(["USR1"]) as signals:
+        signals.on_interrupt, signals.end_now = lambda: said.append("again"), ended.set
+        signals.saves = True
+        signal.raise_signal(signal.SIGINT)
+        assert str(signals) == "signal INT" and said == ["again"]
+        assert not ended.wait(0.1)
+        signal.raise_signal(signal.SIGINT)
+        assert ended.wait(10) and said == ["again"]
+    with StopSignals() as signals, pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_signals_that_nohup_ignores_stay_ignored() -> None:
+    previous = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        with StopSignals(["HUP", "TERM"]) as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert not signals.received
+            signal.raise_signal(signal.SIGTERM)
+            assert str(signals) == "signal TERM"
+            signals.ignore()
+            signal.raise_signal(signal.SIGTERM)
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def start_on_terminal(command_line: list[str]) -> tuple[subprocess.Popen[bytes], int]:
+    """Start `train.py` on a terminal of its own; return the process and the terminal's other end.
+
+    Closing that end sends SIGHUP, and writing Ctrl-C to it SIGINT.
+    """
+    master, slave = pty.openpty()
+
+    def take_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "hg_scale" / "train.py"), *command_line],
+        stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, start_new_session=True,
+        preexec_fn=take_terminal,
+    )  # fmt: skip
+    os.close(slave)
+    return process, master
+
+
+def read_until(terminal: int, text: bytes) -> bytes:
+    """Read from a terminal until `text` appears, or the process has closed it."""
+    seen = b""
+    with suppress(OSError):
+        while text not in seen:
+            seen += os.read(terminal, 65536)
+    return seen
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", pytest.param("hangup", marks=pytest.mark.cluster)])
+def test_a_run_saves_when_its_terminal_ends_it(config: Path, tmp_path: Path, how: str) -> None:
+    """The exit code stays 75 under any number of signals while the process ends."""
+    run = tmp_path / "run"
+    process, terminal = start_on_terminal(arguments(config, run, "training.steps=1000000"))
+    try:
+        assert b"3/1000000" in read_until(terminal, b"3/1000000")
+        if how == "Ctrl-C":
+            os.write(terminal, b"\x03")
+            assert b"saved at step" in read_until(terminal, b"to be started again")
+        else:
+            os.close(terminal)
+        while process.poll() is None:
+            if (run / "end.json").exists():
+                process.send_signal(signal.SIGUSR1)
+    finally:
+        process.kill()
+        process.wait()
+        with suppress(OSError):
+            os.close(terminal)
+    assert process.returncode == REQUEUE
+    end = json.loads((run / "end.json").read_text())
+    name = "INT" if how == "Ctrl-C" else "HUP"
+    (step,) = re.findall(rf"signal {name}: saved at step (\d+)$", end["line"])
+    assert end["code"] == REQUEUE
+    assert (run / "checkpoints" / "latest").read_text() == f"step-{int(step):08}\n"

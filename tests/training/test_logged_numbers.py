@@ -79,7 +79,9 @@ def test_every_logged_number(worlds: Worlds, corpus: Path, tmp_path: Path, size:
         assert line["skipped_steps"] == line["skipped_windows"] == 0
         assert 0 < line["memory_gib"] <= line["peak_memory_gib"] < 64
     # The denominator of MFU is the peak that the start prints, times the number of ranks.
-    printed = next(text for text in done.output.splitlines() if text.startswith("peak of one device"))
+    printed = next(
+        text for text in done.output.splitlines() if text.startswith("peak of one device")
+    )
     peak = float(printed.split(": ")[1].split()[0]) * 1e12 * size
     assert peaks == pytest.approx([peak] * STEPS, rel=0.01)
     (validation,) = [line for line in records(run) if "validation_loss" in line]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,13 +16,18 @@ from hg_scale.data.index import SPLITS, Index
 from hg_scale.data.preparation.rank_group import OtherRankFailed
 from hg_scale.data.progress import ProgressBar
 from hg_scale.parallel.launch import Launch, LaunchError
+from hg_scale.standard_streams import protect_standard_streams
 
 _EXIT_DELAY = 3.0  # seconds in which the other ranks report their error
 _SMALLER = "use fewer --chunk-tokens, --shard-tokens or processes per machine"
 
 
 def make_parser(script_docstring: str | None) -> argparse.ArgumentParser:
-    """Return a parser whose help begins with the script's docstring."""
+    """Return a parser whose help begins with the script's docstring.
+
+    From now on, the work continues where its output has no reader any more.
+    """
+    protect_standard_streams()
     return argparse.ArgumentParser(
         description=script_docstring, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -131,15 +135,11 @@ def run_preparation(
     try:
         with ProgressBar(sys.stderr if launch.rank == 0 else None) as progress:
             work(progress)
-        sys.stdout.flush()  # raises BrokenPipeError here rather than at the interpreter's exit
         return 0
     except OtherRankFailed as error:
         code, message = 2, f"stopped: {error}"
     except DataError as error:
         code, message = 2, str(error)
-    except BrokenPipeError:  # the work is done, and the reader of the report has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:  # of the output: sources raise DataError
         code, message = 2, f"{error}; {_remedy(error)}, and start again"
     except MemoryError as error:

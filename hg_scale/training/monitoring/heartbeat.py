@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -150,7 +151,7 @@ class Heartbeat:
         )
         with self._writing:
             try:
-                write_json(self.folder / f"rank-{self.rank:05}.json", asdict(beat))
+                write_json(_heartbeat_path(self.folder, self.rank), asdict(beat))
                 if self.table is not None:
                     table, self.table = self.table, None
                     write_json(self.folder / "stragglers.json", table)
@@ -193,12 +194,52 @@ def pid_namespace() -> str:
 
 
 def clear_ranks(run: Path) -> None:
-    """Remove the files of an earlier start; rank 0 calls it before any rank's first heartbeat."""
+    """Remove the files of an earlier start: heartbeats, end files, the slow ranks.
+
+    Rank 0 calls it once it has locked the folder, before any rank's first heartbeat.
+    """
     folder = run / "ranks"
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        for path in [*folder.glob("rank-*.json*"), *folder.glob("stragglers.json*")]:
-            path.unlink(missing_ok=True)
+        for pattern in ("rank-*.json*", "rank-*.end*", "stragglers.json*"):
+            for path in folder.glob(pattern):
+                path.unlink(missing_ok=True)
+
+
+def file_system_time(folder: Path) -> float:
+    """Return the time that the file system of `folder` gives a file now, in seconds since 1970.
+
+    Of a shared one this is one clock for all hosts. The local clock if nothing can be written.
+    """
+    probe = folder / f".clock-{secrets.token_hex(4)}"
+    try:
+        probe.touch(exist_ok=False)
+        try:
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError:
+        return time.time()
+
+
+def read_heartbeats_by_file_time(
+    run: Path,
+) -> tuple[dict[int, HeartbeatRecord], dict[int, float]]:
+    """Read the heartbeats with the times of their files, to compare with `file_system_time`.
+
+    Also returns by how many seconds the clock of each rank's host is ahead of those times.
+    """
+    beats, ahead = {}, {}
+    for rank, beat in read_heartbeats(run).items():
+        with suppress(OSError):
+            written = _heartbeat_path(run / "ranks", rank).stat().st_mtime
+            ahead[rank] = beat.time - written
+            beats[rank] = replace(beat, time=written, since=beat.since - ahead[rank])
+    return beats, ahead
+
+
+def _heartbeat_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05}.json"
 
 
 def read_heartbeats(run: Path) -> dict[int, HeartbeatRecord]:

@@ -13,6 +13,7 @@ from hg_scale.config.schema import Config
 from hg_scale.parallel.launch import Launch
 from hg_scale.training.agreement import run_on_all_ranks
 from hg_scale.training.monitoring.heartbeat import Heartbeat, RunPhase, clear_ranks
+from hg_scale.training.monitoring.run_end import clear_run_end
 from hg_scale.training.monitoring.stragglers import RankTimer, Stragglers
 from hg_scale.training.monitoring.watchdog import (
     Watchdog,
@@ -82,6 +83,7 @@ def monitor_run(
         if launch.rank == 0:
             clear_ranks(run)
             clear_alarm(run)
+            clear_run_end(run)
 
     run_on_all_ranks(clear, device)
     per_stage = launch.world_size // config.parallel.pipeline

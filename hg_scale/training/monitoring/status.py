@@ -6,7 +6,6 @@ import json
 import shutil
 import statistics
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -19,13 +18,23 @@ from typing import Any
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import find_latest
 from hg_scale.errors import UserError
-from hg_scale.exit_codes import meaning
+from hg_scale.exit_codes import REQUEUE, meaning
 from hg_scale.training.console import format_duration, format_rate
-from hg_scale.training.monitoring.heartbeat import PERIOD, STALE, HeartbeatRecord, read_heartbeats
+from hg_scale.training.monitoring.heartbeat import (
+    PERIOD,
+    STALE,
+    HeartbeatRecord,
+    file_system_time,
+    read_heartbeats,
+    read_heartbeats_by_file_time,
+)
+from hg_scale.training.monitoring.run_end import read_run_end
 from hg_scale.training.monitoring.stalled_ranks import describe_stalled
 
 QUIET_LINES, QUIET_SECONDS = 10, 600  # a run that logs nothing for both counts as dead
+CLOCK_LIMIT = 30  # seconds by which a clock may differ before it is mentioned
 _MAX_NAMED = 4  # ranks named in a line
+_ENDINGS = {"CANCELLED": "was cancelled", "TIMEOUT": "reached its time limit"}
 _TAIL_BYTES = 64 * 1024
 _ERROR_WORDS = ("error", "Traceback", "warning", "exit code", "Killed", "CANCELLED", "not saved")
 
@@ -40,18 +49,32 @@ class RunStatus:
 
 
 def read_status(run: Path, now: float | None = None, last_errors: int = 5) -> RunStatus:
-    """Read the status of a run folder. `now`: seconds since 1970. Raises UserError."""
-    now = time.time() if now is None else now
+    """Read the status of a run folder. Raises UserError.
+
+    `now`: seconds since 1970, by the clock of the ranks' records. None: the present, by the times
+    that the file system of `run` gives, since the clocks of hosts differ.
+    """
     names = ("config.json", "metrics.jsonl", "jobs.jsonl", "ranks")
     if not any((run / name).exists() for name in names):
         raise UserError(f"{run} is not a run folder: no {', '.join(names[:-1])} or {names[-1]}")
     records = list(_read_records(run / "metrics.jsonl"))
     jobs = list(_read_records(run / "jobs.jsonl"))
+    if now is None:
+        now = file_system_time(run)
+        beats, ahead = read_heartbeats_by_file_time(run)
+    else:
+        beats, ahead = read_heartbeats(run), {}
+    jobs = without_refused(jobs, _pulse(beats))
     steps = [record for record in records if "loss" in record]
     total = _total_steps(run)
-    beats = read_heartbeats(run)
     alive, reason = liveness(steps, jobs, now, total, beats)
+    if not alive and not jobs and (end := read_run_end(run)):
+        reason = end.describe(now)
     state = "alive" if alive else "not running" if alive is False else "?"
+    clocks = {f"{_name(rank, beats)} {format_offset(ahead[rank])}": None for rank in ahead
+              if abs(ahead[rank]) > CLOCK_LIMIT}  # fmt: skip
+    if clocks:  # first, since it qualifies the times of the reason
+        reason = f"by file times (the clock of {_shorten_list([*clocks])}): {reason}"
     lines = {"state": f"{state}: {reason}"}
     if steps:
         lines |= _progress(steps, total)
@@ -83,8 +106,7 @@ def liveness(
     beats: Mapping[int, HeartbeatRecord] = MappingProxyType({}),
 ) -> tuple[bool | None, str]:
     """Whether the run is alive, and the evidence: Slurm, heartbeats, or the last logged line."""
-    running = [beat for beat in beats.values() if not beat.ended and not beat.killed]
-    pulse = max((beat.time for beat in running), default=None)
+    pulse = _pulse(beats)
     beating = pulse is not None and now - pulse < STALE
     # While it still beats, a save or a validation after the last step is in progress.
     if steps and total and steps[-1]["step"] >= total and not beating:
@@ -93,10 +115,7 @@ def liveness(
     # A later heartbeat is of another job: this one was refused while that one was running.
     outlived = pulse is not None and last_job is not None and pulse > last_job["time"] + PERIOD
     if last_job and last_job["event"] == "end" and not outlived:
-        # Requeued by its script, or later by Slurm itself, for instance after a node failure.
-        waits = last_job.get("requeued") or queue_state(last_job["job"]) == "PENDING"
-        again = ", waiting to start again" if waits else ""
-        return False, f"job {last_job['job']} ended: {meaning(last_job['code'])}{again}"
+        return False, f"job {last_job['job']} {_describe_end(last_job)}"
     if last_job and (state := queue_state(last_job["job"])):
         return state == "RUNNING", f"job {last_job['job']} is {state}"
     if pulse is not None:
@@ -113,12 +132,58 @@ def liveness(
     last = max((r["time"] for r in (*steps[-1:], *jobs[-1:]) if "time" in r), default=None)
     if last is None:
         return None, "nothing logged yet"
-    silent, limit = now - last, QUIET_SECONDS
+    silent, limit = max(0, now - last), QUIET_SECONDS
     intervals = [b["time"] - a["time"] for a, b in pairwise(steps[-11:])]
     if intervals:
         limit = max(limit, QUIET_LINES * statistics.median(intervals))
     last_line = f"last line {format_duration(silent)} ago"
     return silent < limit, last_line if silent < limit else f"{last_line}, which is too long"
+
+
+def _describe_end(end: dict[str, Any]) -> str:
+    """Describe the end of a job, and whether it waits to be started again."""
+    # Requeued by its script, or later by Slurm itself, for instance after a node failure.
+    if end.get("requeued") or queue_state(end["job"]) == "PENDING":
+        return f"ended: {meaning(end['code'])}, waiting to start again"
+    saved = end["code"] == REQUEUE
+    if slurm := _ENDINGS.get(end.get("state", "")):
+        return slurm + (", saved" if saved else "")
+    return "ended: " + ("saved, not requeued" if saved else meaning(end["code"]))
+
+
+def without_refused(jobs: list[dict[str, Any]], pulse: float | None) -> list[dict[str, Any]]:
+    """Leave out jobs that ended while another one kept the run folder: they changed nothing.
+
+    jobs: the records of `jobs.jsonl`. pulse: the time of the last heartbeat of a living rank.
+    """
+
+    def start_of(record: dict[str, Any]) -> tuple[Any, Any]:
+        return record.get("job"), record.get("start")
+
+    refused, running = set(), None
+    for number, record in enumerate(jobs):
+        own, later = start_of(record), jobs[number + 1 :]
+        if record["event"] == "end":
+            running = None if own == running else running
+            continue
+        ended = [r["time"] for r in later if start_of(r) == own and r["event"] == "end"]
+        outlived = ended and pulse is not None and pulse > ended[0] + PERIOD
+        if running and ended and (outlived or running in map(start_of, later)):
+            refused.add(own)
+        else:
+            running = own
+    return [record for record in jobs if start_of(record) not in refused]
+
+
+def _pulse(beats: Mapping[int, HeartbeatRecord]) -> float | None:
+    """Return the time of the last heartbeat of a rank that may be alive."""
+    running = [beat.time for beat in beats.values() if not beat.ended and not beat.killed]
+    return max(running, default=None)
+
+
+def format_offset(seconds: float) -> str:
+    """Describe how a clock differs: `is 0:05:00 ahead`."""
+    return f"is {format_duration(abs(seconds))} {'ahead' if seconds > 0 else 'behind'}"
 
 
 def describe_ranks(beats: Mapping[int, HeartbeatRecord], now: float, stages: int = 1) -> str:
@@ -168,7 +233,7 @@ def queue_state(job: str) -> str | None:
         return None
     with suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(
-            ["squeue", "--noheader", "--format=%T", f"--jobs={job}"],
+            ["squeue", "--noheader", "--format=%T", f"--jobs={job}", "--states=all"],
             capture_output=True, text=True, timeout=10, check=False,
         )  # fmt: skip
         return done.stdout.strip() or None
@@ -199,13 +264,16 @@ def _checkpoint(run: Path, now: float) -> str:
         return str(error)
     if newest is None:
         return "none yet"
-    age = format_duration(now - (newest / "manifest.json").stat().st_mtime)
-    return f"{newest.name}, {age} ago"
+    age = now - (newest / "manifest.json").stat().st_mtime
+    if age < -CLOCK_LIMIT:  # copied from elsewhere, or its file system's clock was changed
+        return f"{newest.name}, its file is dated {format_duration(-age)} ahead of now"
+    return f"{newest.name}, {format_duration(max(0, age))} ago"
 
 
 def _restarts(jobs: list[dict[str, Any]]) -> str:
     starts = [job for job in jobs if job["event"] == "start"]
-    ends = [meaning(job["code"]) for job in jobs if job["event"] == "end" and job["code"]]
+    last = max((n for n, job in enumerate(jobs) if job["event"] == "start"), default=0)
+    ends = [meaning(job["code"]) for job in jobs[:last] if job["event"] == "end" and job["code"]]
     reasons = ", ".join(f"{ends.count(end)} x {end}" for end in dict.fromkeys(ends))
     return f"{max(0, len(starts) - 1)}" + (f" ({reasons})" if reasons else "")
 

@@ -28,7 +28,9 @@ from hg_scale.training.monitoring.heartbeat import (
     HeartbeatRecord,
     RankPosition,
     RunPhase,
+    file_system_time,
     read_heartbeats,
+    read_heartbeats_by_file_time,
 )
 from hg_scale.training.monitoring.stalled_ranks import describe_stalled
 
@@ -170,7 +172,11 @@ class Watchdog:
         if lowest < heartbeat.rank and self._is_reported():
             return
         silent = 3 * heartbeat_period(self._config)
-        line = describe_hang(position, self._elapsed, limit, beats, self._per_stage, silent, folder)
+        by_file, _ = read_heartbeats_by_file_time(self._run)  # since the clocks of hosts differ
+        line = describe_hang(
+            position, self._elapsed, limit, by_file or beats, self._per_stage, silent, folder,
+            file_system_time(self._run),
+        )  # fmt: skip
         self._report(line)
         record = {"time": time.time(), "step": position.step, "line": line}
         _append(self._run / "watchdog.jsonl", record)
@@ -225,6 +231,7 @@ def describe_hang(
     per_stage: int,
     silent: float,
     folder: Path,
+    now: float | None = None,
 ) -> str:
     """Return one line: the phase and its time, the stalled ranks, the stacks, what happens next."""
     step = position.step
@@ -234,7 +241,7 @@ def describe_hang(
         excess = f"{elapsed / limit.usual:.3g} x the usual {limit.usual:.3g} s"
     else:
         excess = f"the limit is watchdog.{limit.key} {limit.seconds:g}"
-    now = time.time()
+    now = time.time() if now is None else now
     stalled = describe_stalled(beats, per_stage, now, silent) or "no rank is behind the others"
     return (
         f"{phase} takes {elapsed:.3g} s, {excess}: {stalled}; stacks in {folder}; the job is to be "

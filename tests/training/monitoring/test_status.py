@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from hg_scale.commands.main import main
 from hg_scale.errors import UserError
 from hg_scale.training.failures import write_end
 from hg_scale.training.monitoring import status
-from hg_scale.training.monitoring.heartbeat import pid_namespace
+from hg_scale.training.monitoring.heartbeat import file_system_time, pid_namespace
+from hg_scale.training.monitoring.run_end import write_run_end
 from hg_scale.training.monitoring.status import read_status
 from tests.training.monitoring.heartbeats import NOW, make_beats, write_beats
 from tests.training.test_check import save
@@ -241,3 +244,86 @@ def test_the_command_prints_the_status(
     with pytest.raises(UserError, match="not a run folder"):
         read_status(run / "nowhere")
     assert main(["status", str(run / "nowhere")]) == 2
+
+
+def test_ages_are_those_of_the_file_system_and_never_negative(run: Path) -> None:
+    """Rank 1's host is a day ahead, rank 2's five minutes behind; the checkpoint is of tomorrow."""
+    write(run, "metrics.jsonl", [step(10, time.time() + 86_400)])
+    now = file_system_time(run)
+    times = (now - 20, now + 86_400 - 20, now - 300 - 20)
+    write_beats(run, make_beats(*[{"time": t, "since": t - 10} for t in times]))
+    for rank in range(3):
+        os.utime(run / "ranks" / f"rank-{rank:05}.json", (now - 20, now - 20))
+    os.utime(save(run, 10) / "manifest.json", (now + 86_400, now + 86_400))
+    found = read_status(run)
+    assert re.fullmatch(
+        r"alive: by file times \(the clock of rank 1 \(n1\) is 1d 00:00 ahead, "
+        r"rank 2 \(n2\) is 0:05:00 behind\): last heartbeat 0:00:2\d ago", found.lines["state"]
+    ), found.lines["state"]  # fmt: skip
+    assert re.fullmatch("3 of 3 in step 120, for 0:00:3.", found.lines["ranks"])
+    checkpoint = re.fullmatch("step-00000010, its file is dated (.*) ahead of now",
+                              found.lines["checkpoint"])  # fmt: skip
+    assert checkpoint and checkpoint[1] in ("1d 00:00", "23:59:59")
+    for rank in range(3):  # the clocks of the records still say otherwise
+        os.utime(run / "ranks" / f"rank-{rank:05}.json", (now - 90, now - 90))
+    assert read_status(run).alive is False
+    assert not list(run.glob(".clock-*"))
+    assert read_status(run, NOW + 10).alive is not None  # without heartbeats of that time
+
+
+def test_a_cancelled_job_is_not_to_be_started_again(run: Path) -> None:
+    end = {"event": "end", "job": "7", "start": 1, "log": "", "time": NOW, "requeued": False}
+    start = {**end, "event": "start"}
+    for more, state in (
+        ({"code": 75}, "job 7 ended: saved, not requeued"),
+        ({"code": 75, "state": "CANCELLED"}, "job 7 was cancelled, saved"),
+        ({"code": 143, "state": "CANCELLED"}, "job 7 was cancelled"),
+        (
+            {"code": 75, "requeued": True},
+            "job 7 ended: saved, to be started again, waiting to start again",
+        ),
+    ):
+        write(run, "jobs.jsonl", [start, {**end, **more}])
+        found = read_status(run, NOW)
+        assert found.lines["state"] == f"not running: {state}"
+        assert found.lines["restarts"] == "0"
+
+
+def test_a_refused_job_changes_nothing_of_the_status(run: Path) -> None:
+    """Known by what the running job does later: a heartbeat, or another record."""
+
+    def record(job: str, event: str, ago: float, **more: Any) -> dict[str, Any]:
+        log = run / f"{job}.log"
+        log.write_text(f"error of job {job}\n")
+        base = {"job": job, "start": 1, "event": event, "time": NOW - ago, "log": str(log)}
+        return {**base, **more}
+
+    first = record("1", "start", 100, ends=NOW + 60)
+    refused = [record("2", "start", 60), record("2", "end", 40, code=1, requeued=False)]
+    write(run, "jobs.jsonl", [first, *refused])
+    write_beats(run, make_beats({}, {}))
+    found = read_status(run, NOW)
+    assert found.lines["restarts"] == "0" and found.errors == ["error of job 1"]
+    assert found.lines["job ends"] == "in 0:01:00" and found.alive is True
+    ended = record("1", "end", 1, code=0, requeued=False)
+    write(run, "jobs.jsonl", [first, *refused, ended])
+    write_beats(run, make_beats(*[{"ended": True}] * 2))
+    found = read_status(run, NOW)
+    assert found.lines["state"] == "not running: job 1 ended: done"
+    assert found.lines["restarts"] == "0" and found.errors == ["error of job 1"]
+    # A job that has died without a record is no longer running: the second one is its restart.
+    write(run, "jobs.jsonl", [first, *refused])
+    write_beats(run, make_beats(*[{"time": NOW - 42}] * 2))
+    found = read_status(run, NOW)
+    assert found.lines["restarts"] == "1" and found.errors == ["error of job 2"]
+    assert found.lines["state"].startswith("not running: job 2 ended: failed")
+
+
+def test_the_end_of_a_run_outside_of_slurm(run: Path) -> None:
+    write_beats(run, make_beats(*[{"ended": True}] * 2))
+    write_run_end(run, 75, "signal TERM: saved at step 10")
+    now = (run / "end.json").stat().st_mtime
+    found = read_status(run, now + 60)
+    assert found.lines["state"] == "not running: signal TERM: saved at step 10, 0:01:00 ago"
+    (run / "end.json").write_text("[")
+    assert read_status(run, NOW).lines["state"] == "not running: all ranks ended, 0:00:02 ago"
