@@ -189,11 +189,20 @@ class SentencePieceTokenizer:
         model's rounding decide differently between nearly equal segmentations.
         """
         data = text.encode() if isinstance(text, str) else bytes(text)
-        parts = list(self._split_long(data))
-        first, *rest = parts
+        first, *rest = self._split_long(data)
         ids = [self._continue(first) if continues else self._encode(first)]
         ids += [self._continue(part) for part in rest]
         return ids[0] if len(ids) == 1 else np.concatenate(ids)
+
+    def encode_each(self, texts: list[bytes]) -> list[list[int]]:
+        """Return the ids of each of some short texts, in one call of sentencepiece."""
+        try:
+            decoded = [text.decode() for text in texts]
+        except UnicodeDecodeError:
+            decoded = []
+        if not decoded or any(_SPACE in text for text in decoded):
+            return [self.encode(text).tolist() for text in texts]
+        return self._processor.encode(decoded, num_threads=1)
 
     def last_cut(self, data: bytes, low: int, high: int) -> int | None:
         return self._cuts.last(data, low, high)

@@ -7,6 +7,7 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 
 from hg_scale.data import text_cuts
 from hg_scale.data import tokenizer as module
@@ -98,6 +99,23 @@ def test_models_whose_pieces_span_spaces_are_not_cut_inside_them(short_parts, ki
         words = random.choice([*WORDS, "Ω", "Ψ"], 60).tolist()
         text = "".join(w + g for w, g in zip(words, random.choice(GAPS, 60).tolist(), strict=True))
         assert tokenizer.encode(text).tolist() == whole(model, text)
+
+
+@pytest.mark.parametrize("change", ["no piece for a space", "spaces behind words"])
+def test_models_that_give_a_space_another_meaning_are_not_cut(short_parts, change):
+    proto = sentencepiece_model_pb2.ModelProto.FromString(
+        train("unigram", True, True, "identity", byte_fallback=False)
+    )
+    if change == "spaces behind words":
+        proto.trainer_spec.treat_whitespace_as_suffix = True
+    else:
+        for piece in proto.pieces:
+            piece.piece = piece.piece.replace("▁", "\ue000")
+    model = proto.SerializeToString()
+    text = "Q Q0 ka to Q Q Q " * 9 + "ka"  # unknown, beside an unknown space
+    tokenizer = SentencePieceTokenizer(model, documents=True)
+    assert tokenizer.encode(text).tolist() == whole(model, text)
+    assert tokenizer.last_cut(text.encode(), 0, 99) is None
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from heapq import merge
 from itertools import count, groupby
@@ -26,6 +26,7 @@ FileKind = Literal["text", "lines", "parquet"]
 
 PIECE_BYTES = 1 << 16  # of a piece of a text without documents
 _CUT_RANGE = 1 << 12  # bytes in front of the end of a piece in which it may be cut
+_scan_json = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 LastCut = Callable[[bytes, int, int], int | None]  # as `Tokenizer.last_cut`
 _SUFFIXES: dict[str, FileKind] = {
     ".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".parquet": "parquet",
@@ -110,7 +111,7 @@ def read_lines(
         if not line or line.isspace():
             continue
         try:
-            record = json.loads(line)
+            record = _parse_line(line)
             text = record[field]
         except (ValueError, RecursionError) as error:
             raise DataError(
@@ -135,6 +136,17 @@ def read_lines(
                 f"{type(text).__name__}, not text; set --field to another"
             )
         yield position, text.encode("utf-8", "surrogatepass")
+
+
+def _parse_line(line: bytes) -> Any:
+    """Return `json.loads(line)`, without what that does in front of and behind an object."""
+    if line.startswith(b'{"'):  # so it is UTF-8
+        with suppress(ValueError, StopIteration):
+            text = line.decode()
+            record, end = _scan_json(text, 0)
+            if end == len(text):
+                return record
+    return json.loads(line)
 
 
 def read_parquet(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hg_scale.data.preparation.batches import DocumentBatch
-from hg_scale.data.tokenizer import ByteTokenizer, Tokenizer, token_dtype
+from hg_scale.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, token_dtype
 
 _PIECE = 1 << 20  # bytes of a long document that become tokens at once
+_SHORT = 1 << 10  # bytes of documents that are encoded together
 
 
 def encode_documents(
@@ -49,12 +51,23 @@ def _encode_bytes(
 
 
 def _encode_each(tokenizer: Tokenizer, packed: DocumentBatch, continues: bool) -> NDArray[Any]:
+    is_short = tokenizer.eod is not None and int(packed.lengths.max()) <= _SHORT
+    if is_short and isinstance(tokenizer, SentencePieceTokenizer):
+        return _encode_short(tokenizer, packed)
     end = _end_of_document(tokenizer)
     parts: list[NDArray[Any]] = []
     for text in packed.documents():
         parts += (tokenizer.encode(text, continues=continues), end)
         continues = tokenizer.eod is None
     return np.concatenate(parts)
+
+
+def _encode_short(tokenizer: SentencePieceTokenizer, packed: DocumentBatch) -> NDArray[Any]:
+    """Encode documents that end with an id, which would take a call of sentencepiece each."""
+    ids = tokenizer.encode_each([bytes(text) for text in packed.documents()])
+    for document in ids:
+        document.append(tokenizer.eod)  # type: ignore[arg-type]
+    return np.fromiter(chain.from_iterable(ids), token_dtype(tokenizer.vocab_size))
 
 
 def _end_of_document(tokenizer: Tokenizer) -> NDArray[np.int64]:
