@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from heapq import merge
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
 from hg_scale.data.errors import DataError
+from hg_scale.data.preparation import batches
+from hg_scale.data.preparation.batches import (
+    PositionedBatch,
+    document_too_long,
+    group_documents,
+    separated_batches,
+)
 from hg_scale.data.preparation.file_format import format_of
 from hg_scale.data.preparation.skipping import STOP, SkipLog
 from hg_scale.data.preparation.sources import Advance, is_compressed, read_blocks
@@ -20,8 +30,10 @@ from hg_scale.data.preparation.tabular import (
     read_parquet,
 )
 
-MAX_DOCUMENT_BYTES = 1 << 30  # a document has to fit into memory
 PIECE_BYTES = 1 << 16  # of a piece of a text without documents
+_CUT_RANGE = 1 << 12  # bytes in front of the end of a piece in which it may be cut
+_scan_json = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+LastCut = Callable[[bytes, int, int], int | None]  # as `Tokenizer.last_cut`
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,20 @@ class TextFormat:
             return read_separated(path, self.separator, begin, end, advance, log)
         return read_single(path, advance)
 
+    def batches(
+        self,
+        path: Path,
+        begin: int,
+        end: int,
+        scratch: Path,
+        advance: Advance,
+        log: SkipLog = STOP,
+    ) -> Iterator[PositionedBatch]:
+        """Yield the same documents in batches, some of them empty."""
+        if not self.as_they_are and self.separator is not None and format_of(path) == "text":
+            return separated_batches(path, self.separator, begin, end, advance, log)
+        return group_documents(self.documents(path, begin, end, scratch, advance, log))
+
     def can_split(self, path: Path) -> bool:
         """Return whether a part of the file can be read without the bytes before it."""
         if self.as_they_are or is_compressed(path):
@@ -83,8 +109,8 @@ def read_single(
     for block in read_blocks(path, advance=advance, as_it_is=as_it_is):
         blocks.append(block)
         size += len(block)
-        if size > MAX_DOCUMENT_BYTES:
-            raise _too_long(path, 0)
+        if size > batches.MAX_DOCUMENT_BYTES:
+            raise document_too_long(path, 0)
     yield 0, b"".join(blocks)
 
 
@@ -93,39 +119,11 @@ def read_separated(
 ) -> Iterator[tuple[int, bytes]]:
     """Yield (position, text) of the texts between separators that begin in [begin, end).
 
-    Positions count bytes of the decompressed text; a compressed file is read from start to end.
     Texts that are too long go to `log`.
     """
-    start = max(0, begin - len(separator))  # a text after a separator that ends at `begin` is ours
-    position, skipping = start, begin > 0  # of the pending text; up to the first separator
-    pending: list[bytes] = []
-    held, tail = 0, b""  # bytes pending; the last bytes, in which a separator may begin
-    stop = None if is_compressed(path) else end
-    for block in read_blocks(path, start, advance):
-        pending.append(block)
-        held += len(block)
-        seen = tail + block
-        tail = seen[max(0, len(seen) - len(separator) + 1) :]
-        if separator not in seen:
-            if held > MAX_DOCUMENT_BYTES:
-                if not skipping:  # else it began before `begin`, where it is reported
-                    log.skip(path, "document", position, _too_long(path, position))
-                position, pending, held = position + held, [], 0
-                skipping = True
-            continue
-        texts = b"".join(pending).split(separator)
-        rest = texts.pop()
-        for text in texts:
-            if skipping:
-                skipping = False
-            else:
-                yield position, text
-            position += len(text) + len(separator)
-            if stop is not None and position >= stop:
-                return
-        pending, held, tail = [rest], len(rest), rest[max(0, len(rest) - len(separator) + 1) :]
-    if held and not skipping:
-        yield position, b"".join(pending)
+    for positions, batch in separated_batches(path, separator, begin, end, advance, log):
+        for position, text in zip(positions.tolist(), batch.documents(), strict=True):
+            yield position, bytes(text)
 
 
 def read_lines(
@@ -149,10 +147,21 @@ def read_lines(
             yield position, text
 
 
+def _parse_line(line: bytes) -> Any:
+    """Return `json.loads(line)`, without what that does in front of and behind an object."""
+    if line.startswith(b'{"'):  # so it is UTF-8
+        with suppress(ValueError, StopIteration):
+            text = line.decode()
+            record, end = _scan_json(text, 0)
+            if end == len(text):
+                return record
+    return json.loads(line)
+
+
 def _text_of_line(path: Path, position: int, line: bytes, field: str) -> bytes | None:
     """Return the text of a JSON line, None where the field is null. Raises DataError."""
     try:
-        record = json.loads(line)
+        record = _parse_line(line)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: the line at byte {position} is not JSON ({error}); expected an object "
@@ -202,33 +211,40 @@ def nested_value(record: dict[str, Any], field: str) -> Any:
 
 
 def read_pieces(
-    path: Path, begin: int, end: int, cuts: Sequence[int], advance: Advance
+    path: Path,
+    begin: int,
+    end: int,
+    bounds: Sequence[int],
+    advance: Advance,
+    last_cut: LastCut = lambda data, low, high: high,
 ) -> Iterator[tuple[int, bytes]]:
     """Yield (position, text) of the pieces of a text that begin in [begin, end).
 
-    A piece ends at each multiple of `PIECE_BYTES` and at each of `cuts`. `begin` is a multiple.
+    A piece ends at each of `bounds`, and at each multiple of `PIECE_BYTES` or where `last_cut`
+    moves it: up to 4 KiB to the front; where there is no cut, the piece continues. `begin` is a
+    multiple; a piece belongs to the multiple or bound that began it, wherever its cut is.
     """
-    position, pending = begin, b""
     stop = None if is_compressed(path) else end
-
-    def next_cut() -> int:
-        multiple = (position // PIECE_BYTES + 1) * PIECE_BYTES
-        return min([cut for cut in cuts if position < cut < multiple], default=multiple)
-
-    for block in read_blocks(path, begin, advance):
-        pending += block
-        while len(pending) >= (size := next_cut() - position):
-            yield position, pending[:size]
-            position, pending = position + size, pending[size:]
-            if stop is not None and position >= stop:
-                return
-    if pending:
-        yield position, pending
-
-
-def _too_long(path: Path, position: int) -> DataError:
-    return DataError(
-        f"{path}: the document at byte {position} is longer than {MAX_DOCUMENT_BYTES >> 20} MiB; "
-        "set --document-separator to what separates documents, or split a single text by position "
-        "with --split in bytes"
-    )
+    held, offset = b"", max(0, begin - _CUT_RANGE)  # text that was read, and its position
+    blocks, ended = read_blocks(path, offset, advance), False
+    position: int | None = None  # of the piece; None: none has begun yet
+    multiples = count(begin, PIECE_BYTES)
+    for mark, _ in groupby(merge(multiples, sorted(b for b in bounds if b > begin))):
+        while not ended and offset + len(held) < mark + 2:
+            block = next(blocks, b"")
+            held, ended = held + block, not block
+        if mark >= offset + len(held):
+            break
+        cut: int | None = mark
+        if mark and mark not in bounds:
+            low = max([mark - _CUT_RANGE, offset, *(b for b in bounds if b < mark)])
+            cut = last_cut(held, low - offset, mark - offset)
+            cut = None if cut is None else cut + offset
+        if cut is not None and position is not None:
+            yield position, held[position - offset : cut - offset]
+        if stop is not None and mark >= stop and (cut is not None or position is None):
+            return
+        if cut is not None:
+            held, offset, position = held[cut - offset :], cut, cut
+    if position is not None and held:
+        yield position, held

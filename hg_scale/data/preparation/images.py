@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from hg_scale.data.errors import DataError
+from hg_scale.data.preparation.batches import group_documents
 from hg_scale.data.preparation.corpus import (
     DocumentKeys,
+    KeyedBatch,
     ReadTask,
     Segment,
     SourceFile,
@@ -120,9 +122,16 @@ class ImageCorpus:
 
     def documents(
         self, segment: Segment, scratch: Path, advance: Advance, log: SkipLog = STOP
-    ) -> Iterator[tuple[int, bytes]]:
-        """Yield (key, sub-pixels) of the images of a segment."""
+    ) -> Iterator[KeyedBatch]:
+        """Yield (keys, batch) of the images of a segment."""
         file = self.files[segment.file]
+        for positions, batch in group_documents(self._images(file, segment, advance, log)):
+            yield self._keys(file, positions, batch), batch
+
+    def _images(
+        self, file: SourceFile, segment: Segment, advance: Advance, log: SkipLog
+    ) -> Iterator[tuple[int, bytes]]:
+        """Yield (position, sub-pixels) of the images of a segment."""
         path = Path(file.path)
         if path.suffix.lower() in PICTURES:
             try:
@@ -132,12 +141,12 @@ class ImageCorpus:
                 return
             if picture.turned:
                 log.remarks[TURNED] += 1
-            yield self._keys(file, 0, picture.content), picture.content
+            yield 0, picture.content
             return
         span = (segment.begin, segment.end)
         for position, content, shape in read_array(path, self.array, *span, advance):
             self._expected.check(path, shape)
-            yield self._keys(file, position, content), content
+            yield position, content
 
     def _first_shape(
         self, files: list[SourceFile], log: SkipLog

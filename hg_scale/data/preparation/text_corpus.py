@@ -8,10 +8,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hg_scale.data.errors import DataError
+from hg_scale.data.preparation.batches import DocumentBatch
 from hg_scale.data.preparation.corpus import (
     KEY_BITS,
     DocumentKeys,
+    KeyedBatch,
     ReadTask,
     Segment,
     SourceFile,
@@ -112,30 +116,32 @@ class TextCorpus:
 
     def documents(
         self, segment: Segment, scratch: Path, advance: Advance, log: SkipLog = STOP
-    ) -> Iterator[tuple[int, bytes]]:
-        """Yield (key, text) of the documents of a segment, without empty ones."""
+    ) -> Iterator[KeyedBatch]:
+        """Yield (keys, batch) of the documents of a segment, without empty ones."""
         file = self.files[segment.file]
         if self.sizes is not None:
             yield from self._pieces(file, segment, advance)
             return
         span = (segment.begin, segment.end)
-        texts = self.format.documents(Path(file.path), *span, scratch, advance, log)
-        for position, text in texts:
-            if text:
-                yield self._keys(file, position, text), text
+        texts = self.format.batches(Path(file.path), *span, scratch, advance, log)
+        for found, batch in texts:
+            filled = batch.lengths > 0
+            positions, batch = found[filled], batch.select(filled)
+            if len(positions):
+                yield self._keys(file, positions, batch), batch
 
     def remarks(self) -> Iterator[str]:
         """Yield what is read, by format, and what is left out of folders."""
         return self.summary.lines()
 
-    def _pieces(
-        self, file: SourceFile, segment: Segment, advance: Advance
-    ) -> Iterator[tuple[int, bytes]]:
+    def _pieces(self, file: SourceFile, segment: Segment, advance: Advance) -> Iterator[KeyedBatch]:
         assert self.sizes is not None
         cuts, span = list(accumulate(self.sizes)), (segment.begin, segment.end)
-        for position, text in read_pieces(Path(file.path), *span, cuts, advance):
+        last_cut = self.tokenizer.last_cut
+        for position, text in read_pieces(Path(file.path), *span, cuts, advance, last_cut):
             split = sum(position >= cut for cut in cuts)
-            yield split << KEY_BITS | (position << KEY_BITS) // cuts[-1], text
+            key = split << KEY_BITS | (position << KEY_BITS) // cuts[-1]
+            yield np.array([key], np.uint64), DocumentBatch.single(text)
 
     def _check_options(self) -> None:
         if self.format.as_they_are and self.format.separator is not None:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from hg_scale.data.errors import DataError
+from hg_scale.data.preparation import batches, sources
 from hg_scale.data.preparation import documents as module
-from hg_scale.data.preparation import sources
 from hg_scale.data.preparation.compression import compression_of
 from hg_scale.data.preparation.documents import TextFormat, read_pieces
 
@@ -165,7 +165,7 @@ def test_unusable_parquet_is_reported(tmp_path):
 
 
 def test_documents_that_are_too_long_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 1 << 20)
+    monkeypatch.setattr(batches, "MAX_DOCUMENT_BYTES", 1 << 20)
     (tmp_path / "a").write_bytes(b"x" * (3 << 20))
     for form in (TextFormat(), TextFormat(separator=b"#")):
         with pytest.raises(DataError, match="byte 0 is longer than 1 MiB.*--document-separator"):
@@ -184,3 +184,43 @@ def test_pieces_end_at_multiples_and_cuts(tmp_path, step):
     assert b"".join(text for _, text in found) == content
     starts = [position for position, _ in found]
     assert starts == sorted({*range(0, len(content), 1 << 16), *cuts})
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    content=st.text("ab \n漢", max_size=300).map(str.encode),
+    tasks=st.integers(1, 5),
+    bounds=st.lists(st.integers(0, 300), max_size=3),
+)
+def test_pieces_end_where_text_may_be_cut(tmp_path_factory, content, tasks, bounds):
+    """The same ones for every number of tasks; here cuts are in front of spaces."""
+    assume(compression_of(content) is None)
+    path = tmp_path_factory.mktemp("text") / "text"
+    path.write_bytes(content)
+
+    def last_space(data, low, high):
+        cut = data.rfind(b" ", low + 1, high + 1)
+        return None if cut < 0 else cut
+
+    runs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PIECE_BYTES", 16)
+        patch.setattr(module, "_CUT_RANGE", 5)
+        patch.setattr(sources, "_BLOCK", 7)
+        for step in (16 * tasks, 400):
+            found = []
+            for begin in range(0, len(content), step):
+                end = min(begin + step, len(content))
+                found += read_pieces(path, begin, end, bounds, lambda count: None, last_space)
+            runs.append(found)
+    assert runs[0] == runs[1]
+    assert b"".join(text for _, text in runs[0]) == content
+    starts = {position for position, _ in runs[0]}
+    assert starts - {0, *bounds} == {
+        cut
+        for mark in range(16, len(content), 16)
+        if mark not in bounds
+        for cut in [content.rfind(b" ", max([mark - 4, *(b + 1 for b in bounds if b < mark)]),
+                                  mark + 1)]
+        if cut >= 0
+    } - {0, *bounds}  # fmt: skip

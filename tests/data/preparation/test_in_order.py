@@ -11,6 +11,7 @@ from hg_scale import atomic_write
 from hg_scale.data.errors import DataError
 from hg_scale.data.evaluation import split_text
 from hg_scale.data.preparation import shard_writer
+from hg_scale.data.preparation.batches import DocumentBatch
 from hg_scale.data.preparation.corpus import KEY_BITS, DocumentKeys, SourceFile, split_of
 from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
 from hg_scale.data.preparation.shard_writer import default_shard_tokens
@@ -92,8 +93,9 @@ def test_equal_documents_are_in_the_same_split(tmp_path):
         texts = Counter(split_text(index, name).split(b"the text ")[1:])
         assert set(texts.values()) == {3} and split.documents == texts.total()
         for text in texts:
-            key = keys(SourceFile("x", "x", 1, 0), 0, b"the text " + text)
-            assert key >> KEY_BITS == number
+            batch = DocumentBatch.single(b"the text " + text)
+            (key,) = keys(SourceFile("x", "x", 1, 0), np.array([0]), batch)
+            assert int(key) >> KEY_BITS == number
 
 
 def test_a_second_run_changes_nothing(text_file, tmp_path):
@@ -135,11 +137,11 @@ def test_interrupted_and_restarted(text_file, tmp_path, monkeypatch, shards):
     prepare(text_file, tmp_path / "complete")
     original, committed = atomic_write.commit, []
 
-    def failing(partial: IO[bytes], path: Path) -> None:
+    def failing(partial: IO[bytes], path: Path, **options: bool) -> None:
         if len(committed) == shards:
             raise KeyboardInterrupt
         committed.append(path)
-        original(partial, path)
+        original(partial, path, **options)
 
     for module in (atomic_write, shard_writer):
         monkeypatch.setattr(module, "commit", failing)
