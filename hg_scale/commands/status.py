@@ -12,7 +12,6 @@ from hg_scale.arguments import local_path
 from hg_scale.errors import UserError
 
 if TYPE_CHECKING:
-
     from rich.text import Text
 
     from hg_scale.training.monitoring.status import RunStatus
