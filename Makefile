@@ -3,6 +3,7 @@
 # make test        lint, types and the tests
 # make test-cluster  those that need Slurm, a browser or kills
 # make test-all    also those that take minutes each
+# make mutants     plant faults one at a time: does a test notice? (tests/mutants)
 # make fuzz        10,000 changed files for every reader of files (hours; FUZZ_EXAMPLES=600: minutes)
 # make evidence      what takes minutes to show, again, into docs/evidence
 # make docs        docs/config.md, the JSON Schema and docs/metrics.md, from the code
@@ -20,7 +21,7 @@ GPU := $(wildcard /dev/nvidia* /dev/kfd /dev/dxg)$(shell grep -lx 0x10de /sys/bu
 # One process on a machine with one GPU, which two cannot share.
 PROCESSES ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ] && echo 1 || echo 2)
 
-.PHONY: setup quickstart test test-cluster test-all evidence fuzz lint docs clean
+.PHONY: setup quickstart test test-cluster test-all mutants evidence fuzz lint docs clean
 
 setup: $(VENV)/.installed
 
@@ -55,6 +56,9 @@ FUZZ_EXAMPLES ?= 10000
 
 fuzz: setup
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --timeout 36000 tests/test_fuzz.py
+
+mutants: setup
+	$(BIN)/python -m tests.mutants
 
 evidence: setup
 	$(BIN)/python -m tests.evidence

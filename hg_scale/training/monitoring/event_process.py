@@ -13,11 +13,10 @@ import os
 import subprocess
 import sys
 import urllib.request
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hg_scale.arguments import add_override_option
+from hg_scale.arguments import add_override_option, local_path
 from hg_scale.config import load_config
 from hg_scale.errors import UserError
 from hg_scale.training.monitoring.events import EVENT_TIMEOUT, EventSender, Target
@@ -78,9 +77,9 @@ def send_one(arguments: list[str]) -> int:
         return 0
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--event", nargs=2, metavar=("CODE", "REASON"), required=True)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--resolved", type=Path)
-    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--config", type=local_path, required=True)
+    parser.add_argument("--resolved", type=local_path)
+    parser.add_argument("--run", type=local_path, required=True)
     add_override_option(parser)
     options, _ = parser.parse_known_args(arguments)
     kept = options.resolved is not None and options.resolved.is_file()

@@ -1,0 +1,118 @@
+"""Faults in tensor and pipeline parallelism, and in the mesh."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+LAYOUTS = "tests/training/test_layouts.py"
+MESH = "tests/parallel/test_mesh.py"
+BOUNDARIES = "tests/parallel/test_boundaries.py"
+LAUNCH = "tests/parallel/test_launch.py"
+
+PARALLEL = (
+    Mutant(
+        "open skips packed innermost first",
+        "hg_scale/parallel/pipeline.py",
+        "for t in (state.x, *state.skips)], 1)",
+        "for t in (state.x, *reversed(state.skips))], 1)",
+        BOUNDARIES,
+    ),
+    Mutant(
+        "boundary shapes list the skips innermost first",
+        "hg_scale/model/plan.py",
+        "for j in (level, *range(level))]",
+        "for j in (level, *reversed(range(level)))]",
+        BOUNDARIES,
+    ),
+    Mutant(
+        "micro-batches of a stage count from their own start",
+        "hg_scale/parallel/pipeline.py",
+        "self.context.first_sample + self._micro_batch * self.micro_batch_size",
+        "self.context.first_sample + self._micro_batch",
+        f"{LAYOUTS} -k 'test_same_curve_with_dropout and paper-2-1-2-1'",
+    ),
+    Mutant(
+        "a cut's cost counts one of its two boundaries",
+        "hg_scale/parallel/pipeline_cut.py",
+        "crossing = 2 * (traffic[a] + (traffic[b] if b < layers else 0))",
+        "crossing = 2 * traffic[a]",
+        "tests/parallel/test_pipeline_cut.py",
+    ),
+    Mutant(
+        "the bubble forgets the micro-batches in flight",
+        "hg_scale/parallel/pipeline_cut.py",
+        "return idle / (micro_batches + idle)",
+        "return idle / micro_batches",
+        "tests/parallel/test_pipeline_cut.py",
+    ),
+    Mutant(
+        "data ranks counted before tensor ranks",
+        "hg_scale/parallel/mesh.py",
+        "return self.rank // self.tensor % self.data",
+        "return self.rank % self.data",
+        MESH,
+    ),
+    Mutant(
+        "model groups hold data ranks",
+        "hg_scale/parallel/mesh.py",
+        '"pipeline": "p", "model": "tp"}',
+        '"pipeline": "p", "model": "td"}',
+        MESH,
+    ),
+    Mutant(
+        "a replicated input's gradient is not summed over tensor ranks",
+        "hg_scale/parallel/megatron.py",
+        "x = copy_to_tensor_model_parallel_region(x)",
+        "x = x.contiguous()",
+        f"{LAYOUTS} -k 'test_same_curve_with_dropout and by_level-2-2-1-1'",
+    ),
+    Mutant(
+        "every tensor rank has the mask of the first",
+        "hg_scale/parallel/megatron.py",
+        "return Dropout(rate, split_dim, self.rank, self.size)",
+        "return Dropout(rate, split_dim, 0, self.size)",
+        f"{LAYOUTS} -k 'test_same_curve_with_dropout and paper-2-2-1-1'",
+    ),
+    Mutant(
+        "the padded vocabulary is masked on the wrong tensor rank",
+        "hg_scale/parallel/megatron.py",
+        "return self.rank * (vocab // self.size)",
+        "return (self.size - 1 - self.rank) * (vocab // self.size)",
+        f"{LAYOUTS} -k 'test_same_curve_with_dropout and by_level-2-2-1-1'",
+    ),
+    Mutant(
+        "a copy of the shared biases counts in the norm on every stage",
+        "hg_scale/parallel/deepspeed_adapter.py",
+        "mark_stage_copy(parameter, self.stage_id > 0)",
+        "mark_stage_copy(parameter, False)",
+        f"{LAYOUTS} -k 'test_same_curve_with_dropout and paper-2-1-2-1'",
+    ),
+    Mutant(
+        "shared biases summed over data ranks, not over stages",
+        "hg_scale/parallel/deepspeed_adapter.py",
+        "(parameter, self._grid.get_pipe_parallel_group())",
+        "(parameter, self._grid.get_data_parallel_group())",
+        f"{LAYOUTS} -k 'test_same_curve_with_dropout and paper-2-1-2-1'",
+    ),
+    Mutant(
+        "a batch script's special step counts as a task",
+        "hg_scale/parallel/launch.py",
+        "int(step) < _FIRST_SPECIAL_STEP",
+        "int(step) <= _FIRST_SPECIAL_STEP",
+        LAUNCH,
+    ),
+    Mutant(
+        "a rank equal to the world size is accepted",
+        "hg_scale/parallel/launch.py",
+        "if found >= size:",
+        "if found > size:",
+        LAUNCH,
+    ),
+    Mutant(
+        "8(x2),4 tasks per node are 8, 4",
+        "hg_scale/parallel/launch.py",
+        "counts += [int(count)] * int(times or 1)",
+        "counts += [int(count)]",
+        LAUNCH,
+    ),
+)

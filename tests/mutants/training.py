@@ -1,0 +1,276 @@
+"""Faults in the training loop, the engines, the optimizer, the guard and validation."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+CURVE = "tests/training/test_golden_curve.py"
+LAYOUTS = "tests/training/test_layouts.py"
+GUARD = "tests/training/test_guard.py"
+SCHEDULE = "tests/training/test_schedule.py"
+NUMBERS = "tests/training/test_logged_numbers.py"
+LOADER = "tests/training/test_batch_loader.py"
+OPTIMIZER = "tests/training/test_optimizer.py"
+RESUME = "tests/checkpoint/test_resume.py"
+
+TRAINING = (
+    Mutant(
+        "the validation loss of a pipeline counts one data rank",
+        "hg_scale/training/engine.py",
+        "count * self.micro_batch_size * length * self.mesh.data",
+        "count * self.micro_batch_size * length",
+        f"{LAYOUTS} -k 'test_same_curve and 4-1-2'",
+    ),
+    Mutant(
+        "validation losses are not summed over data ranks",
+        "hg_scale/training/engine.py",
+        "dist.all_reduce(total, group=self.deepspeed.data_parallel_group)",
+        "dist.broadcast(total, src=0, group=self.deepspeed.data_parallel_group)",
+        f"{LAYOUTS} -k 'test_same_curve_with_dropout and paper-2-1-1-3'",
+    ),
+    Mutant(
+        "the logged loss is that of all data ranks together",
+        "hg_scale/training/engine.py",
+        "self._loss, self._norm = loss / mesh.data, sqrt(squares)",
+        "self._loss, self._norm = loss, sqrt(squares)",
+        f"{LAYOUTS} -k 'test_same_curve_with_dropout and paper-2-1-1-3'",
+    ),
+    Mutant(
+        "the logged loss sums the micro-batches",
+        "hg_scale/training/engine.py",
+        "return self._total * (self.micro_batch_size / self.local_batch_size)",
+        "return self._total",
+        CURVE,
+    ),
+    Mutant(
+        "without ZeRO replicated parameters count once for each tensor rank",
+        "hg_scale/training/engine.py",
+        "shard_of(parameter).dim is not None or self.mesh.tensor_rank == 0",
+        "shard_of(parameter).dim is not None or self.mesh.data_rank == 0",
+        f"{LAYOUTS} -k 'test_same_curve and 2-2-1-0'",
+    ),
+    Mutant(
+        "every micro-batch has the dropout masks of the first",
+        "hg_scale/training/engine.py",
+        "first = context.first_sample + start",
+        "first = context.first_sample",
+        f"{LAYOUTS} -k 'test_same_curve_with_dropout and paper-2-2-1-1'",
+    ),
+    Mutant(
+        "without ZeRO gradients are clipped to the inverse",
+        "hg_scale/training/engine.py",
+        "scale = min(limit / (self._norm + 1e-6), 1.0)",
+        "scale = max(limit / (self._norm + 1e-6), 1.0)",
+        f"{LAYOUTS} -k 'clip'",
+    ),
+    Mutant(
+        "biases and scales decay like matrices",
+        "hg_scale/training/optimizer.py",
+        'matrix = name.endswith(".weight") and parameter.dim() == 2',
+        "matrix = parameter.dim() >= 1",
+        OPTIMIZER,
+    ),
+    Mutant(
+        "scales per head decay like matrices",
+        "hg_scale/training/optimizer.py",
+        'matrix = name.endswith(".weight") and parameter.dim() == 2',
+        "matrix = parameter.dim() == 2",
+        OPTIMIZER,
+    ),
+    Mutant(
+        "learning rates by level are ignored",
+        "hg_scale/training/optimizer.py",
+        'group["lr"] = rate * group["lr_scale"]',
+        'group["lr"] = rate',
+        OPTIMIZER,
+    ),
+    Mutant(
+        "Adam's betas swapped",
+        "hg_scale/training/optimizer.py",
+        "betas=(first, second),",
+        "betas=(second, first),",
+        OPTIMIZER,
+    ),
+    Mutant(
+        "optimizer.eps is ignored",
+        "hg_scale/training/optimizer.py",
+        "eps=config.optimizer.eps,",
+        "eps=1e-8,",
+        OPTIMIZER,
+    ),
+    Mutant(
+        "the rate of step n is that of step n - 1 in the warm-up",
+        "hg_scale/training/schedule.py",
+        "min(1.0, step / steps) if steps",
+        "min(1.0, (step - 1) / steps) if steps",
+        SCHEDULE,
+    ),
+    Mutant(
+        "the cosine starts before the end of the warm-up",
+        "hg_scale/training/schedule.py",
+        "return _half_cosine(step - warmup_steps, cycle)",
+        "return _half_cosine(step, cycle)",
+        SCHEDULE,
+    ),
+    Mutant(
+        "the decay starts a step late",
+        "hg_scale/training/schedule.py",
+        "progress = _clip((step - decay_start) / decay_steps)",
+        "progress = _clip((step - decay_start - 1) / decay_steps)",
+        SCHEDULE,
+    ),
+    Mutant(
+        "the minimum is added to the cosine",
+        "hg_scale/training/schedule.py",
+        "else floor + (1 - floor) * fraction",
+        "else floor + fraction",
+        SCHEDULE,
+    ),
+    Mutant(
+        "spikes judged before half a window of losses",
+        "hg_scale/training/guard.py",
+        "2 * count < self._config.window",
+        "4 * count < self._config.window",
+        GUARD,
+    ),
+    Mutant(
+        "a spike is any loss outside sigma of the mean, also below",
+        "hg_scale/training/guard.py",
+        "loss <= mean + sigma * deviation",
+        "abs(loss - mean) <= sigma * deviation",
+        GUARD,
+    ),
+    Mutant(
+        "a skipped step counts for one step too long",
+        "hg_scale/training/guard.py",
+        "self._skipped[0] <= step - self._config.window",
+        "self._skipped[0] < step - self._config.window",
+        GUARD,
+    ),
+    Mutant(
+        "as many skipped steps as allowed end the run",
+        "hg_scale/training/guard.py",
+        "if len(self._skipped) > limit:",
+        "if len(self._skipped) >= limit:",
+        GUARD,
+    ),
+    Mutant(
+        "the checkpoint to return to may hold the bad step",
+        "hg_scale/training/guard.py",
+        "reverse=True) if of < step)",
+        "reverse=True) if of <= step)",
+        GUARD,
+    ),
+    Mutant(
+        "bits per byte multiplied by the bytes per token",
+        "hg_scale/training/loop.py",
+        "loss / LN2 / self.bytes_per_token",
+        "loss / LN2 * self.bytes_per_token",
+        NUMBERS,
+    ),
+    Mutant(
+        "MFU not divided by the number of ranks",
+        "hg_scale/training/run.py",
+        "peak.flops * mesh.world_size",
+        "peak.flops",
+        NUMBERS,
+    ),
+    Mutant(
+        "skipped sequences dilute the logged loss",
+        "hg_scale/training/loop.py",
+        "loss = result.loss / loader.scored if loader.scored else nan",
+        "loss = result.loss if loader.scored else nan",
+        "tests/training/test_data_errors.py",
+    ),
+    Mutant(
+        "the count of skipped steps starts again with every start",
+        "hg_scale/training/state.py",
+        '"progress": asdict(progress),',
+        '"progress": asdict(progress) | {"skipped": 0},',
+        "tests/training/test_skipped_steps.py",
+    ),
+    Mutant(
+        "the guard forgets the losses before a resume",
+        "hg_scale/training/state.py",
+        'engine.guard.load(reader.manifest.get("guard", {}))',
+        "engine.guard.load({})",
+        "tests/training/test_skipped_steps.py",
+    ),
+    Mutant(
+        "a resumed run repeats its last step",
+        "hg_scale/training/loop.py",
+        "range(self.progress.step + 1, last_step + 1)",
+        "range(max(self.progress.step, 1), last_step + 1)",
+        RESUME,
+    ),
+    Mutant(
+        "what is due every n steps is due a step early",
+        "hg_scale/training/loop.py",
+        "(every > 0 and step % every == 0)",
+        "(every > 0 and (step + 1) % every == 0)",
+        "tests/training/test_checkpointer.py",
+    ),
+    Mutant(
+        "the last validation batch is left out",
+        "hg_scale/training/validation.py",
+        "return -(-part.tokens // (self._length * self._batch_size * self.mesh.data))",
+        "return part.tokens // (self._length * self._batch_size * self.mesh.data)",
+        "tests/training/test_validation.py",
+    ),
+    Mutant(
+        "every source weighs the same in the validation loss",
+        "hg_scale/training/validation.py",
+        "shares = [part.source.weight / weight for part in self.parts]",
+        "shares = [1 / len(self.parts) for part in self.parts]",
+        "tests/training/test_validation.py",
+    ),
+    Mutant(
+        "the bytes of a validation are those of the complete split",
+        "hg_scale/training/validation.py",
+        "size = split_bytes(source.index, split) * tokens / total",
+        "size = split_bytes(source.index, split)",
+        "tests/training/test_validation.py",
+    ),
+    Mutant(
+        "sequences to skip are marked at another rank's place",
+        "hg_scale/training/batch_loader.py",
+        "start = 1 + self.mesh.data_rank * self._rank_batch_size",
+        "start = 1",
+        f"{LOADER} tests/training/test_data_errors.py",
+    ),
+    Mutant(
+        "the first tensor rank of the world broadcasts to all groups",
+        "hg_scale/training/batch_loader.py",
+        'src=mesh.group("tensor")[0], group=tensor_group()',
+        "src=0, group=tensor_group()",
+        LOADER,
+    ),
+    Mutant(
+        "as many skipped sequences as allowed end the run",
+        "hg_scale/training/batch_loader.py",
+        "if len(self.skipped) > self._max_skipped:",
+        "if len(self.skipped) >= self._max_skipped:",
+        f"{LOADER} tests/training/test_data_errors.py",
+    ),
+    Mutant(
+        "the last rank with an error reports it, and the others wait for the first",
+        "hg_scale/training/agreement.py",
+        "return dist.get_world_size() - dist.get_rank() if error else 0",
+        "return dist.get_world_size() - 1 - dist.get_rank() if error else 0",
+        "tests/training/test_agreement.py",
+    ),
+    Mutant(
+        "inputs and labels are not shifted against each other",
+        "hg_scale/training/engine.py",
+        "return batch[:, :-1].clamp(min=0), batch[:, 1:]",
+        "return batch[:, :-1].clamp(min=0), batch[:, :-1]",
+        CURVE,
+    ),
+    Mutant(
+        "bf16 gradients accumulate in bf16",
+        "hg_scale/config/deepspeed.py",
+        '{"grad_accum_dtype": "fp32"}',
+        '{"grad_accum_dtype": "bf16"}',
+        "tests/config/test_deepspeed.py",
+    ),
+)
