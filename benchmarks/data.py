@@ -42,8 +42,9 @@ def make_corpus(folder: Path, tokens: int, shards: int) -> Index:
     source = folder / "text"
     source.write_bytes(np.random.default_rng(0).bytes(tokens))
     job = Preparation(
-        source, folder / "shards", split=(tokens, 0, 0), shard_tokens=tokens // shards
-    )
+        source, folder / "shards", split=(tokens, 0, 0), shard_tokens=tokens // shards,
+        as_they_are=True,
+    )  # fmt: skip
     index, _ = prepare_bytes(job)
     source.unlink()
     return index

@@ -34,7 +34,8 @@ import pyarrow
 import sentencepiece
 from pyarrow import parquet
 
-from hg_scale.data.preparation.sources import find_files, read_blocks
+from hg_scale.data.preparation.folders import find_files
+from hg_scale.data.preparation.sources import read_blocks
 from hg_scale.data.tokenizer import SentencePieceTokenizer
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "data_prep"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
 
+from hg_scale.arguments import local_path
 from hg_scale.data.preparation import command_line
 from hg_scale.data.preparation.download import CORPORA, fetch
 from hg_scale.data.progress import ProgressBar
@@ -25,8 +26,8 @@ def main() -> int:
     parser = command_line.make_parser(__doc__)
     add = parser.add_argument
     add("corpus", choices=sorted(CORPORA))
-    add("--output", type=Path, default=Path("corpora/sources"), metavar="DIR", help="folder to "
-        "write it to (default: %(default)s)")  # fmt: skip
+    add("--output", type=local_path, default=Path("corpora/sources"), metavar="DIR",
+        help="folder to write it to (default: %(default)s)")  # fmt: skip
     add("--url", help="URL of another copy of the .zip")
     options = parser.parse_args()
 

@@ -32,8 +32,7 @@ def main() -> int:
     """Prepare the data. Returns 2 where the input, the output or an option cannot be used."""
     parser = command_line.make_parser(__doc__)
     add = parser.add_argument
-    add("--input", type=Path, required=True, metavar="PATH", help="text file or folder of files")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder to write, new or empty")
+    command_line.add_input_and_output(parser, several=False)
     add(
         "--split",
         type=command_line.parse_split,
@@ -43,6 +42,7 @@ def main() -> int:
         "which the rest is left out (default: 0.9,0.05,0.05)",
     )
     command_line.add_file_options(parser)
+    command_line.add_as_they_are_option(parser)
     command_line.add_skip_options(parser)
     command_line.add_shard_options(parser, chunk=Preparation.chunk_tokens)
     add("--seed", type=command_line.parse_seed, default=0, help="seed of the split of a folder "
@@ -57,8 +57,10 @@ def main() -> int:
         start = time.perf_counter()
         job = Preparation(**options)
         index, written = prepare_bytes(job, progress)
-        command_line.report(job.output, index, written, time.perf_counter() - start, job.log, ())
-        if written and job.by_size and (rest := text_length(job.input) - sum(job.split)):
+        seconds = time.perf_counter() - start
+        command_line.report(job.output, index, written, seconds, job.log, job.summary.lines())
+        length = text_length(job.input, as_it_is=job.as_they_are) if job.by_size else 0
+        if written and job.by_size and (rest := length - sum(job.split)):
             print(f"  {rest:,} bytes after these are in no split: --split does not cover them")
 
     return command_line.run_preparation("prepare_bytes", work)

@@ -36,8 +36,7 @@ def main() -> int:
     """Prepare the data. Returns 2 where the input, the output or an option cannot be used."""
     parser = command_line.make_parser(__doc__)
     add = parser.add_argument
-    add("--input", type=Path, required=True, nargs="+", metavar="PATH", help="files and folders")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder to write, new or empty")
+    command_line.add_input_and_output(parser)
     add(
         "--split",
         type=command_line.parse_split_or_folders,

@@ -5,9 +5,11 @@
     mpirun -n 8 python data_prep/prepare_text.py --input a.jsonl.zst b.parquet --output corpora/text
     srun -n 64 python data_prep/prepare_text.py ...
 
-Inputs are files and folders of files: JSON lines (.jsonl, .ndjson, .json), parquet, and anything
-else as plain text, each also compressed as .gz, .xz or .zst. A line, a row, or a plain file is a
-document; --document-separator separates documents inside plain files. Documents are shuffled over
+Inputs are files and folders of files: Parquet and Arrow, recognised by their contents, JSON lines
+(.jsonl, .ndjson, .json), .csv and .tsv, and any other text; each also compressed with gzip, xz,
+zstd or bzip2. A line, a row, or a plain file is a document; --document-separator separates
+documents inside plain files. Other binary files are refused; hidden and side files of a folder are
+left out, and the last lines printed say so. Documents are shuffled over
 the entire corpus and end with the tokenizer's end-of-document id. The split of a document follows
 from its content, so equal documents are always in the same split.
 
@@ -28,6 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
 
+from hg_scale.arguments import local_path
 from hg_scale.data.preparation import command_line
 from hg_scale.data.preparation.documents import TextFormat
 from hg_scale.data.preparation.shuffled import CHUNK_TOKENS, Job, prepare
@@ -41,10 +44,9 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = command_line.make_parser(__doc__)
     add = parser.add_argument
-    add("--input", type=Path, required=True, nargs="+", metavar="PATH", help="files and folders")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder to write, new or empty")
-    add("--tokenizer", default="bytes", metavar="MODEL", help="a sentencepiece model, or `bytes` "
-        "(default)")  # fmt: skip
+    command_line.add_input_and_output(parser)
+    add("--tokenizer", type=local_path, default="bytes", metavar="MODEL",
+        help="a sentencepiece model, or `bytes` (default)")  # fmt: skip
     command_line.add_format_options(parser)
     add(
         "--split",
@@ -55,6 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
         "below train/, validation/ and test/; or, for one text, bytes from its start",
     )
     command_line.add_file_options(parser)
+    command_line.add_as_they_are_option(parser)
     command_line.add_skip_options(parser)
     command_line.add_shard_options(parser, chunk=CHUNK_TOKENS)
     add(
@@ -72,16 +75,16 @@ def make_job(options: argparse.Namespace, launch: Launch) -> Job:
     split = options.split
     by_size = split is not None and all(isinstance(part, int) for part in split)
     tokenizer: Tokenizer
-    if options.tokenizer == "bytes":
+    if str(options.tokenizer) == "bytes":
         tokenizer = ByteTokenizer(documents=not by_size)
     else:
-        tokenizer = SentencePieceTokenizer.read(Path(options.tokenizer), documents=not by_size)
+        tokenizer = SentencePieceTokenizer.read(options.tokenizer, documents=not by_size)
     inputs = tuple(options.input)
     corpus = TextCorpus(
         inputs,
         tokenizer,
         **command_line.patterns(options.include, options.exclude),
-        format=TextFormat(options.field, options.document_separator),
+        format=TextFormat(options.field, options.document_separator, options.as_they_are),
         fractions=None if by_size else split,
         sizes=split if by_size else None,
         seed=options.seed,

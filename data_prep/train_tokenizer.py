@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
 
-from hg_scale.arguments import positive_int
+from hg_scale.arguments import local_path, positive_int
 from hg_scale.data.preparation import command_line
 from hg_scale.data.preparation.documents import TextFormat
 from hg_scale.data.preparation.tokenizer_training import TokenizerTraining, train_tokenizer
@@ -27,9 +27,10 @@ def main() -> int:
     """Train a model. Returns 2 where the input, the output or an option cannot be used."""
     parser = command_line.make_parser(__doc__)
     add = parser.add_argument
-    add("--input", type=Path, required=True, nargs="+", metavar="PATH", help="files and folders")
-    add("--output", type=Path, default=Path("tok.model"), metavar="FILE", help="file to write "
-        "(default: %(default)s)")  # fmt: skip
+    add("--input", type=local_path, required=True, nargs="+", metavar="PATH",
+        help="files and folders")  # fmt: skip
+    add("--output", type=local_path, default=Path("tok.model"), metavar="FILE",
+        help="file to write (default: %(default)s)")  # fmt: skip
     add("--vocab-size", type=positive_int, required=True, metavar="N",
         help="number of pieces, including the 256 bytes")  # fmt: skip
     add("--model", choices=("unigram", "bpe"), default="unigram", help="(default: %(default)s)")
@@ -60,7 +61,7 @@ def main() -> int:
             f"{job.output}: {job.model}, {job.vocab_size} pieces, trained on "
             f"{trained.sample_bytes / 1e6:.1f} MB, {rate:.2f} bytes per token"
         )
-        for line in trained.log.report(job.skipped_list):
+        for line in (*trained.source.lines(), *trained.log.report(job.skipped_list)):
             print(line)
 
     return command_line.run_preparation("train_tokenizer", work)

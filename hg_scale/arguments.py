@@ -3,7 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
+
+_URL = re.compile(
+    r"[a-z][a-z0-9+.-]+://|(file|s3a?|gs|gcs|hf|https?|ftp|hdfs|abfss?|az|ssh):/", re.IGNORECASE
+)
+
+
+def local_path(text: str) -> Path:
+    """Parse the path of a local file or folder, as an argparse `type`; URLs are refused.
+
+    `Path` would turn `s3://bucket/corpus` into a folder named `s3:`.
+    """
+    if not _URL.match(text):
+        return Path(text)
+    remedy = "copy from or to it with a tool such as `aws s3 cp` or `hf download`, or mount it"
+    if text.lower().startswith("file:"):
+        remedy = "leave out file:"
+    raise argparse.ArgumentTypeError(f"{text!r} is a URL; expected a local path: {remedy}")
 
 
 def positive_int(text: str) -> int:
@@ -31,7 +49,7 @@ def add_override_option(parser: argparse.ArgumentParser) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the trained model to read (positional) and --precision."""
     parser.add_argument(
-        "model", type=Path, metavar="RUN_OR_CHECKPOINT_OR_EXPORT",
+        "model", type=local_path, metavar="RUN_OR_CHECKPOINT_OR_EXPORT",
         help="a run folder (its newest checkpoint), a checkpoint folder, or an export",
     )  # fmt: skip
     parser.add_argument(

@@ -57,13 +57,17 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
 
 
-def commit(partial: IO[bytes], path: Path) -> None:
-    """Sync and close an open partial file, rename it to `path` and sync the folder."""
+def commit(partial: IO[bytes], path: Path, *, sync_folder: bool = True) -> None:
+    """Sync and close an open partial file, rename it to `path` and sync the folder.
+
+    Without `sync_folder` a power loss may undo the rename, but never leave a part of the content.
+    """
     partial.flush()
     os.fsync(partial.fileno())
     partial.close()
     os.replace(partial.name, path)
-    sync_path(path.parent)
+    if sync_folder:
+        sync_path(path.parent)
 
 
 def sync_path(path: Path) -> None:

@@ -10,14 +10,36 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from math import nan
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Required
 
-from hg_scale.bounded_read import RECORD_BYTES, parse_record
+from pydantic import ConfigDict
+from typing_extensions import TypedDict  # that of typing lacks what pydantic needs before 3.12
+
+from hg_scale.bounded_read import RECORD_BYTES, Count, FormatError, open_regular, parse_record
 
 _BLOCK = 1 << 16
 _BATCH = 1024  # lines that are read together
 MAX_LINE = RECORD_BYTES  # a longer line is no record
 _MAX_TAIL = 1 << 26  # bytes that are searched for the newest validation
+
+
+class MetricsEntry(TypedDict, total=False):
+    """The keys of a line of metrics.jsonl that `read_recent` promises; a line may have others."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)  # type: ignore[misc]
+
+    step: Required[Count]
+    start: Count
+    job: str | int | None
+    time: float
+    loss: float | None
+    bits_per_byte: float | None
+    tokens_per_second: float | None
+    step_seconds: float | None
+    mfu: float | None
+    skipped_steps: Count
+    validation_loss: float | None
+    validation_bits_per_byte: float | None
 
 
 def lines_backwards(path: Path, block: int = _BLOCK, limit: int | None = None) -> Iterator[bytes]:
@@ -52,6 +74,7 @@ def lines_backwards(path: Path, block: int = _BLOCK, limit: int | None = None) -
 def read_recent(path: Path, count: int) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Return the last `count` records of steps, oldest first, and that of the last validation.
 
+    Records that are no `MetricsEntry` are skipped.
     Reads the end of the file only: for the validation at most 64 MiB of it.
     """
     steps: list[dict[str, Any]] = []
@@ -59,7 +82,7 @@ def read_recent(path: Path, count: int) -> tuple[list[dict[str, Any]], dict[str,
     for line in lines_backwards(path, limit=_MAX_TAIL):
         if len(steps) >= count and b'"validation_loss"' not in line:
             continue
-        record = step_record(line)
+        record = step_record(line, MetricsEntry)
         if record is None:
             continue
         if validation is None and "validation_loss" in record:
@@ -71,9 +94,12 @@ def read_recent(path: Path, count: int) -> tuple[list[dict[str, Any]], dict[str,
     return steps[::-1], validation
 
 
-def step_record(line: bytes) -> dict[str, Any] | None:
-    """Return the record of a line; None if it is not a JSON object with an integer `step`."""
-    record = parse_record(line)
+def step_record(line: bytes, kind: Any = None) -> dict[str, Any] | None:
+    """Return the record of a line; None if it is not a JSON object with an integer `step`.
+
+    `kind` as in `parse_record`.
+    """
+    record = parse_record(line, kind)
     return record if record is not None and "step" in record else None
 
 
@@ -124,7 +150,7 @@ def read_columns(
     """
     columns = {kind: Columns(keys) for kind, keys in kinds.items()}
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while records := _read_batch(file):
                 for kind, table in columns.items():
                     table.extend([r for r in records if r is not None and kind in r])
@@ -132,6 +158,8 @@ def read_columns(
         pass
     except OSError as cause:
         raise error(cause) from None
+    except FormatError as cause:
+        raise error(OSError(0, str(cause), str(path))) from None
     return columns
 
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 # Run as a script, Python puts this folder first on sys.path, where its modules would shadow others.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent.resolve()]
 
-from hg_scale.arguments import add_override_option, positive_int  # noqa: E402
+from hg_scale.arguments import add_override_option, local_path, positive_int  # noqa: E402
 from hg_scale.config import load_config  # noqa: E402
 from hg_scale.config.layouts import elastic_line, load_elastic  # noqa: E402
 from hg_scale.errors import UserError  # noqa: E402
@@ -36,10 +36,10 @@ from hg_scale.training.job_config import (  # noqa: E402
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of training."""
     add = parser.add_argument
-    add("--config", required=True, type=Path, metavar="FILE",
+    add("--config", required=True, type=local_path, metavar="FILE",
         help="configuration file (configs/*.json)")  # fmt: skip
     add_override_option(parser)
-    add("--run", type=Path, metavar="DIR", dest="run_folder",
+    add("--run", type=local_path, metavar="DIR", dest="run_folder",
         help="run folder; training resumes if it has checkpoints "
         "(default: runs/<name of the configuration>)")  # fmt: skip
     add("--stop-at", type=positive_int, metavar="STEP",
@@ -53,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--world-size", type=positive_int, metavar="N",
         help="with --dry-run or --check: number of processes to plan for "
         "(default: the smallest possible)")  # fmt: skip
-    add("--resolved", type=Path, metavar="FILE",
+    add("--resolved", type=local_path, metavar="FILE",
         help="copy of the configuration of the job's first start, used if it exists; --check "
         "writes it (default in a requeued Slurm job: RUN/code/JOB/config.json)")  # fmt: skip
     add("--reread-config", action="store_true",

@@ -39,9 +39,11 @@ from hg_scale.errors import UserError
 from hg_scale.evaluation.report.run_folder import read_runs
 from hg_scale.folder_lock import FolderLock
 from hg_scale.model.hourglass import parameter_shapes
+from hg_scale.run_starts import read_starts
 from hg_scale.training.failures import error_of_peer
 from hg_scale.training.metrics import MetricsLog
 from hg_scale.training.monitoring.heartbeat import read_heartbeats
+from hg_scale.training.monitoring.run_end import read_run_end
 from hg_scale.training.monitoring.status import read_status
 from tests.mutations import changed_bytes, changed_json
 from tests.run_folders import write_run
@@ -85,10 +87,11 @@ def fuzz(contents: st.SearchStrategy[bytes], read: Callable[[], Any], path: Path
                 assert len(line) < 4000
                 assert "configuration: " in line or "\n" not in line, line
 
-    before = path.read_bytes() if path.exists() else None
-    check()
-    if before is not None:
-        path.write_bytes(before)
+    before = path.read_bytes() if path.exists() else b""
+    try:
+        check()
+    finally:
+        path.write_bytes(before)  # other tests read the same folder
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +286,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "ranks/stragglers.json": {"step": 3, "threshold": 1.2, "ranks": [row]},
         "jobs.jsonl": {"time": 1e9, "job": "7", "start": 1, "event": "start", "log": "log"},
         "watchdog.jsonl": {"time": 1e9, "line": "rank 0 hangs"},
+        "starts.jsonl": {"start": 1, "time": 1e9, "step": 0, "ranks": 1, "job": "7"},
+        "end.json": {"code": 0, "line": "step 3 of 3 saved", "time": 1e9},
     }
     for name, tree in contents.items():
         (run / name).write_text(json.dumps(tree) + "\n")
@@ -293,7 +298,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "name",
     [
         "metrics.jsonl", "jobs.jsonl", "watchdog.jsonl", "config.json", "ranks/rank-00000.json",
-        "ranks/rank-00000.end", "ranks/stragglers.json",
+        "ranks/rank-00000.end", "ranks/stragglers.json", "starts.jsonl", "end.json",
     ],
 )  # fmt: skip
 def test_files_of_a_run(run: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,6 +310,7 @@ def test_files_of_a_run(run: Path, name: str, monkeypatch: pytest.MonkeyPatch) -
         read_status(run, 1e9 + 10)
         read_heartbeats(run)
         error_of_peer(run, 1, 2, timeout=0)
+        read_run_end(run), read_starts(run)  # noqa: B018
         if name in ("metrics.jsonl", "config.json"):
             for found in read_runs([run]):
                 found.column("loss"), found.validation_column("validation_loss"), found.state  # noqa: B018

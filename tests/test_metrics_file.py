@@ -105,10 +105,10 @@ def test_status_reads_only_the_end(long_run: Path, monkeypatch: pytest.MonkeyPat
     read = 0
     parse = metrics_file.parse_record
 
-    def counted(line: bytes) -> Any:
+    def counted(line: bytes, kind: Any = None) -> Any:
         nonlocal read
         read += len(line)
-        return parse(line)
+        return parse(line, kind)
 
     monkeypatch.setattr(metrics_file, "parse_record", counted)
     steps, validation = read_recent(path, 20)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from hg_scale.atomic_write import sync_path, write_durable
+from hg_scale.bounded_read import RECORD_BYTES, FormatError, read_text
 from hg_scale.checkpoint.errors import CheckpointError
 from hg_scale.checkpoint.find import folder_name
 from hg_scale.checkpoint.fragments import Fragment, coverage_problems
@@ -155,8 +156,8 @@ def _rename_into_place(temporary: Path, final: Path) -> None:
     older = final.with_name(f".{final.name}.old")
     if final.exists():
         latest = final.parent / "latest"
-        with suppress(OSError):
-            if latest.read_text().strip() == final.name:
+        with suppress(OSError, FormatError):
+            if read_text(latest, RECORD_BYTES).strip() == final.name:
                 latest.unlink()
         shutil.rmtree(older, ignore_errors=True)
         os.rename(final, older)

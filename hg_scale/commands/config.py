@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from hg_scale.arguments import add_override_option
+from hg_scale.arguments import add_override_option, local_path
 from hg_scale.config import ConfigError, load_config
 
 HELP = "check a configuration file and print it with everything it extends filled in"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("file", type=local_path, metavar="FILE")
     add_override_option(parser)
 
 

@@ -8,6 +8,8 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hg_scale.arguments import local_path
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -29,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     ) -> Callable[..., Any]:
         parser = verbs.add_parser(name, help=text, description=text)
         for path in paths:
-            parser.add_argument(path.lower(), type=Path, metavar=path)
+            parser.add_argument(path.lower(), type=local_path, metavar=path)
         add = parser.add_argument
         add("--workers", type=_at_least_one, default=1, metavar="N", help="processes (default: 1)")
         parser.set_defaults(run_convert_verb=run_verb)
@@ -66,15 +68,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     allow_non_finite(add)
     add = verb("from-deepspeed", _import, "make a checkpoint of DeepSpeed's universal format or "
                "of its consolidated fp32 weights", "SOURCE", "OUT")  # fmt: skip
-    add("--config", type=Path, metavar="FILE", help="configuration with the model, if the "
+    add("--config", type=local_path, metavar="FILE", help="configuration with the model, if the "
         "files do not contain it")  # fmt: skip
     allow_non_finite(add)
     add = verb("diff", _diff, "show the largest differences by tensor; exit with 1 if there are "
                "any", "A", "B")  # fmt: skip
     add("--top", type=int, default=20, metavar="N", help="tensors to list (default: 20)")
     add = verb("average", _average, "make a checkpoint of the mean of weights")
-    add("sources", type=Path, nargs="+", metavar="SOURCE")
-    add("--out", type=Path, required=True, metavar="OUT")
+    add("sources", type=local_path, nargs="+", metavar="SOURCE")
+    add("--out", type=local_path, required=True, metavar="OUT")
     allow_non_finite(add)
 
 

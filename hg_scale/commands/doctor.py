@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hg_scale.arguments import local_path
+
 HELP = "check this machine: versions, driver, network, limits, disk; with remedies"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--run", type=Path, default=Path("runs"), metavar="DIR",
+        "--run", type=local_path, default=Path("runs"), metavar="DIR",
         help="where runs will be written (default: runs)",
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hg_scale.arguments import add_model_options
+from hg_scale.arguments import add_model_options, local_path
 from hg_scale.commands.user_errors import refuse_unwritable, report_out_of_memory
 from hg_scale.errors import UserError
 
@@ -27,8 +27,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_model_options(parser)
     add("--data", metavar="SHARDS_OR_FILE",
-        help="prepared corpus or plain text file (default: the run's corpus, the first of "
-        "several)")  # fmt: skip
+        help="prepared corpus; or a file: text, JSON lines, CSV, TSV, Parquet or Arrow, also "
+        "compressed (default: the run's corpus, the first of several)")  # fmt: skip
+    add("--field", default="text", metavar="NAME",
+        help="field or column with the text of such a file (default: text)")  # fmt: skip
+    add("--bytes-as-they-are", action="store_true", dest="as_they_are",
+        help="score the stored bytes of a file, whatever it contains")  # fmt: skip
     add("--split",
         help="train, validation or test split of a prepared corpus (default: test)")  # fmt: skip
     add("--context", type=int, metavar="N",
@@ -49,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--all", action="store_true",
         help="score every complete checkpoint of a run, one line each; --json is a "
         "list")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    add("--json", type=local_path, metavar="FILE", help="also write the results to this file")
 
 
 @report_out_of_memory()
@@ -95,7 +99,8 @@ def _score(options: argparse.Namespace, model: Path) -> tuple[EvaluationSetup, S
     task = EvaluationTask(
         model, options.data, options.split, options.context or options.window,
         min(stride, options.window) if options.window else None,
-        options.windows, options.batch, options.precision, options.first_token,
+        options.windows, options.batch, options.precision, options.first_token, options.field,
+        options.as_they_are,
     )  # fmt: skip
     terminal = Console(stderr=True)
     with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hg_scale.arguments import add_model_options
+from hg_scale.arguments import add_model_options, local_path
 from hg_scale.commands.user_errors import refuse_unwritable, report_out_of_memory
 from hg_scale.errors import UserError
 
@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add("--prompt", action="append", metavar="TEXT",
         help="text to continue; repeatable (default: start a new document)")  # fmt: skip
-    add("--prompts", type=Path, metavar="FILE",
+    add("--prompts", type=local_path, metavar="FILE",
         help="file with one prompt per line; an empty line starts a new document")  # fmt: skip
     add("--tokens", type=int, metavar="N", help=f"tokens per text at most (default: {TOKENS})")
     add("--temperature", type=float, default=0.8, metavar="T",
@@ -48,12 +48,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--context", type=int, metavar="N",
         help="tokens the model attends to; when full, generation continues from the last half "
         "(default: the training sequence length)")  # fmt: skip
-    add("--complete", type=Path, nargs="+", metavar="IMAGE",
+    add("--complete", type=local_path, nargs="+", metavar="IMAGE",
         help="images (.png, .jpg, .npy, .npz) whose lower part to generate; at most "
         f"{MAX_IMAGES}")  # fmt: skip
     add("--keep", type=float, metavar="SHARE",
         help=f"share of an image that --complete keeps (default: {KEEP})")  # fmt: skip
-    add("--output", type=Path, metavar="FILE",
+    add("--output", type=local_path, metavar="FILE",
         help="text: also write JSON lines here; images: the PNG (default: "
         "samples.png)")  # fmt: skip
     add("--data", metavar="SHARDS", help="prepared corpus (default: the run's)")
@@ -110,13 +110,24 @@ def _read_prompts(options: argparse.Namespace) -> list[bytes]:
     """Return the prompts, each --count times."""
     prompts = [os.fsencode(text) for text in options.prompt or [""]]
     if options.prompts:
-        try:
-            prompts = options.prompts.read_bytes().splitlines()
-        except OSError as error:
-            raise UserError(f"{options.prompts}: cannot be read ({error.strerror})") from None
+        prompts = _prompt_file(options.prompts).splitlines()
         if not prompts:
             raise UserError(f"{options.prompts}: is empty; expected one prompt per line")
     return [prompt for prompt in prompts for _ in range(options.count or 1)]
+
+
+def _prompt_file(path: Path) -> bytes:
+    """Return the text of a file, which may be compressed, or of a pipe."""
+    from hg_scale.data.preparation.file_format import inspect_files
+    from hg_scale.data.preparation.sources import read_blocks
+
+    if path.is_file():
+        inspect_files([path], only_text=True, option=False)
+        return b"".join(read_blocks(path))
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _generate_text(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
-from hg_scale.arguments import add_model_options
+from hg_scale.arguments import add_model_options, local_path
 from hg_scale.commands.user_errors import refuse_unwritable, report_out_of_memory
 from hg_scale.errors import UserError
 
@@ -17,13 +16,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_model_options(parser)
     add("--tasks", required=True, metavar="NAMES", help="lm-eval task names, comma-separated")
-    add("--include-path", metavar="DIR", help="folder with your own task files")
+    add("--include-path", type=local_path, metavar="DIR", help="folder with your own task files")
     add("--fewshot", type=int, metavar="N", help="examples before each question")
     add("--limit", type=int, metavar="N", help="the first N questions of each task only")
     add("--batch", type=int, default=8, metavar="N",
         help="windows per batch (default: 8); texts are generated one at a time")  # fmt: skip
     add("--data", metavar="SHARDS", help="prepared corpus, for its tokenizer (default: the run's)")
-    add("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    add("--json", type=local_path, metavar="FILE", help="also write the results to this file")
 
 
 @report_out_of_memory()
@@ -39,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     from hg_scale.evaluation.harness import HarnessModel
     from hg_scale.evaluation.loaded_model import load
 
-    manager = TaskManager(include_path=options.include_path)
+    manager = TaskManager(include_path=options.include_path and str(options.include_path))
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         raise UserError(f"--tasks: lm-eval has no {', '.join(unknown)}; see `lm_eval ls tasks`")
     model = HarnessModel(load(options.model, options.data, options.precision), options.batch)
@@ -73,7 +72,7 @@ def _parse_tasks(options: argparse.Namespace) -> list[str]:
         value = getattr(options, key)
         if value is not None and value < least:
             raise UserError(f"--{key}: expected {least} or more, got {value}")
-    if options.include_path and not Path(options.include_path).is_dir():
+    if options.include_path and not options.include_path.is_dir():
         raise UserError(f"--include-path: {options.include_path} is not a folder")
     if options.json:
         refuse_unwritable(options.json)

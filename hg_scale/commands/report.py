@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hg_scale.arguments import local_path
 from hg_scale.commands.user_errors import refuse_unwritable
 from hg_scale.errors import UserError
 
@@ -13,8 +14,8 @@ HELP = "write an HTML report of a run, or a comparison of several"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
-    add("--output", type=Path, metavar="FILE",
+    add("runs", type=local_path, nargs="+", metavar="RUN", help="run folders")
+    add("--output", type=local_path, metavar="FILE",
         help="output file (default: RUN/report.html, or ./report.html for "
         "several)")  # fmt: skip
     add("--sample", type=int, default=400, metavar="N",

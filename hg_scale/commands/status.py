@@ -6,9 +6,9 @@ import argparse
 import json
 import math
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hg_scale.arguments import local_path
 from hg_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _SHORTEST = 0.2  # seconds between two refreshes
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("runs", type=local_path, nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--errors", type=int, default=5, metavar="N",
                         help="error lines to show at most (default: 5)")  # fmt: skip
     parser.add_argument("--json", action="store_true",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from hg_scale.arguments import local_path
 from hg_scale.errors import UserError
 
 HELP = "show held-out bits per byte of a run and a sample of generated text"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("run", type=local_path, metavar="RUN", help="a run folder")
     parser.add_argument(
         "--compare",
         action="store_true",

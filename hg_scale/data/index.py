@@ -34,6 +34,7 @@ from hg_scale.data.urls import join_url, shown_url
 INDEX_VERSION = 1
 INDEX_FILE = "index.json"
 SPLITS = ("train", "validation", "test")
+_FEW_OFFSETS = 1 << 14  # as many as 64 Mi bytes of text in documents of 4 kB
 
 
 class _IndexModel(BaseModel):
@@ -253,9 +254,13 @@ def member_name(shard_file: str, number: int) -> str:
 
 
 def pack_offsets(offsets: Sequence[int] | NDArray[np.int64]) -> str:
-    """Pack ascending positions: base64 of zlib of their differences as little-endian uint32."""
+    """Pack ascending positions: base64 of zlib of their differences as little-endian uint32.
+
+    Many are compressed fast: level 9 takes microseconds for each, for a tenth less.
+    """
     steps = np.diff(np.asarray(offsets, np.int64), prepend=0).astype("<u4")
-    return base64.b64encode(zlib.compress(steps.tobytes(), 9)).decode()
+    level = 9 if len(steps) <= _FEW_OFFSETS else 1
+    return base64.b64encode(zlib.compress(steps.tobytes(), level)).decode()
 
 
 def unpack_offsets(text: str, limit: int) -> NDArray[np.int64]:

@@ -15,13 +15,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hg_scale.bounded_read import BINARY_BYTES, FormatError, read_bounded
 from hg_scale.data.errors import DataError
+from hg_scale.data.text_cuts import TextCuts
 
 TextLike = bytes | memoryview | str  # a str is encoded as UTF-8
 
 BYTES = 256  # ids 0..255 are the bytes themselves; 0 is not special
 MODEL_FILE = "tokenizer.model"  # the sentencepiece model in the folder of the index
 
-_LONGEST = 1 << 16  # bytes per call of sentencepiece, whose memory grows with them
+# Bytes per call of sentencepiece, which takes about 25 times as much memory. A unigram model adds
+# its scores in single precision along all of a call, so that nearly equal segmentations depend on
+# what is before them: its calls are long, and shorter texts have its own tokens exactly.
+_LONGEST, _LONGEST_UNIGRAM = 1 << 16, 1 << 23
 _SPACE = "▁"  # a space in sentencepiece's pieces, so the character itself is spelt in bytes
 
 
@@ -52,8 +56,17 @@ class Tokenizer(Protocol):
     def round_trips(self) -> bool:
         """Whether `decode(encode(text)) == text` for every text."""
 
-    def encode(self, text: TextLike) -> NDArray[Any]:
-        """Return token ids (n,) of the dtype `token_dtype`; a str is encoded as UTF-8."""
+    def encode(self, text: TextLike, *, continues: bool = False) -> NDArray[Any]:
+        """Return token ids (n,) of the dtype `token_dtype`; a str is encoded as UTF-8.
+
+        With `continues` the text is a part that begins at a position of `last_cut`.
+        """
+
+    def last_cut(self, data: bytes, low: int, high: int) -> int | None:
+        """Return the last position in (low, high] where a text may be cut, or None.
+
+        The tokens of the parts, all but the first encoded with `continues`, are those of the text.
+        """
 
     def decode(self, tokens: NDArray[Any]) -> bytes:
         """Return the text of `tokens` as bytes, without end-of-document ids."""
@@ -75,10 +88,14 @@ class ByteTokenizer:
     def identity(self) -> TokenizerIdentity:
         return TokenizerIdentity(name="bytes", vocab_size=self.vocab_size, eod=self.eod)
 
-    def encode(self, text: TextLike) -> NDArray[Any]:
+    def encode(self, text: TextLike, *, continues: bool = False) -> NDArray[Any]:
         """Return token ids (n,), uint8 or uint16; a str is encoded as UTF-8."""
         data = text.encode() if isinstance(text, str) else text
         return np.frombuffer(data, np.uint8).astype(token_dtype(self.vocab_size), copy=False)
+
+    def last_cut(self, data: bytes, low: int, high: int) -> int | None:
+        """Return `high`: bytes are tokens."""
+        return high if high > low else None
 
     def decode(self, tokens: NDArray[Any]) -> bytes:
         """Return the bytes of `tokens`, ids 0..256, without end-of-document ids."""
@@ -142,12 +159,15 @@ class SentencePieceTokenizer:
         )
 
     @cached_property
-    def obstacles(self) -> list[str]:
-        """Reasons why `decode(encode(text))` may differ from `text`; none for our own models."""
+    def _proto(self) -> Any:
         from sentencepiece import sentencepiece_model_pb2
 
-        proto = sentencepiece_model_pb2.ModelProto.FromString(self.model)
-        normalizer = proto.normalizer_spec
+        return sentencepiece_model_pb2.ModelProto.FromString(self.model)
+
+    @cached_property
+    def obstacles(self) -> list[str]:
+        """Reasons why `decode(encode(text))` may differ from `text`; none for our own models."""
+        normalizer = self._proto.normalizer_spec
         reasons = {
             f"its normaliser {normalizer.name or '(unnamed)'} changes characters": bool(
                 normalizer.precompiled_charsmap
@@ -164,12 +184,75 @@ class SentencePieceTokenizer:
         """Whether `decode(encode(text)) == text` for every text, valid UTF-8 or not."""
         return not self.obstacles
 
-    def encode(self, text: TextLike) -> NDArray[Any]:
-        """Return token ids (n,), uint16 or uint32; a str is encoded as UTF-8."""
+    def encode(self, text: TextLike, *, continues: bool = False) -> NDArray[Any]:
+        """Return token ids (n,), uint16 or uint32; a str is encoded as UTF-8.
+
+        They are sentencepiece's own for the text: a long one is encoded in parts, cut where no
+        piece can span the cut, or not at all (see `TextCuts`). Only beyond 8 MiB may a unigram
+        model's rounding decide differently between nearly equal segmentations.
+        """
         data = text.encode() if isinstance(text, str) else bytes(text)
-        if len(data) <= _LONGEST:
+        first, *rest = self._split_long(data)
+        ids = [self._continue(first) if continues else self._encode(first)]
+        ids += [self._continue(part) for part in rest]
+        return ids[0] if len(ids) == 1 else np.concatenate(ids)
+
+    def encode_each(self, texts: list[bytes]) -> list[list[int]]:
+        """Return the ids of each of some short texts, in one call of sentencepiece."""
+        try:
+            decoded = [text.decode() for text in texts]
+        except UnicodeDecodeError:
+            decoded = []
+        if not decoded or any(_SPACE in text for text in decoded):
+            return [self.encode(text).tolist() for text in texts]
+        return self._processor.encode(decoded, num_threads=1)
+
+    def last_cut(self, data: bytes, low: int, high: int) -> int | None:
+        return self._cuts.last(data, low, high)
+
+    @cached_property
+    def _cuts(self) -> TextCuts:
+        return TextCuts(self._proto, lossless=self.round_trips)
+
+    @cached_property
+    def _longest(self) -> int:
+        kind = self._proto.trainer_spec
+        return _LONGEST_UNIGRAM if kind.model_type == kind.UNIGRAM else _LONGEST
+
+    @cached_property
+    def _prefixing(self) -> Any:
+        """The same model, which puts a space in front of a text."""
+        import sentencepiece
+
+        spec = self._proto.normalizer_spec
+        if spec.add_dummy_prefix:
+            return self._processor
+        changed = type(self._proto).FromString(self.model)
+        changed.normalizer_spec.add_dummy_prefix = True
+        return sentencepiece.SentencePieceProcessor(model_proto=changed.SerializeToString())
+
+    def _split_long(self, data: bytes) -> Iterator[bytes]:
+        """Split long text where it may be cut; a function of the text alone."""
+        start = 0
+        while len(data) - start > _LONGEST and len(data) - start > self._longest:
+            low, high = start + self._longest // 2, start + self._longest
+            cut = self._cuts.last(data, low, high) or self._cuts.first(data, high)
+            if cut is None:
+                break
+            yield data[start:cut]
+            start = cut
+        yield data[start:]
+
+    def _continue(self, data: bytes) -> NDArray[Any]:
+        """Encode a part that follows a cut: without what the model puts in front of a text.
+
+        Where that is lossy, the part begins with a space, which the model may remove or double; it
+        puts one in front of the rest.
+        """
+        if self.round_trips:
             return self._encode(data)
-        return np.concatenate([self._encode(part) for part in _split_long(data)])
+        text = data[1:].decode(errors="replace")
+        return self._prefixing.encode(text, return_type="numpy").astype(self._dtype)
 
     def decode(self, tokens: NDArray[Any]) -> bytes:
         """Return the text of `tokens` as bytes; control and end-of-document ids are left out."""
@@ -220,25 +303,6 @@ class SentencePieceTokenizer:
     @cached_property
     def _id_lengths(self) -> NDArray[np.int64]:
         return np.array([len(text) for text in self._id_texts], np.int64)
-
-
-def _split_long(data: bytes) -> Iterator[bytes]:
-    """Split long text into parts of at most `_LONGEST` bytes.
-
-    It is cut after a newline if possible, else after a space, else between characters; a function
-    of the text alone, so that equal texts have equal tokens.
-    """
-    start = 0
-    while len(data) - start > _LONGEST:
-        low, stop = start + _LONGEST // 2, start + _LONGEST
-        cut = data.rfind(b"\n", low, stop) + 1 or data.rfind(b" ", low, stop)
-        if cut <= start:
-            cut = stop
-            while cut > stop - 4 and data[cut] & 0xC0 == 0x80:  # inside a character
-                cut -= 1
-        yield data[start:cut]
-        start = cut
-    yield data[start:]
 
 
 def load_tokenizer(identity: TokenizerIdentity, model: bytes | None = None) -> Tokenizer:

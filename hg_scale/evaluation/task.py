@@ -17,22 +17,23 @@ import torch.multiprocessing as mp
 from hg_scale.convert.open import is_export
 from hg_scale.data.evaluation import split_bytes
 from hg_scale.data.index import INDEX_FILE, is_local
-from hg_scale.data.preparation.sources import read_blocks
 from hg_scale.data.protocol import FirstToken, SlidingWindows, Tokens, TokenSequence
 from hg_scale.data.shards import SplitReader
 from hg_scale.errors import UserError
 from hg_scale.evaluation.loaded_model import LoadedModel, load
 from hg_scale.evaluation.scoring import Losses, Score, score_windows
+from hg_scale.evaluation.text_file import TextFile
 
 
 @dataclass(frozen=True)
 class EvaluationTask:
     """What to score and how; small, since it is pickled for worker processes.
 
-    `data`: a prepared corpus, of which `split` (None: test) is scored, or a plain file; None: the
-    corpus of the run. `length`: tokens per window (None: as in training). `stride`: tokens between
-    windows (None: `length`, no overlap). `windows`: score the first so many only. `first_token`:
-    the first input of each window: the token before it, or always id 0 as in the authors' code.
+    `data`: a prepared corpus, of which `split` (None: test) is scored, or a file (`TextFile` says
+    what `field` and `as_they_are` mean); None: the corpus of the run. `length`: tokens per window
+    (None: as in training). `stride`: tokens between windows (None: `length`, no overlap).
+    `windows`: score the first so many only. `first_token`: the first input of each window: the
+    token before it, or always id 0 as in the authors' code.
     """
 
     model: Path
@@ -44,6 +45,8 @@ class EvaluationTask:
     batch_size: int = 8
     precision: Literal["fp32", "bf16"] = "fp32"
     first_token: FirstToken = "previous"
+    field: str = "text"
+    as_they_are: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,14 +90,14 @@ def prepare_evaluation(task: EvaluationTask, device: str | None = None) -> Evalu
         if loaded.image_shape is not None:
             raise UserError(f"{plain}: a plain file is scored as text, but {loaded.data_source} "
                             "contains images: name a prepared corpus with --data")  # fmt: skip
-        raw, tokenizer = b"".join(read_blocks(plain)), loaded.tokenizer
-        size: int | None = len(raw)
-        ids = tokenizer.encode(raw)
+        tokenizer = loaded.tokenizer
+        size: int | None
+        ids, size = TextFile(plain, task.field, task.as_they_are).encode(tokenizer)
         text, tokens = Tokens(ids), len(ids)
         name, start_token = str(plain), tokenizer.eod or 0
-        if not tokens:
-            raise UserError(f"{plain}: is empty")
     else:
+        if task.as_they_are:
+            raise UserError("--bytes-as-they-are: needs --data FILE, not a prepared corpus")
         index = loaded.index
         if index is None:
             why = "an export names no data" if is_export(task.model) else "its data is missing"

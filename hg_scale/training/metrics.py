@@ -16,35 +16,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, Required
+from typing import Any, Literal
 
-from pydantic import ConfigDict
-from typing_extensions import TypedDict  # that of typing lacks what pydantic needs before 3.12
-
-from hg_scale.bounded_read import Count, parse_record, require_regular
+from hg_scale.bounded_read import parse_record, require_regular
 
 MetricsRecord = dict[str, Any]
 StepPhase = Literal["data", "compute", "rest", "paused"]
 
 RECENT_LINES = 20  # logged steps from which the time left is estimated
 _GIB = 2**30
-
-
-class MetricsEntry(TypedDict, total=False):
-    """The keys of a line of metrics.jsonl that are read again; a line may have others."""
-
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)  # type: ignore[misc]
-
-    step: Required[Count]
-    time: float
-    loss: float | None
-    bits_per_byte: float | None
-    tokens_per_second: float | None
-    step_seconds: float | None
-    mfu: float | None
-    skipped_steps: Count
-    validation_loss: float | None
-    validation_bits_per_byte: float | None
 
 
 class MetricsLog:

@@ -21,6 +21,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import hg_scale
+from hg_scale.atomic_write import write_atomic
+from hg_scale.bounded_read import RECORD_BYTES, FormatError, read_text
 
 INIT_TIMEOUT = 30.0  # seconds to reach the server
 FINISH_TIMEOUT = 30.0  # seconds to finish uploads at the end of a run; the rest stays on disk
@@ -177,9 +179,10 @@ def choose_mode() -> str:
 def run_id(run_dir: Path) -> str:
     """Return the wandb id of a run folder; creates `RUN/wandb_id` at the first start."""
     file = run_dir / "wandb_id"
-    if file.exists() and (stored := file.read_text().strip()):
-        return stored
+    with suppress(OSError, FormatError):
+        if stored := read_text(file, RECORD_BYTES).strip():
+            return stored
     new = secrets.token_hex(4)
     run_dir.mkdir(parents=True, exist_ok=True)
-    file.write_text(new + "\n")
+    write_atomic(file, new + "\n")
     return new

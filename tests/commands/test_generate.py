@@ -239,6 +239,7 @@ def test_images_are_completed(digits: Path, tmp_path: Path) -> None:
         (["--prompt", "a", "--prompts", "b"], "give only one of them"),
         (["--prompts", "/nowhere/prompts"], "cannot be read"),
         (["--prompts", "/dev/null"], "is empty"),
+        (["--prompts", sys.executable], "is an ELF program, not text"),
         (["--complete", "a.png"], "is for images"),
         (["--data", "/nowhere"], "no such file"),
         (["--prompt", "a", "--tokens", "1", "--output", "/nowhere/a"], "cannot be written"),

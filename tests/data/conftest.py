@@ -23,8 +23,8 @@ TEXT = np.random.default_rng(0).integers(0, 256, 100_003, np.uint8).tobytes()
 
 
 def prepare(source: Path, output: Path, **options: object) -> Index:
-    """Prepare with small chunks and shards."""
-    settings = {"chunk_tokens": 512, "shard_tokens": 3000} | options
+    """Prepare with small chunks and shards; the sources here are random bytes."""
+    settings = {"chunk_tokens": 512, "shard_tokens": 3000, "as_they_are": True} | options
     return prepare_bytes(Preparation(source, output, **settings))[0]  # type: ignore[arg-type]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -14,8 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import psutil
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from hg_scale.commands.main import main
 from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
@@ -167,6 +170,45 @@ def test_first_token_zero_gives_no_window_the_token_before_it(
     previous = evaluate(tmp_path, *common)
     assert previous["nats_per_token"] != pytest.approx(expected, rel=1e-4)
     assert (zero["first_token"], previous["first_token"]) == ("zero", "previous")
+
+
+def test_packed_files_and_tables_score_like_their_text(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compressed text as the text; documents in tables as the shards prepared from them."""
+    texts = ["pack my box with five dozen", " liquor jugs, é" * 9, "the quick brown fox " * 9]
+    (tmp_path / "in").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "in" / f"{number}.txt").write_text(text)
+    prepare_bytes(Preparation(tmp_path / "in", tmp_path / "shards", split=(0.0, 0.0, 1.0)))
+    table = pyarrow.table({"body": [texts[0], None, *texts[1:]]})
+    parquet.write_table(table, tmp_path / "a.bin")
+    (tmp_path / "a.jsonl.gz").write_bytes(
+        gzip.compress("".join(json.dumps({"body": t}) + "\n" for t in texts).encode())
+    )
+    (tmp_path / "text").write_text("".join(texts))
+    (tmp_path / "packed").write_bytes(gzip.compress((tmp_path / "text").read_bytes()))
+    shards, lines, columns, plain, packed, raw = (
+        {**evaluate(tmp_path, str(run), "--data", str(tmp_path / name), *more), "text": None}
+        for name, *more in (
+            ("shards",), ("a.jsonl.gz", "--field", "body"), ("a.bin", "--field", "body"),
+            ("text",), ("packed",), ("packed", "--bytes-as-they-are"),
+        )
+    )  # fmt: skip
+    size = len("".join(texts).encode())
+    assert shards == lines == columns and (lines["bytes"], lines["tokens"]) == (size, size + 3)
+    assert plain == packed and (plain["bytes"], plain["tokens"]) == (size, size)
+    assert raw["bytes"] == (tmp_path / "packed").stat().st_size
+    (tmp_path / "image").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99))
+    capsys.readouterr()
+    for options, message in (
+        (["--data", str(tmp_path / "image")], "image: is a PNG image, not text"),
+        (["--data", str(tmp_path / "a.bin")], "a.bin: has no column 'text' (it has: body)"),
+        (["--bytes-as-they-are"], "--bytes-as-they-are: needs --data FILE"),
+    ):
+        assert main(["evaluate", str(run), *options]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
 
 
 def test_export_scores_a_file_without_its_data(run: Path, tmp_path: Path) -> None:

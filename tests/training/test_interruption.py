@@ -13,6 +13,7 @@ import sys
 import termios
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -281,6 +282,15 @@ def test_a_wait_that_succeeds_in_the_grace_time_goes_on(
     assert signal.set_wakeup_fd(-1) == -1
 
 
+@pytest.fixture
+def default_interrupt() -> Iterator[None]:
+    """Handle SIGINT, which is ignored where the tests run in the background of a script."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("default_interrupt")
 def test_a_second_interrupt_ends_at_once() -> None:
     """From a thread, as the main thread may wait in C++; the first one while nothing is saved."""
     ended = threading.Event()
@@ -323,6 +333,8 @@ def start_on_terminal(command_line: list[str]) -> tuple[subprocess.Popen[bytes],
 
     def take_terminal() -> None:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        for number in (signal.SIGINT, signal.SIGHUP):  # ignored where tests run in the background
+            signal.signal(number, signal.SIG_DFL)
 
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "hg_scale" / "train.py"), *command_line],

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from hg_scale.arguments import non_negative_int, positive_int
+from hg_scale.arguments import local_path, non_negative_int, positive_int
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import SPLITS, Index
 from hg_scale.data.preparation.rank_group import OtherRankFailed
@@ -41,6 +41,15 @@ def make_parser(script_docstring: str | None) -> argparse.ArgumentParser:
     )
 
 
+def add_input_and_output(parser: argparse.ArgumentParser, *, several: bool = True) -> None:
+    """Add --input, of one or `several` paths, and --output, a folder."""
+    add = parser.add_argument
+    add("--input", type=local_path, required=True, nargs="+" if several else None, metavar="PATH",
+        help="files and folders" if several else "text file or folder of files")  # fmt: skip
+    add("--output", type=local_path, required=True, metavar="DIR",
+        help="folder to write, new or empty")  # fmt: skip
+
+
 def add_file_options(parser: argparse.ArgumentParser) -> None:
     """Add --include and --exclude."""
     add = parser.add_argument
@@ -53,11 +62,18 @@ def add_file_options(parser: argparse.ArgumentParser) -> None:
 def add_format_options(parser: argparse.ArgumentParser) -> None:
     """Add --field and --document-separator."""
     add = parser.add_argument
-    add("--field", default="text", metavar="NAME", help="field with the text in JSON lines and "
-        "parquet (default: text)")  # fmt: skip
+    add("--field", default="text", metavar="NAME", help="field or column with the text in "
+        "JSON lines, Parquet, Arrow, CSV and TSV; a.b: b inside a (default: text)")  # fmt: skip
     add("--document-separator", type=parse_separator, metavar="TEXT", help="separates the "
         r"documents of plain text, may contain \n and \t; it is not kept (default: a file is a "
         "document)")  # fmt: skip
+
+
+def add_as_they_are_option(parser: argparse.ArgumentParser) -> None:
+    """Add --bytes-as-they-are."""
+    parser.add_argument("--bytes-as-they-are", action="store_true", dest="as_they_are",
+        help="read files of every kind, also binary ones, without decompressing them: their "
+        "stored bytes are the text")  # fmt: skip
 
 
 def add_shard_options(parser: argparse.ArgumentParser, *, chunk: int | None) -> None:

@@ -9,15 +9,16 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import SPLITS
+from hg_scale.data.preparation.batches import DocumentBatch
+from hg_scale.data.preparation.folders import LeftOut, find_files
+from hg_scale.data.preparation.short_digests import keyed_digests
 from hg_scale.data.preparation.skipping import STOP, SkipLog
-from hg_scale.data.preparation.sources import (
-    Advance,
-    find_files,
-    is_compressed,
-    refuse_unsupported_compression,
-)
+from hg_scale.data.preparation.sources import Advance
 from hg_scale.data.tokenizer import Tokenizer
 
 KEY_BITS = 62  # low bits of a key: the order in the split; the bits above are the split's number
@@ -59,6 +60,9 @@ class ReadTask:
         return sum(segment.end - segment.begin for segment in self.segments)
 
 
+KeyedBatch = tuple[NDArray[np.uint64], DocumentBatch]  # keys (n,), the documents
+
+
 class Corpus(Protocol):
     """A source of documents: `TextCorpus` or `ImageCorpus`."""
 
@@ -83,8 +87,8 @@ class Corpus(Protocol):
 
     def documents(
         self, segment: Segment, scratch: Path, advance: Advance, log: SkipLog = STOP
-    ) -> Iterator[tuple[int, bytes]]:
-        """Yield (key, content) of the documents of a segment that are not empty, in a fixed order.
+    ) -> Iterator[KeyedBatch]:
+        """Yield (keys, batch) of the documents of a segment that are not empty, in a fixed order.
 
         A key is the split's number in the bits above `KEY_BITS`, then the order in the split.
         `scratch` is a folder for temporary files. A document that cannot be read goes to `log`;
@@ -92,7 +96,7 @@ class Corpus(Protocol):
         """
 
     def remarks(self) -> Iterator[str]:
-        """Yield lines for the user about what was not read, after `survey`."""
+        """Yield lines for the user about what is read and what is not, after `survey`."""
 
 
 def list_files(
@@ -100,21 +104,22 @@ def list_files(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     log: SkipLog = STOP,
+    left_out: LeftOut | None = None,
 ) -> list[SourceFile]:
     """Return the files of the inputs, in a fixed order. What cannot be read goes to `log`.
 
-    Raises DataError where a file is in two of the inputs.
+    `left_out` receives what is not read for other reasons. Raises DataError where a file is in two
+    of the inputs.
     """
     files = []
     found: dict[Path, int] = {}  # number of the input that contains a file
     for number, given in enumerate(inputs):
-        if given.is_dir():
-            names = find_files(given, include, exclude, log)
-        else:
-            refuse_unsupported_compression(given)
-            names = [given.name]
+        is_folder = given.is_dir()
+        names = [given.name]
+        if is_folder:
+            names = find_files(given, include, exclude, log, left_out)
         for name in names:
-            path = given / name if given.is_dir() else given
+            path = given / name if is_folder else given
             try:
                 status = path.stat()
             except OSError as error:
@@ -128,22 +133,6 @@ def list_files(
             unique = name if len(inputs) == 1 else f"{number}:{name}"
             files.append(SourceFile(str(path), unique, status.st_size, status.st_mtime_ns))
     return files
-
-
-def openable_files(
-    files: list[SourceFile], log: SkipLog
-) -> tuple[list[SourceFile], set[SourceFile]]:
-    """Return the files that can be opened, and those of them that are compressed."""
-    openable, packed = [], set()
-    for file in files:
-        try:
-            if is_compressed(Path(file.path)):
-                packed.add(file)
-        except DataError as error:
-            log.skip(file.path, "file", None, error)
-        else:
-            openable.append(file)
-    return openable, packed
 
 
 def refuse_empty(
@@ -213,7 +202,7 @@ def make_tasks(
 
 
 class DocumentKeys:
-    """Computes the key of a document: its split, then its position in the shuffled order.
+    """Computes the keys of documents: the split, then its position in the shuffled order.
 
     The split follows from the content, so that equal documents are in the same split and a new
     document moves no other; or from the file's folder. The position follows from the file's name
@@ -226,17 +215,25 @@ class DocumentKeys:
         self._salt = _salt(seed)
         self._name, self._key = "", b""
 
-    def __call__(self, file: SourceFile, position: int, content: bytes) -> int:
+    def __call__(
+        self, file: SourceFile, positions: NDArray[np.int64], batch: DocumentBatch
+    ) -> NDArray[np.uint64]:
+        """Return the keys (n,) of documents of a file at these positions."""
         if file.name != self._name:
             name = file.name.encode("utf-8", "surrogateescape")
             self._name = file.name
             self._key = hashlib.blake2b(name, key=self._salt, digest_size=32).digest()
-        order = hashlib.blake2b(position.to_bytes(8, "big"), key=self._key, digest_size=8).digest()
+        numbers = positions.astype(">u8").view(np.uint8)
+        eight = np.full(len(positions), 8)
+        order = keyed_digests(self._key, numbers, np.cumsum(eight) - eight, eight)
+        return order >> np.uint64(64 - KEY_BITS) | self._splits(file, batch) << np.uint64(KEY_BITS)
+
+    def _splits(self, file: SourceFile, batch: DocumentBatch) -> NDArray[np.uint64]:
+        """Return the number of the split of each document."""
         if self._split is None:
-            split = folder_split(file)
-        else:
-            split = SPLITS.index(split_of([content], self._split, self._seed))
-        return split << KEY_BITS | int.from_bytes(order, "big") >> (64 - KEY_BITS)
+            return np.full(len(batch.starts), folder_split(file), np.uint64)
+        digests = keyed_digests(self._salt, *batch)
+        return np.array(choose_split(digests, self._split), np.uint64)
 
 
 def _salt(seed: int) -> bytes:
@@ -248,11 +245,16 @@ def split_of(content: Iterable[bytes], fractions: Sequence[float], seed: int) ->
     digest = hashlib.blake2b(key=_salt(seed), digest_size=8)
     for piece in content:
         digest.update(piece)
-    position = int.from_bytes(digest.digest(), "big") / 2**64  # in [0, 1)
-    for name, bound in zip(SPLITS, accumulate(fractions), strict=True):
-        if position < bound:
-            return name
-    return [name for name, part in zip(SPLITS, fractions, strict=True) if part][-1]
+    return SPLITS[int(choose_split(int.from_bytes(digest.digest(), "big"), fractions))]
+
+
+def choose_split(digest: int | NDArray[np.uint64], fractions: Sequence[float]) -> Any:
+    """Return the number of the split for hashes of 64 bits, of their shape."""
+    position = np.asarray(digest, np.uint64).astype(np.float64) / 2**64  # in [0, 1]
+    bounds = np.array(list(accumulate(fractions)))
+    last = max(number for number, part in enumerate(fractions) if part)
+    found = np.searchsorted(bounds, position, side="right")
+    return np.where(found < len(fractions), found, last)
 
 
 def folder_split(file: SourceFile) -> int:

@@ -1,39 +1,48 @@
-"""Read documents from plain text, JSON lines and parquet files."""
+"""Read documents from files of every format; plain text and JSON lines are read here."""
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from heapq import merge
+from itertools import count, groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hg_scale.data.errors import DataError
-from hg_scale.data.preparation.skipping import STOP, PartError, SkipLog
-from hg_scale.data.preparation.sources import Advance, is_compressed, read_blocks, uncompressed_name
+from hg_scale.data.preparation import batches
+from hg_scale.data.preparation.batches import (
+    PositionedBatch,
+    document_too_long,
+    group_documents,
+    separated_batches,
+)
+from hg_scale.data.preparation.file_format import format_of
+from hg_scale.data.preparation.skipping import STOP, SkipLog
+from hg_scale.data.preparation.sources import Advance, is_compressed, read_blocks
+from hg_scale.data.preparation.tabular import (
+    NULLS,
+    nested_path,
+    read_arrow,
+    read_csv,
+    read_parquet,
+)
 
-FileKind = Literal["text", "lines", "parquet"]
-
-MAX_DOCUMENT_BYTES = 1 << 30  # a document has to fit into memory
 PIECE_BYTES = 1 << 16  # of a piece of a text without documents
-_SUFFIXES: dict[str, FileKind] = {
-    ".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".parquet": "parquet",
-}  # fmt: skip
-
-
-def file_kind(path: Path) -> FileKind:
-    """Return the format of a file, by its name without .gz, .xz or .zst."""
-    return _SUFFIXES.get(Path(uncompressed_name(path)).suffix.lower(), "text")
+_CUT_RANGE = 1 << 12  # bytes in front of the end of a piece in which it may be cut
+_scan_json = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+LastCut = Callable[[bytes, int, int], int | None]  # as `Tokenizer.last_cut`
 
 
 @dataclass(frozen=True)
 class TextFormat:
     """Where documents begin and end in files."""
 
-    field: str = "text"  # of JSON lines and parquet
+    field: str = "text"  # of JSON lines and tables; dots lead into nested fields
     separator: bytes | None = None  # in plain text; None: a file is a document
+    as_they_are: bool = False  # the stored bytes of each file are a document, whatever they are
 
     def documents(
         self,
@@ -49,21 +58,42 @@ class TextFormat:
         A file that cannot be split is read from start to end. `scratch` is a folder for temporary
         files. Single documents that cannot be read go to `log`. Raises DataError, naming the file.
         """
-        match file_kind(path):
+        if self.as_they_are:
+            return read_single(path, advance, as_it_is=True)
+        match format_of(path):
             case "lines":
                 return read_lines(path, self.field, begin, end, advance, log)
             case "parquet":
-                return read_parquet(path, self.field, begin, end, scratch, advance)
+                return read_parquet(path, self.field, begin, end, scratch, advance, log)
+            case "arrow file" | "arrow stream" as kind:
+                stream = kind == "arrow stream"
+                return read_arrow(path, self.field, scratch, advance, log, stream=stream)
+            case "csv" | "tsv" as kind:
+                return read_csv(path, self.field, "," if kind == "csv" else "\t", advance, log)
         if self.separator is not None:
             return read_separated(path, self.separator, begin, end, advance, log)
         return read_single(path, advance)
 
+    def batches(
+        self,
+        path: Path,
+        begin: int,
+        end: int,
+        scratch: Path,
+        advance: Advance,
+        log: SkipLog = STOP,
+    ) -> Iterator[PositionedBatch]:
+        """Yield the same documents in batches, some of them empty."""
+        if not self.as_they_are and self.separator is not None and format_of(path) == "text":
+            return separated_batches(path, self.separator, begin, end, advance, log)
+        return group_documents(self.documents(path, begin, end, scratch, advance, log))
+
     def can_split(self, path: Path) -> bool:
         """Return whether a part of the file can be read without the bytes before it."""
-        if is_compressed(path):
+        if self.as_they_are or is_compressed(path):
             return False
-        if file_kind(path) != "text":
-            return True
+        if (kind := format_of(path)) != "text":
+            return kind in ("lines", "parquet")
         # Matches of a separator that overlaps itself depend on where the search starts.
         text = self.separator
         return text is not None and not any(
@@ -71,14 +101,16 @@ class TextFormat:
         )
 
 
-def read_single(path: Path, advance: Advance) -> Iterator[tuple[int, bytes]]:
-    """Yield a file as one document, at position 0."""
+def read_single(
+    path: Path, advance: Advance, *, as_it_is: bool = False
+) -> Iterator[tuple[int, bytes]]:
+    """Yield a file as one document, at position 0; `as_it_is`: without decompressing it."""
     blocks, size = [], 0
-    for block in read_blocks(path, advance=advance):
+    for block in read_blocks(path, advance=advance, as_it_is=as_it_is):
         blocks.append(block)
         size += len(block)
-        if size > MAX_DOCUMENT_BYTES:
-            raise _too_long(path, 0)
+        if size > batches.MAX_DOCUMENT_BYTES:
+            raise document_too_long(path, 0)
     yield 0, b"".join(blocks)
 
 
@@ -87,39 +119,11 @@ def read_separated(
 ) -> Iterator[tuple[int, bytes]]:
     """Yield (position, text) of the texts between separators that begin in [begin, end).
 
-    Positions count bytes of the decompressed text; a compressed file is read from start to end.
     Texts that are too long go to `log`.
     """
-    start = max(0, begin - len(separator))  # a text after a separator that ends at `begin` is ours
-    position, skipping = start, begin > 0  # of the pending text; up to the first separator
-    pending: list[bytes] = []
-    held, tail = 0, b""  # bytes pending; the last bytes, in which a separator may begin
-    stop = None if is_compressed(path) else end
-    for block in read_blocks(path, start, advance):
-        pending.append(block)
-        held += len(block)
-        seen = tail + block
-        tail = seen[max(0, len(seen) - len(separator) + 1) :]
-        if separator not in seen:
-            if held > MAX_DOCUMENT_BYTES:
-                if not skipping:  # else it began before `begin`, where it is reported
-                    log.skip(path, "document", position, _too_long(path, position))
-                position, pending, held = position + held, [], 0
-                skipping = True
-            continue
-        texts = b"".join(pending).split(separator)
-        rest = texts.pop()
-        for text in texts:
-            if skipping:
-                skipping = False
-            else:
-                yield position, text
-            position += len(text) + len(separator)
-            if stop is not None and position >= stop:
-                return
-        pending, held, tail = [rest], len(rest), rest[max(0, len(rest) - len(separator) + 1) :]
-    if held and not skipping:
-        yield position, b"".join(pending)
+    for positions, batch in separated_batches(path, separator, begin, end, advance, log):
+        for position, text in zip(positions.tolist(), batch.documents(), strict=True):
+            yield position, bytes(text)
 
 
 def read_lines(
@@ -137,25 +141,39 @@ def read_lines(
         except DataError as error:
             log.skip(path, "line", position, error)
             continue
-        if text is not None:
+        if text is None:
+            log.remarks[NULLS] += 1
+        else:
             yield position, text
+
+
+def _parse_line(line: bytes) -> Any:
+    """Return `json.loads(line)`, without what that does in front of and behind an object."""
+    if line.startswith(b'{"'):  # so it is UTF-8
+        with suppress(ValueError, StopIteration):
+            text = line.decode()
+            record, end = _scan_json(text, 0)
+            if end == len(text):
+                return record
+    return json.loads(line)
 
 
 def _text_of_line(path: Path, position: int, line: bytes, field: str) -> bytes | None:
     """Return the text of a JSON line, None where the field is null. Raises DataError."""
     try:
-        record = json.loads(line)
-        text = record[field]
+        record = _parse_line(line)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: the line at byte {position} is not JSON ({error}); expected an object "
             "per line: fix or remove it"
         ) from None
-    except (TypeError, IndexError):
+    if not isinstance(record, dict):
         raise DataError(
             f"{path}: the line at byte {position} is a {type(record).__name__}; expected an "
             "object per line: write each document into a line of its own"
-        ) from None
+        )
+    try:
+        text = record[field] if field in record else nested_value(record, field)
     except KeyError:
         raise DataError(
             f"{path}: the line at byte {position} has no field {field!r} (it has: "
@@ -171,103 +189,62 @@ def _text_of_line(path: Path, position: int, line: bytes, field: str) -> bytes |
     return text.encode("utf-8", "surrogatepass")
 
 
-def read_parquet(
-    path: Path, field: str, begin: int, end: int, scratch: Path, advance: Advance
-) -> Iterator[tuple[int, bytes]]:
-    """Yield (row number, text) of the row groups whose first stored byte is in [begin, end).
+def nested_value(record: dict[str, Any], field: str) -> Any:
+    """Return the value of a field written with dots, None below a null. Raises KeyError."""
+    below_null = False
 
-    A compressed file is decompressed into `scratch` first.
-    """
-    import pyarrow
-    from pyarrow import parquet
+    def names(path: Sequence[str]) -> list[str] | None:
+        nonlocal below_null
+        value: Any = record
+        for name in path:
+            value = value[name]
+        below_null = below_null or value is None
+        return list(value) if isinstance(value, dict) else None
 
-    kind = DataError
-    try:
-        with ExitStack() as stack:
-            source: Any = path
-            if is_compressed(path):
-                source = stack.enter_context(tempfile.TemporaryFile(dir=scratch))
-                for block in read_blocks(path, advance=advance):
-                    source.write(block)
-                source.seek(0)
-            file = stack.enter_context(parquet.ParquetFile(source))
-            schema = file.schema_arrow
-            if field not in schema.names:
-                raise DataError(
-                    f"{path}: has no column {field!r} (it has: {', '.join(schema.names)}); set "
-                    "--field to the column that holds the text"
-                )
-            row, kind = 0, PartError
-            for number in range(file.num_row_groups):
-                group = file.metadata.row_group(number)
-                first = row
-                row += group.num_rows
-                if not is_compressed(path) and not begin <= _group_offset(group) < end:
-                    continue
-                for batch in file.iter_batches(1024, row_groups=[number], columns=[field]):
-                    texts = _as_bytes(batch.column(0), path, field)
-                    for number_in_file, text in enumerate(texts, first):
-                        if text is not None:
-                            yield number_in_file, text
-                    first += len(texts)
-                if not is_compressed(path):
-                    advance(sum(group.column(c).total_compressed_size
-                                for c in range(group.num_columns)))  # fmt: skip
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise kind(
-            f"{path}: cannot be read as parquet ({reason}); download it again, or leave it out "
-            "with --exclude"
-        ) from None
-
-
-def _group_offset(group: Any) -> int:
-    column = group.column(0)
-    return min(column.dictionary_page_offset or column.data_page_offset, column.data_page_offset)
-
-
-def _as_bytes(column: Any, path: Path, field: str) -> list[bytes | None]:
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    kind = column.type
-    if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
-        column = column.cast(pyarrow.large_binary())
-    elif not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
-        raise DataError(f"{path}: the column {field!r} holds {kind}, not text; set --field to "
-                        "another")  # fmt: skip
-    return column.to_pylist()
+    path = nested_path(field, names)
+    if not path and not below_null:
+        raise KeyError(field)
+    value: Any = record if path else None
+    for name in path:
+        value = value[name]
+    return value
 
 
 def read_pieces(
-    path: Path, begin: int, end: int, cuts: Sequence[int], advance: Advance
+    path: Path,
+    begin: int,
+    end: int,
+    bounds: Sequence[int],
+    advance: Advance,
+    last_cut: LastCut = lambda data, low, high: high,
 ) -> Iterator[tuple[int, bytes]]:
     """Yield (position, text) of the pieces of a text that begin in [begin, end).
 
-    A piece ends at each multiple of `PIECE_BYTES` and at each of `cuts`. `begin` is a multiple.
+    A piece ends at each of `bounds`, and at each multiple of `PIECE_BYTES` or where `last_cut`
+    moves it: up to 4 KiB to the front; where there is no cut, the piece continues. `begin` is a
+    multiple; a piece belongs to the multiple or bound that began it, wherever its cut is.
     """
-    position, pending = begin, b""
     stop = None if is_compressed(path) else end
-
-    def next_cut() -> int:
-        multiple = (position // PIECE_BYTES + 1) * PIECE_BYTES
-        return min([cut for cut in cuts if position < cut < multiple], default=multiple)
-
-    for block in read_blocks(path, begin, advance):
-        pending += block
-        while len(pending) >= (size := next_cut() - position):
-            yield position, pending[:size]
-            position, pending = position + size, pending[size:]
-            if stop is not None and position >= stop:
-                return
-    if pending:
-        yield position, pending
-
-
-def _too_long(path: Path, position: int) -> DataError:
-    return DataError(
-        f"{path}: the document at byte {position} is longer than {MAX_DOCUMENT_BYTES >> 20} MiB; "
-        "set --document-separator to what separates documents, or split a single text by position "
-        "with --split in bytes"
-    )
+    held, offset = b"", max(0, begin - _CUT_RANGE)  # text that was read, and its position
+    blocks, ended = read_blocks(path, offset, advance), False
+    position: int | None = None  # of the piece; None: none has begun yet
+    multiples = count(begin, PIECE_BYTES)
+    for mark, _ in groupby(merge(multiples, sorted(b for b in bounds if b > begin))):
+        while not ended and offset + len(held) < mark + 2:
+            block = next(blocks, b"")
+            held, ended = held + block, not block
+        if mark >= offset + len(held):
+            break
+        cut: int | None = mark
+        if mark and mark not in bounds:
+            low = max([mark - _CUT_RANGE, offset, *(b for b in bounds if b < mark)])
+            cut = last_cut(held, low - offset, mark - offset)
+            cut = None if cut is None else cut + offset
+        if cut is not None and position is not None:
+            yield position, held[position - offset : cut - offset]
+        if stop is not None and mark >= stop and (cut is not None or position is None):
+            return
+        if cut is not None:
+            held, offset, position = held[cut - offset :], cut, cut
+    if position is not None and held:
+        yield position, held

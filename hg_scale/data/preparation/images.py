@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from hg_scale.data.errors import DataError
+from hg_scale.data.preparation.batches import group_documents
 from hg_scale.data.preparation.corpus import (
     DocumentKeys,
+    KeyedBatch,
     ReadTask,
     Segment,
     SourceFile,
@@ -26,6 +28,7 @@ from hg_scale.data.preparation.corpus import (
     make_tasks,
     refuse_empty,
 )
+from hg_scale.data.preparation.folders import BY_PATTERN, LeftOut, matches_any
 from hg_scale.data.preparation.image_arrays import (
     ARRAYS,
     ArrayOptions,
@@ -41,7 +44,7 @@ from hg_scale.data.preparation.image_files import (
     read_picture,
 )
 from hg_scale.data.preparation.skipping import STOP, SkipLog
-from hg_scale.data.preparation.sources import Advance, matches_any
+from hg_scale.data.preparation.sources import Advance
 from hg_scale.data.tokenizer import ByteTokenizer
 
 TURNED = "images were turned upright, as their EXIF orientation says"
@@ -62,6 +65,7 @@ class ImageCorpus:
     files: list[SourceFile] = field(default_factory=list, init=False)
     shape: ImageShape = field(default=(0, 0, 0), init=False)
     others: Counter[str] = field(default_factory=Counter, init=False)
+    left_out: LeftOut = field(default_factory=LeftOut, init=False)
 
     @property
     def document_tokens(self) -> int:
@@ -76,8 +80,9 @@ class ImageCorpus:
         everything = self.include == ("*",)
         include = _IMAGE_PATTERNS if everything else self.include
         self.others = self._count_others() if everything else Counter()
+        self.left_out = LeftOut()
         try:
-            files = list_files(self.inputs, include, self.exclude, log)
+            files = list_files(self.inputs, include, self.exclude, log, self.left_out)
         except DataError as error:
             raise DataError(f"{error}{self._describe_others()}") from None
         for file in files:
@@ -117,9 +122,16 @@ class ImageCorpus:
 
     def documents(
         self, segment: Segment, scratch: Path, advance: Advance, log: SkipLog = STOP
-    ) -> Iterator[tuple[int, bytes]]:
-        """Yield (key, sub-pixels) of the images of a segment."""
+    ) -> Iterator[KeyedBatch]:
+        """Yield (keys, batch) of the images of a segment."""
         file = self.files[segment.file]
+        for positions, batch in group_documents(self._images(file, segment, advance, log)):
+            yield self._keys(file, positions, batch), batch
+
+    def _images(
+        self, file: SourceFile, segment: Segment, advance: Advance, log: SkipLog
+    ) -> Iterator[tuple[int, bytes]]:
+        """Yield (position, sub-pixels) of the images of a segment."""
         path = Path(file.path)
         if path.suffix.lower() in PICTURES:
             try:
@@ -129,12 +141,12 @@ class ImageCorpus:
                 return
             if picture.turned:
                 log.remarks[TURNED] += 1
-            yield self._keys(file, 0, picture.content), picture.content
+            yield 0, picture.content
             return
         span = (segment.begin, segment.end)
         for position, content, shape in read_array(path, self.array, *span, advance):
             self._expected.check(path, shape)
-            yield self._keys(file, position, content), content
+            yield position, content
 
     def _first_shape(
         self, files: list[SourceFile], log: SkipLog
@@ -171,6 +183,7 @@ class ImageCorpus:
         yield f"  files: {_list_counts(Counter(Path(f.path).suffix.lower() for f in self.files))}"
         if self.others:
             yield f"  left out, as they are no images: {_list_counts(self.others)}"
+        yield from (line for line in self.left_out.lines() if BY_PATTERN not in line)
 
 
 def _list_counts(suffixes: Counter[str]) -> str:

@@ -16,7 +16,7 @@ from hg_scale import __version__
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import INDEX_FILE, SPLITS, Index
 from hg_scale.data.preparation import output
-from hg_scale.data.preparation.corpus import split_of
+from hg_scale.data.preparation.corpus import SourceFile, split_of
 from hg_scale.data.preparation.rank_group import RankGroup
 from hg_scale.data.preparation.shard_writer import SplitWriter, default_shard_tokens
 from hg_scale.data.preparation.skipping import (
@@ -25,11 +25,10 @@ from hg_scale.data.preparation.skipping import (
     SkipPolicy,
     read_list,
 )
+from hg_scale.data.preparation.source_summary import SourceSummary, survey_files
 from hg_scale.data.preparation.sources import (
     file_digest,
-    find_files,
     read_blocks,
-    refuse_unsupported_compression,
     text_length,
 )
 from hg_scale.data.progress import ProgressBar
@@ -49,18 +48,20 @@ class Preparation:
     chunk_tokens: int = 65536
     shard_tokens: int | None = None  # None: `default_shard_tokens`
     seed: int = 0
+    as_they_are: bool = False  # read files of every kind, without decompressing them
     policy: SkipPolicy = SkipPolicy()
-    log: SkipLog = field(init=False)  # files that were left out
+    log: SkipLog = field(init=False)  # files that cannot be read
+    summary: SourceSummary = field(init=False)  # of the other files
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "log", SkipLog(self.policy))
+        object.__setattr__(self, "summary", SourceSummary())
         output.check_output(self.output, (self.input,))
         if self.by_size and self.input.is_dir():
             raise DataError(
                 "--split in bytes is for a single file; for a folder, where each file is in one "
                 "split, set it to fractions such as 0.9,0.05,0.05"
             )
-        refuse_unsupported_compression(self.input)
         if not self.input.is_dir() and (self.include != ("*",) or self.exclude):
             raise DataError(f"--include and --exclude are for a folder; {self.input} is a file")
 
@@ -88,7 +89,11 @@ def prepare_bytes(job: Preparation, progress: ProgressBar | None = None) -> tupl
     another writer.
     """
     progress = progress or ProgressBar()
-    source = _describe(job, progress)
+    files = survey_files(
+        [job.input], job.include, job.exclude, job.summary, job.log, only_text=True,
+        as_they_are=job.as_they_are,
+    )  # fmt: skip
+    source, files = _describe(job, files, progress)
     if (job.output / INDEX_FILE).exists():
         index = output.already_prepared(job.output, _job_of(job, source))
         for item in read_list(job.output / SKIPPED_FILE):
@@ -96,7 +101,8 @@ def prepare_bytes(job: Preparation, progress: ProgressBar | None = None) -> tupl
         job.log.check()
         output.clear_work(job.output)
         return index, False
-    plan = _plan_folder(job, source, progress) if job.input.is_dir() else _plan_file(job, source)
+    is_folder = job.input.is_dir()
+    plan = _plan_folder(job, files, source, progress) if is_folder else _plan_file(job, source)
     if not plan.text_bytes:
         raise DataError(f"--input {job.input}: contains no text")
     work = job.output / output.WORK
@@ -145,30 +151,35 @@ def _job_of(job: Preparation, source: dict[str, Any]) -> dict[str, Any]:
     return output.job_identity(source, tokenizer.identity.model_dump())
 
 
-def _describe(job: Preparation, progress: ProgressBar) -> dict[str, Any]:
-    """Return the source and the arguments that determine the shards, for the index."""
+def _describe(
+    job: Preparation, files: list[SourceFile], progress: ProgressBar
+) -> tuple[dict[str, Any], list[SourceFile]]:
+    """Return the source and the options that determine the shards, and the readable files."""
     source: dict[str, Any] = {"name": job.input.resolve().name}
+    readable = []
     if job.input.is_dir():
-        names = find_files(job.input, job.include, job.exclude, job.log)
-        sizes = [(job.input / name).stat().st_size for name in names]
-        progress.begin("reading", sum(sizes))
-        digest, count = hashlib.sha256(), 0
-        for name, size in zip(names, sizes, strict=True):
+        progress.begin("reading", sum(file.size for file in files))
+        digest = hashlib.sha256()
+        for file in files:
             try:
-                line = f"{file_digest(job.input / name)} {name}\n"
+                line = f"{file_digest(Path(file.path))} {file.name}\n"
             except DataError as error:
-                job.log.skip(job.input / name, "file", None, error)
+                job.log.skip(file.path, "file", None, error)
                 continue
             digest.update(line.encode("utf-8", "surrogateescape"))
-            count += 1
-            progress.advance(size)
-        source |= {"kind": "folder", "files": count, "sha256": digest.hexdigest()}
+            readable.append(file)
+            progress.advance(file.size)
+        source |= {"kind": "folder", "files": len(readable), "sha256": digest.hexdigest()}
         source |= {"include": list(job.include), "exclude": list(job.exclude), "seed": job.seed}
         source["split by"] = "content"
+        if left_out := job.summary.left_out.by_default():
+            source["left out"] = left_out
     else:
         source |= {"kind": "file", "sha256": file_digest(job.input)}
+    if job.as_they_are:
+        source["bytes as they are"] = True
     source |= {"split": list(job.split), "chunk_tokens": job.chunk_tokens}
-    return source | {"shard_tokens": job.shard_tokens}
+    return source | {"shard_tokens": job.shard_tokens}, readable
 
 
 def _plan_file(job: Preparation, source: dict[str, Any]) -> _Plan:
@@ -176,12 +187,12 @@ def _plan_file(job: Preparation, source: dict[str, Any]) -> _Plan:
     if job.by_size:
         sizes = [int(part) for part in job.split]
     else:
-        total = text_length(job.input)
+        total = text_length(job.input, as_it_is=job.as_they_are)
         bounds = [round(total * part) for part in accumulate(job.split)][:-1] + [total]
         sizes = [bound - before for before, bound in zip([0, *bounds], bounds, strict=False)]
 
     def blocks() -> Iterator[tuple[str, bytes | None]]:
-        text = read_blocks(job.input)
+        text = read_blocks(job.input, as_it_is=job.as_they_are)
         block = b""
         for name, left in zip(SPLITS, sizes, strict=True):
             while left and (block := block or next(text, b"")):
@@ -192,21 +203,27 @@ def _plan_file(job: Preparation, source: dict[str, Any]) -> _Plan:
     return _Plan(source, ByteTokenizer(documents=False), sum(sizes), tokens, blocks)
 
 
-def _plan_folder(job: Preparation, source: dict[str, Any], progress: ProgressBar) -> _Plan:
+def _plan_folder(
+    job: Preparation, files: list[SourceFile], source: dict[str, Any], progress: ProgressBar
+) -> _Plan:
     """Plan a folder: each file is a document, and in one split; empty files are left out."""
-    lengths = _text_lengths(job)
+
+    def read(file: SourceFile) -> Iterator[bytes]:
+        return read_blocks(Path(file.path), as_it_is=job.as_they_are)
+
+    lengths = _text_lengths(job, files)
     tokens = Counter(dict.fromkeys(SPLITS, 0))
-    splits: dict[str, str] = {}
+    splits: dict[SourceFile, str] = {}
     progress.begin("splitting", sum(lengths.values()))
     for file in filter(lengths.get, lengths):
-        splits[file] = split_of(read_blocks(job.input / file), job.split, job.seed)
+        splits[file] = split_of(read(file), job.split, job.seed)
         progress.advance(lengths[file])
     for file, name in splits.items():
         tokens[name] += lengths[file] + 1
 
     def blocks() -> Iterator[tuple[str, bytes | None]]:
         for file, name in splits.items():
-            for text in read_blocks(job.input / file):
+            for text in read(file):
                 yield name, text
             yield name, None
 
@@ -214,14 +231,14 @@ def _plan_folder(job: Preparation, source: dict[str, Any], progress: ProgressBar
     return _Plan(source, tokenizer, sum(lengths.values()), dict(tokens), blocks)
 
 
-def _text_lengths(job: Preparation) -> dict[str, int]:
-    """Return the bytes of text of each file in a folder that can be read."""
+def _text_lengths(job: Preparation, files: list[SourceFile]) -> dict[SourceFile, int]:
+    """Return the bytes of text of each file that can be read."""
     lengths = {}
-    for name in find_files(job.input, job.include, job.exclude, job.log):
+    for file in files:
         try:
-            lengths[name] = text_length(job.input / name)
+            lengths[file] = text_length(Path(file.path), as_it_is=job.as_they_are)
         except DataError as error:
-            job.log.skip(job.input / name, "file", None, error)
+            job.log.skip(file.path, "file", None, error)
     return lengths
 
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hg_scale.atomic_write import PARTIAL, write_durable
+from hg_scale.atomic_write import PARTIAL, sync_path, write_durable
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import INDEX_FILE, SPLITS, Index, read_index
 from hg_scale.data.preparation.skipping import SKIPPED_FILE
@@ -113,6 +113,7 @@ def finish_output(folder: Path, index: Index, tokenizer: Tokenizer) -> Index:
     """Write the tokenizer's model, then the index, which marks the output as finished."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         write_durable(folder / MODEL_FILE, tokenizer.model)
+    sync_path(folder)  # the names of the shards, before that of the index
     write_durable(folder / INDEX_FILE, index.text())
     return read_index(folder)
 

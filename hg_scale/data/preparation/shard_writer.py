@@ -25,7 +25,10 @@ _SMALL, _LARGE = 2**20, 2**26  # default tokens per shard in small and in huge c
 
 
 class ShardWriter:
-    """One tar file of tokens; it appears under its name once it is complete and synced."""
+    """One tar file of tokens; it appears under its name once it is complete and synced.
+
+    The caller syncs the folder.
+    """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, *, chunk_tokens: int) -> None:
         self.tokens = 0  # written so far
@@ -55,7 +58,7 @@ class ShardWriter:
         if self._filled:
             self._add_member()
         self._put(bytes(2 * _BLOCK))
-        commit(self._file, self._path)
+        commit(self._file, self._path, sync_folder=False)  # once for all, before the index
         return Shard(
             file=self._path.name,
             tokens=self.tokens,

@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hg_scale import __version__
-from hg_scale.atomic_write import PARTIAL, write_durable
+from hg_scale.atomic_write import PARTIAL, write_atomic, write_durable
 from hg_scale.data.errors import DataError
 from hg_scale.data.index import INDEX_FILE, SPLITS, Index, Shard
 from hg_scale.data.preparation import output
 from hg_scale.data.preparation.corpus import KEY_BITS, Corpus, ReadTask, Segment
+from hg_scale.data.preparation.encoding import encode_documents
 from hg_scale.data.preparation.rank_group import RankGroup
 from hg_scale.data.preparation.shard_writer import (
     ShardWriter,
@@ -172,13 +173,15 @@ def _begin(job: Job, work: Path) -> None:
 def _sort_documents(job: Job, work: Path, tasks: list[ReadTask], group: RankGroup) -> None:
     """Run the first pass."""
     folder = work / output.TEXT
+    spill = Spill(folder, len(tasks))
     done = {task.number for task in tasks if table_path(folder, task.number).exists()}
     total = sum(task.stored_bytes for task in tasks)
     before = sum(task.stored_bytes for task in tasks if task.number in done)
     group.start_stage("reading documents", total, before)
-    left = [task for task in tasks if task.number not in done]
     skipped = 0
-    for task in group.claim_items(left, lambda task: f"text-{task.number}"):
+    for task in group.claim_items(tasks, lambda task: f"text-{task.number}"):
+        if task.number in done and spill.is_intact(task.number):
+            continue
         try:
             skipped += _sort_task(job, folder, task, group, skipped)
         except DataError as error:
@@ -229,8 +232,8 @@ def _sort_segment(
         return
     documents = job.corpus.documents(segment, folder, counter.advance, log)
     try:
-        for key, content in log.guard(file.path, begin, documents, lambda: counter.problem):
-            spill.add(key, content)
+        for keys, batch in log.guard(file.path, begin, documents, lambda: counter.problem):
+            spill.add(keys, batch)
     except Unreadable as error:
         unreadable[segment] = error.reason
         raise
@@ -307,10 +310,12 @@ def _tokens_per_byte(job: Job, spill: Spill, size: NDArray[np.int64]) -> float:
     """Return the ratio of the documents with the lowest keys, a random sample."""
     sums = np.cumsum(size)
     stop = int(np.searchsorted(sums, _SAMPLE_BYTES)) + 1
-    tokens = text = 0
-    for content in spill.documents(0, min(stop, len(size) - 1) << (64 - _BIN_BITS)):
-        tokens += len(job.corpus.tokenizer.encode(bytes(content)))
-        text += len(content)
+    tokenizer, tokens, text = job.corpus.tokenizer, 0, 0
+    for batch in spill.documents(0, min(stop, len(size) - 1) << (64 - _BIN_BITS)):
+        for ids, count in encode_documents(tokenizer, batch):
+            tokens += len(ids)
+            text += count
+        tokens -= len(batch.lengths) * (tokenizer.eod is not None)
     return tokens / text
 
 
@@ -323,21 +328,21 @@ def _write_shards(
     left = [part for part in ranges if part.name not in done]
     for part in group.claim_items(left, lambda part: part.name):
         shard = _write_shard(job, part, spill, group)
-        write_durable(_record_path(work, part), shard.model_dump_json())
+        # Not synced: a record that is lost or incomplete costs the work of its shard.
+        write_atomic(_record_path(work, part), shard.model_dump_json())
 
 
 def _write_shard(job: Job, part: ShardRange, spill: Spill, group: RankGroup) -> Shard:
     tokenizer = job.corpus.tokenizer
-    end = None if tokenizer.eod is None else np.array([tokenizer.eod])
     writer = ShardWriter(job.output / part.name, tokenizer, chunk_tokens=job.member_tokens)
     text = 0
     try:
-        for content in spill.documents(part.low, part.high):
-            writer.write(tokenizer.encode(content))
-            if end is not None:
-                writer.write(end)
-            text += len(content)
-            group.advance(len(content))
+        for batch in spill.documents(part.low, part.high):
+            continues = tokenizer.eod is None and (part.number > 0 or text > 0)
+            for ids, count in encode_documents(tokenizer, batch, continues=continues):
+                writer.write(ids)
+                text += count
+                group.advance(count)
         return writer.close(text)
     except BaseException:
         writer.abandon()
@@ -352,12 +357,13 @@ def _record_path(work: Path, part: ShardRange) -> Path:
 def _read_records(job: Job, work: Path, ranges: list[ShardRange]) -> Iterator[Shard]:
     """Yield the entries of the shards that are done."""
     for part in ranges:
-        path = _record_path(work, part)
-        if path.exists():
-            shard = Shard.model_validate_json(path.read_bytes())
-            tar = job.output / shard.file
-            if tar.exists() and tar.stat().st_size == shard.file_bytes:
-                yield shard
+        try:
+            shard = Shard.model_validate_json(_record_path(work, part).read_bytes())
+        except (FileNotFoundError, ValueError):  # an incomplete one: see `_write_shards`
+            continue
+        tar = job.output / shard.file
+        if tar.exists() and tar.stat().st_size == shard.file_bytes:
+            yield shard
 
 
 def _finish(job: Job, work: Path, ranges: list[ShardRange]) -> Index:

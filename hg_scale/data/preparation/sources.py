@@ -1,11 +1,9 @@
-"""Read source text in blocks: files and folders of files, plain or compressed."""
+"""Read source text in blocks, plain or compressed."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,71 +14,18 @@ from hg_scale.data.preparation.compression import (
     compression_of,
     decompressed,
 )
-from hg_scale.data.preparation.skipping import STOP, SkipLog
 
 Advance = Callable[[int], None]  # receives the number of stored bytes read since the last call
 
 _BLOCK = 1 << 20
 
-
-_SUFFIXES = {
+COMPRESSED_SUFFIXES = {
     ".gz": "gzip", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bzip2",
 }  # fmt: skip
 _NOT_READ = {
     ".lz4", ".lzma", ".lz", ".lzo", ".z", ".br", ".sz",
     ".7z", ".rar", ".zip", ".tar", ".tgz", ".tbz", ".tbz2", ".txz",
 }  # fmt: skip
-
-
-def matches_any(path: str, patterns: Sequence[str]) -> bool:
-    """Whether a relative path, or the file's name, matches one of the patterns."""
-    name = path.rpartition("/")[2]
-    return any(fnmatchcase(name, p) or fnmatchcase(path, p) for p in patterns)
-
-
-def find_files(
-    folder: Path, include: Sequence[str], exclude: Sequence[str], log: SkipLog = STOP
-) -> list[str]:
-    """Return the files below `folder` as relative POSIX paths, sorted by their bytes.
-
-    A pattern is matched with the file's name and with its relative path, where `*` also spans
-    `/`. Links to folders are not followed. A folder that cannot be read, a broken link and a file
-    of an unsupported compression go to `log`. Raises DataError where no file is left.
-    """
-
-    def refuse(error: OSError) -> None:
-        reason = f"{error.filename}: cannot be read ({error.strerror}); make it readable"
-        log.skip(error.filename, "file", None, reason)
-
-    found = []
-    for root, _, names in os.walk(folder, onerror=refuse):
-        for name in names:
-            path = Path(root, name)
-            relative = path.relative_to(folder).as_posix()
-            if not matches_any(relative, include) or matches_any(relative, exclude):
-                continue
-            if path.is_file():
-                try:
-                    refuse_unsupported_compression(path)
-                except DataError as error:
-                    log.skip(path, "file", None, error)
-                else:
-                    found.append(relative)
-            elif path.is_symlink() and not path.exists():
-                log.skip(
-                    path,
-                    "file",
-                    None,
-                    f"{path}: links to {os.readlink(path)!r}, which does not exist; download it, "
-                    "or leave the link out with --exclude",
-                )
-    if not found:
-        raise DataError(
-            f"{folder}: no file matches --include {' '.join(include)}"
-            + (f" without --exclude {' '.join(exclude)}" if exclude else "")
-            + "; check the patterns and the folder"
-        )
-    return sorted(found, key=os.fsencode)
 
 
 def detect_compression(path: Path) -> Compression | None:
@@ -94,7 +39,7 @@ def detect_compression(path: Path) -> Compression | None:
             head = file.read(64)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    compression, promised = compression_of(head), _SUFFIXES.get(path.suffix.lower())
+    compression, promised = compression_of(head), COMPRESSED_SUFFIXES.get(path.suffix.lower())
     if promised and not head:
         raise DataError(
             f"{path}: is empty, as after an unfinished copy; download it again, or leave it out "
@@ -113,37 +58,53 @@ def is_compressed(path: Path) -> bool:
     return detect_compression(path) is not None
 
 
-def uncompressed_name(path: Path) -> str:
-    """Return the name without the suffix of a compression: `a.jsonl` for `a.jsonl.gz`."""
-    return path.stem if path.suffix.lower() in _SUFFIXES else path.name
+def unsupported_suffix(path: Path) -> str | None:
+    """Return the suffix of a compression or archive that is not read, if the file has one."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in _NOT_READ else None
 
 
-def refuse_unsupported_compression(path: Path) -> None:
-    """Raise DataError where a file, by its name, has an unsupported compression."""
-    if path.suffix.lower() in _NOT_READ:
-        raise DataError(
-            f"{path}: {path.suffix} files are not supported; decompress it, or compress it as "
-            f"{', '.join(_SUFFIXES)}, or leave it out with --exclude"
-        )
+def first_bytes(path: Path, size: int, compression: Compression | None) -> bytes:
+    """Return the first decompressed bytes of a file, `size` or the entire file. Raises DataError.
+
+    `compression`: of `detect_compression`.
+    """
+    head = b""
+    for block in _read(path, 0, size, compression, None):
+        head += block
+        if len(head) >= size:
+            break
+    return head[:size]
 
 
-def read_blocks(path: Path, begin: int = 0, advance: Advance | None = None) -> Iterator[bytes]:
+def read_blocks(
+    path: Path, begin: int = 0, advance: Advance | None = None, *, as_it_is: bool = False
+) -> Iterator[bytes]:
     """Yield the decompressed text of a file in blocks of at most 1 MiB.
 
-    `begin` skips bytes of a plain file. Raises DataError where the file cannot be read or
-    decompressed.
+    `begin` skips bytes of a plain file. `as_it_is`: do not decompress. Raises DataError where the
+    file cannot be read or decompressed.
     """
-    compression = detect_compression(path)
+    compression = None if as_it_is else detect_compression(path)
+    return _read(path, begin, _BLOCK, compression, advance)
+
+
+def _read(
+    path: Path, begin: int, block: int, compression: Compression | None, advance: Advance | None
+) -> Iterator[bytes]:
     try:
         with path.open("rb") as stored:
             stored.seek(begin)
             counted = begin
-            blocks = decompressed(stored, compression, _BLOCK) if compression else _plain(stored)
-            for block in blocks:
+            if compression:
+                text = decompressed(stored, compression, block)
+            else:
+                text = _plain(stored, block)
+            for content in text:
                 if advance:
                     advance(stored.tell() - counted)
                     counted = stored.tell()
-                yield block
+                yield content
     except DecompressionError as error:
         name = compression.name if compression else ""
         raise DataError(
@@ -154,14 +115,14 @@ def read_blocks(path: Path, begin: int = 0, advance: Advance | None = None) -> I
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _plain(file: BinaryIO) -> Iterator[bytes]:
-    while block := file.read(_BLOCK):
-        yield block
+def _plain(file: BinaryIO, block: int) -> Iterator[bytes]:
+    while content := file.read(block):
+        yield content
 
 
-def text_length(path: Path) -> int:
+def text_length(path: Path, *, as_it_is: bool = False) -> int:
     """Return the bytes of a file's text; a compressed file is decompressed to count them."""
-    if is_compressed(path):
+    if not as_it_is and is_compressed(path):
         return sum(len(block) for block in read_blocks(path))
     return path.stat().st_size
 

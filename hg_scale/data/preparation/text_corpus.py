@@ -8,27 +8,29 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hg_scale.data.errors import DataError
+from hg_scale.data.preparation.batches import DocumentBatch
 from hg_scale.data.preparation.corpus import (
     KEY_BITS,
     DocumentKeys,
+    KeyedBatch,
     ReadTask,
     Segment,
     SourceFile,
     check_folders,
     fingerprint,
-    list_files,
     make_tasks,
-    openable_files,
-    refuse_empty,
 )
 from hg_scale.data.preparation.documents import (
     PIECE_BYTES,
     TextFormat,
-    file_kind,
     read_pieces,
 )
+from hg_scale.data.preparation.file_format import format_of
 from hg_scale.data.preparation.skipping import STOP, SkipLog
+from hg_scale.data.preparation.source_summary import SourceSummary, survey_files
 from hg_scale.data.preparation.sources import Advance, is_compressed, text_length
 from hg_scale.data.tokenizer import Tokenizer
 
@@ -51,21 +53,21 @@ class TextCorpus:
 
     files: list[SourceFile] = field(default_factory=list, init=False)
     document_tokens: int | None = field(default=None, init=False)
+    summary: SourceSummary = field(default_factory=SourceSummary, init=False)  # on rank 0
 
     def survey(self, log: SkipLog = STOP) -> dict[str, Any]:
         """Return the files. Raises DataError where the input does not suit the options."""
-        files = list_files(self.inputs, self.include, self.exclude, log)
-        files, packed = openable_files(files, log)
-        parquet = {file for file in files if file_kind(Path(file.path)) == "parquet"}
-        files = refuse_empty(files, packed | parquet, log)
-        if not files:
-            raise DataError(f"--input {self.inputs[0]}: contains no file that can be read")
+        self._check_options()
+        as_they_are, self.summary = self.format.as_they_are, SourceSummary()
+        files = survey_files(
+            self.inputs, self.include, self.exclude, self.summary, log, as_they_are=as_they_are
+        )
         if self.sizes is not None:
             self._check_single(files)
         elif (
             len(files) == 1
-            and file_kind(Path(files[0].path)) == "text"
             and not self.format.separator
+            and (as_they_are or format_of(Path(files[0].path)) == "text")
         ):
             raise DataError(
                 f"--input {files[0].path}: a plain text file is one document, so all of it would "
@@ -89,8 +91,14 @@ class TextCorpus:
             **fingerprint(self.files),
             "split": self.sizes or self.fractions or "folders",
         }
+        if left_out := self.summary.left_out.by_default():
+            source["left out"] = left_out
         if self.sizes is None:
-            kinds = {file_kind(Path(file.path)) for file in self.files}
+            kinds = {"text"}
+            if self.format.as_they_are:
+                source["bytes as they are"] = True
+            else:
+                kinds = {format_of(Path(file.path)) for file in self.files}
             source["seed"] = self.seed
             if kinds - {"text"}:
                 source["field"] = self.format.field
@@ -108,35 +116,46 @@ class TextCorpus:
 
     def documents(
         self, segment: Segment, scratch: Path, advance: Advance, log: SkipLog = STOP
-    ) -> Iterator[tuple[int, bytes]]:
-        """Yield (key, text) of the documents of a segment, without empty ones."""
+    ) -> Iterator[KeyedBatch]:
+        """Yield (keys, batch) of the documents of a segment, without empty ones."""
         file = self.files[segment.file]
         if self.sizes is not None:
             yield from self._pieces(file, segment, advance)
             return
         span = (segment.begin, segment.end)
-        texts = self.format.documents(Path(file.path), *span, scratch, advance, log)
-        for position, text in texts:
-            if text:
-                yield self._keys(file, position, text), text
+        texts = self.format.batches(Path(file.path), *span, scratch, advance, log)
+        for found, batch in texts:
+            filled = batch.lengths > 0
+            positions, batch = found[filled], batch.select(filled)
+            if len(positions):
+                yield self._keys(file, positions, batch), batch
 
     def remarks(self) -> Iterator[str]:
-        """Yield nothing: all files are read."""
-        return iter(())
+        """Yield what is read, by format, and what is left out of folders."""
+        return self.summary.lines()
 
-    def _pieces(
-        self, file: SourceFile, segment: Segment, advance: Advance
-    ) -> Iterator[tuple[int, bytes]]:
+    def _pieces(self, file: SourceFile, segment: Segment, advance: Advance) -> Iterator[KeyedBatch]:
         assert self.sizes is not None
         cuts, span = list(accumulate(self.sizes)), (segment.begin, segment.end)
-        for position, text in read_pieces(Path(file.path), *span, cuts, advance):
+        last_cut = self.tokenizer.last_cut
+        for position, text in read_pieces(Path(file.path), *span, cuts, advance, last_cut):
             split = sum(position >= cut for cut in cuts)
-            yield split << KEY_BITS | (position << KEY_BITS) // cuts[-1], text
+            key = split << KEY_BITS | (position << KEY_BITS) // cuts[-1]
+            yield np.array([key], np.uint64), DocumentBatch.single(text)
+
+    def _check_options(self) -> None:
+        if self.format.as_they_are and self.format.separator is not None:
+            raise DataError("--bytes-as-they-are and --document-separator: set only one of them")
+        if self.format.as_they_are and self.sizes is not None:
+            raise DataError(
+                "--bytes-as-they-are makes each file a document; to split one file by position use "
+                "data_prep/prepare_bytes.py"
+            )
 
     def _check_single(self, files: list[SourceFile]) -> None:
         assert self.sizes is not None
         path = Path(files[0].path)
-        if len(files) > 1 or file_kind(path) != "text" or self.format.separator is not None:
+        if len(files) > 1 or format_of(path) != "text" or self.format.separator is not None:
             raise DataError(
                 "--split in bytes is for a single plain text; for documents set it to fractions "
                 "such as 0.9,0.05,0.05"

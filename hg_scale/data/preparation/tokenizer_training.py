@@ -23,12 +23,12 @@ from hg_scale.data.errors import DataError
 from hg_scale.data.preparation.corpus import (
     Segment,
     SourceFile,
-    list_files,
     make_tasks,
-    openable_files,
 )
-from hg_scale.data.preparation.documents import PIECE_BYTES, TextFormat, file_kind, read_pieces
+from hg_scale.data.preparation.documents import PIECE_BYTES, TextFormat, read_pieces
+from hg_scale.data.preparation.file_format import format_of
 from hg_scale.data.preparation.skipping import SKIPPED_FILE, SkipLog, SkipPolicy, Unreadable
+from hg_scale.data.preparation.source_summary import SourceSummary, survey_files
 from hg_scale.data.preparation.sources import is_compressed
 from hg_scale.data.progress import ProgressBar
 from hg_scale.data.tokenizer import SentencePieceTokenizer
@@ -80,6 +80,7 @@ class TrainedTokenizer:
     sample_bytes: int
     sample_tokens: int
     log: SkipLog
+    source: SourceSummary
 
 
 def train_tokenizer(job: TokenizerTraining, progress: ProgressBar) -> TrainedTokenizer:
@@ -91,9 +92,11 @@ def train_tokenizer(job: TokenizerTraining, progress: ProgressBar) -> TrainedTok
         sample = Path(folder, "sample")
         unreadable: dict[Segment, DataError] = {}
         while True:
-            log = SkipLog(job.policy)
+            log, summary = SkipLog(job.policy), SourceSummary()
             try:
-                count = _write_sample(job, sample, progress, log, unreadable)
+                patterns = (job.include, job.exclude)
+                files = survey_files(job.inputs, *patterns, summary, log, as_they_are=None)
+                count = _write_sample(job, files, sample, progress, log, unreadable)
                 break
             except Unreadable:
                 continue  # from the start, without the segment that `unreadable` contains now
@@ -105,11 +108,12 @@ def train_tokenizer(job: TokenizerTraining, progress: ProgressBar) -> TrainedTok
         tokens = sum(len(tokenizer.encode(passage)) for passage in _read_sample(sample))
     log.write_list(job.skipped_list)
     write_durable(job.output, model)
-    return TrainedTokenizer(tokenizer, count, tokens, log)
+    return TrainedTokenizer(tokenizer, count, tokens, log, summary)
 
 
 def _write_sample(
     job: TokenizerTraining,
+    files: list[SourceFile],
     sample: Path,
     progress: ProgressBar,
     log: SkipLog,
@@ -119,7 +123,7 @@ def _write_sample(
     count = 0
     progress.begin("drawing a sample", job.sample_bytes)
     with sample.open("w", encoding="utf-8") as file:
-        for passage in _draw(job, sample.parent, log, unreadable):
+        for passage in _draw(job, files, sample.parent, log, unreadable):
             file.write(json.dumps(passage) + "\n")
             count += len(passage.encode())
             progress.advance(len(passage.encode()))
@@ -127,14 +131,17 @@ def _write_sample(
 
 
 def _draw(
-    job: TokenizerTraining, scratch: Path, log: SkipLog, unreadable: dict[Segment, DataError]
+    job: TokenizerTraining,
+    files: list[SourceFile],
+    scratch: Path,
+    log: SkipLog,
+    unreadable: dict[Segment, DataError],
 ) -> Iterator[str]:
     """Yield random passages of the corpus, up to the size of the sample.
 
     Parts of files are read in a random order, and each passage in them is drawn with a fixed
     probability, so that only a part of a large corpus is read.
     """
-    files, _ = openable_files(list_files(job.inputs, job.include, job.exclude, log), log)
     fraction = job.sample_bytes / max(sum(file.size for file in files), 1)
     probability = min(max(fraction, 1 / _MAX_READ_RATIO), 1.0)
 
@@ -160,7 +167,7 @@ def _draw(
 
 
 def _is_one_text(job: TokenizerTraining, file: SourceFile) -> bool:
-    return file_kind(Path(file.path)) == "text" and job.format.separator is None
+    return format_of(Path(file.path)) == "text" and job.format.separator is None
 
 
 def _read_texts(

@@ -435,7 +435,10 @@ class _JobEntry(TypedDict, total=False):
     time: Required[float]
     job: Required[str | int]
     event: Required[str]
+    start: Count
     code: Count
+    requeued: bool
+    state: str
     ends: float
     log: str
 
@@ -466,7 +469,8 @@ def _read_records(path: Path, kind: Any) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSON-lines file; incomplete lines are skipped."""
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        record = parse_record(line, kind)
-        if record is not None:
-            yield record
+    with path.open("rb") as file:
+        while line := file.readline(RECORD_BYTES):
+            record = parse_record(line, kind)
+            if record is not None:
+                yield record

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hg_scale.bounded_read import TEXT_BYTES, FormatError, parse_record, read_bounded
 from hg_scale.config.training_sections import WatchdogConfig
 from hg_scale.exit_codes import LOST
 from hg_scale.training.monitoring.heartbeat import (
@@ -264,6 +265,7 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 
 
 def _lines_of(path: Path) -> list[dict[str, Any]]:
-    with suppress(OSError, ValueError):
-        return [json.loads(line) for line in path.read_text().splitlines()]
+    with suppress(OSError, FormatError):
+        lines = read_bounded(path, TEXT_BYTES).splitlines()
+        return [record for line in lines if (record := parse_record(line)) is not None]
     return []

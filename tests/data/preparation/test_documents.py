@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from hg_scale.data.errors import DataError
+from hg_scale.data.preparation import batches, sources
 from hg_scale.data.preparation import documents as module
-from hg_scale.data.preparation import sources
 from hg_scale.data.preparation.compression import compression_of
-from hg_scale.data.preparation.documents import TextFormat, file_kind, read_pieces
+from hg_scale.data.preparation.documents import TextFormat, read_pieces
 
 PACKERS = {
     "": lambda data: data,
@@ -26,15 +26,6 @@ PACKERS = {
 def read(path: Path, form: TextFormat = TextFormat(), begin: int = 0, end: int | None = None):  # noqa: B008
     end = path.stat().st_size if end is None else end
     return list(form.documents(path, begin, end, path.parent, lambda count: None))
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("a.jsonl", "lines"), ("a.json.gz", "lines"), ("a.ndjson.zst", "lines"), ("a.txt", "text"),
-     ("a.parquet", "parquet"), ("a.parquet.xz", "parquet"), ("a", "text"), ("jsonl", "text")],
-)  # fmt: skip
-def test_the_kind_follows_from_the_name(name, kind):
-    assert file_kind(Path(name)) == kind
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
@@ -168,13 +159,13 @@ def test_unusable_parquet_is_reported(tmp_path):
     with pytest.raises(DataError, match="column 'n' holds int64, not text"):
         read(path, TextFormat("n"))
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(DataError, match="cannot be read as parquet") as caught:
+    with pytest.raises(DataError, match="cannot be read as Parquet") as caught:
         read(path)
     assert "\n" not in str(caught.value)
 
 
 def test_documents_that_are_too_long_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 1 << 20)
+    monkeypatch.setattr(batches, "MAX_DOCUMENT_BYTES", 1 << 20)
     (tmp_path / "a").write_bytes(b"x" * (3 << 20))
     for form in (TextFormat(), TextFormat(separator=b"#")):
         with pytest.raises(DataError, match="byte 0 is longer than 1 MiB.*--document-separator"):
@@ -193,3 +184,43 @@ def test_pieces_end_at_multiples_and_cuts(tmp_path, step):
     assert b"".join(text for _, text in found) == content
     starts = [position for position, _ in found]
     assert starts == sorted({*range(0, len(content), 1 << 16), *cuts})
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    content=st.text("ab \n漢", max_size=300).map(str.encode),
+    tasks=st.integers(1, 5),
+    bounds=st.lists(st.integers(0, 300), max_size=3),
+)
+def test_pieces_end_where_text_may_be_cut(tmp_path_factory, content, tasks, bounds):
+    """The same ones for every number of tasks; here cuts are in front of spaces."""
+    assume(compression_of(content) is None)
+    path = tmp_path_factory.mktemp("text") / "text"
+    path.write_bytes(content)
+
+    def last_space(data, low, high):
+        cut = data.rfind(b" ", low + 1, high + 1)
+        return None if cut < 0 else cut
+
+    runs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PIECE_BYTES", 16)
+        patch.setattr(module, "_CUT_RANGE", 5)
+        patch.setattr(sources, "_BLOCK", 7)
+        for step in (16 * tasks, 400):
+            found = []
+            for begin in range(0, len(content), step):
+                end = min(begin + step, len(content))
+                found += read_pieces(path, begin, end, bounds, lambda count: None, last_space)
+            runs.append(found)
+    assert runs[0] == runs[1]
+    assert b"".join(text for _, text in runs[0]) == content
+    starts = {position for position, _ in runs[0]}
+    assert starts - {0, *bounds} == {
+        cut
+        for mark in range(16, len(content), 16)
+        if mark not in bounds
+        for cut in [content.rfind(b" ", max([mark - 4, *(b + 1 for b in bounds if b < mark)]),
+                                  mark + 1)]
+        if cut >= 0
+    } - {0, *bounds}  # fmt: skip

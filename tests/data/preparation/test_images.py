@@ -74,10 +74,11 @@ def test_an_array_is_read_in_tasks(tmp_path):
     tasks = corpus.tasks()
     assert len(tasks) == 3 and corpus.document_tokens == 1024
     found = [
-        content
+        bytes(content)
         for task in tasks
         for segment in task.segments
-        for _, content in corpus.documents(segment, tmp_path, lambda count: None)
+        for _, batch in corpus.documents(segment, tmp_path, lambda count: None)
+        for content in batch.documents()
     ]
     assert found == [image.tobytes() for image in images]
 

@@ -11,11 +11,12 @@ from hg_scale import atomic_write
 from hg_scale.data.errors import DataError
 from hg_scale.data.evaluation import split_text
 from hg_scale.data.preparation import shard_writer
+from hg_scale.data.preparation.batches import DocumentBatch
 from hg_scale.data.preparation.corpus import KEY_BITS, DocumentKeys, SourceFile, split_of
 from hg_scale.data.preparation.in_order import Preparation, prepare_bytes
 from hg_scale.data.preparation.shard_writer import default_shard_tokens
 from hg_scale.data.shards import SplitReader
-from tests.data.conftest import TEXT, make_folder, prepare
+from tests.data.conftest import TEXT, make_folder, prepare, prose
 
 
 def contents(folder):
@@ -33,14 +34,15 @@ def test_splits_by_size_and_by_fraction(text_file, tmp_path):
         assert (index.vocab_size, index.eod) == (256, None)
 
 
-def test_same_input_same_bytes(text_file, tmp_path):
+def test_same_input_same_bytes(tmp_path):
+    text, packed = tmp_path / "text", tmp_path / "text.xz"
+    text.write_text(prose(10_000))
+    packed.write_bytes(lzma.compress(text.read_bytes()))
     for name in ("one", "two"):
-        prepare(text_file, tmp_path / name)
+        prepare(text, tmp_path / name, as_they_are=False)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    packed = tmp_path / "text.xz"
-    packed.write_bytes(lzma.compress(TEXT))
     unpacked = contents(tmp_path / "one") | {"index.json": b""}
-    prepare(packed, tmp_path / "three")
+    prepare(packed, tmp_path / "three", as_they_are=False)
     assert contents(tmp_path / "three") | {"index.json": b""} == unpacked
 
 
@@ -84,18 +86,20 @@ def test_equal_documents_are_in_the_same_split(tmp_path):
         text = b"the text %d" % (number % 20)
         packed = lzma.compress(text) if number % 2 else text
         (tmp_path / "in" / f"{number}.txt{'.xz' * (number % 2)}").write_bytes(packed)
-    index = prepare(tmp_path / "in", tmp_path / "out", split=(0.4, 0.3, 0.3))
+    split = (0.4, 0.3, 0.3)
+    index = prepare(tmp_path / "in", tmp_path / "out", split=split, as_they_are=False)
     keys = DocumentKeys((0.4, 0.3, 0.3), 0)
     for number, (name, split) in enumerate(index.splits.items()):
         texts = Counter(split_text(index, name).split(b"the text ")[1:])
         assert set(texts.values()) == {3} and split.documents == texts.total()
         for text in texts:
-            key = keys(SourceFile("x", "x", 1, 0), 0, b"the text " + text)
-            assert key >> KEY_BITS == number
+            batch = DocumentBatch.single(b"the text " + text)
+            (key,) = keys(SourceFile("x", "x", 1, 0), np.array([0]), batch)
+            assert int(key) >> KEY_BITS == number
 
 
 def test_a_second_run_changes_nothing(text_file, tmp_path):
-    job = Preparation(text_file, tmp_path / "out")
+    job = Preparation(text_file, tmp_path / "out", as_they_are=True)
     index, written = prepare_bytes(job)
     assert written
     before = {path: path.stat().st_mtime_ns for path in job.output.iterdir()}
@@ -133,11 +137,11 @@ def test_interrupted_and_restarted(text_file, tmp_path, monkeypatch, shards):
     prepare(text_file, tmp_path / "complete")
     original, committed = atomic_write.commit, []
 
-    def failing(partial: IO[bytes], path: Path) -> None:
+    def failing(partial: IO[bytes], path: Path, **options: bool) -> None:
         if len(committed) == shards:
             raise KeyboardInterrupt
         committed.append(path)
-        original(partial, path)
+        original(partial, path, **options)
 
     for module in (atomic_write, shard_writer):
         monkeypatch.setattr(module, "commit", failing)
@@ -167,7 +171,7 @@ def test_user_errors_are_reported(text_file, tmp_path):
         ({"input": empty}, "contains no text"),
     ]
     for options, message in cases:
-        settings = {"input": text_file, "output": tmp_path / "out"} | options
+        settings = {"input": text_file, "output": tmp_path / "out", "as_they_are": True} | options
         with pytest.raises(DataError, match=message):
             prepare_bytes(Preparation(**settings))
     assert not (tmp_path / "out" / "index.json").exists()

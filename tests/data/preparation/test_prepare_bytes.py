@@ -1,5 +1,6 @@
 """The command line of data_prep/prepare_bytes.py."""
 
+import gzip
 import os
 import subprocess
 import sys
@@ -7,14 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from hg_scale.data.evaluation import split_text
 from hg_scale.data.index import read_index
 from tests.data.conftest import TEXT, make_folder
 
 SCRIPT = Path(__file__).resolve().parents[3] / "data_prep" / "prepare_bytes.py"
 
 
-def run(*arguments, cwd):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+def run(*arguments, cwd, as_they_are=True):
+    """Run the script; most sources here are random bytes."""
+    option = ["--bytes-as-they-are"] if as_they_are else []
+    command = [sys.executable, str(SCRIPT), *option, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
@@ -50,6 +54,32 @@ def test_patterns_select_files_of_a_folder(tmp_path):
     assert read_index(tmp_path / "out").source["files"] == 72
 
 
+def test_binary_and_side_files_of_a_folder(tmp_path):
+    """Hidden files are left out with a line; a binary file is refused, or taken as it is."""
+    for name in ("a.txt", "b.md", ".hidden", "a.txt.md5"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text(f"the text {name}")
+    options = ("--input", "in", "--split", "1,0,0", "--output")
+    done = run(*options, "out", cwd=tmp_path, as_they_are=False)
+    assert done.returncode == 0 and read_index(tmp_path / "out").splits["train"].documents == 2
+    assert "read 2 files, 27 bytes: plain text\n" in done.stdout
+    assert "left out 1: hidden (name begins with a dot) (.hidden)\n" in done.stdout
+    assert "left out 1: side file of another program (a.txt.md5)\n" in done.stdout
+    assert read_index(tmp_path / "out").source["left out"] == {
+        "hidden (name begins with a dot)": 1, "side file of another program": 1,
+    }  # fmt: skip
+    packed = gzip.compress(b"text", mtime=0)
+    (tmp_path / "in" / "c.zip").write_bytes(b"PK\3\4" + bytes(40) + packed)
+    refused = run(*options, "no", cwd=tmp_path, as_they_are=False)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "in/c.zip: is .zip data, not text" in refused.stderr and not (tmp_path / "no").exists()
+    (tmp_path / "in" / "d.gz").write_bytes(packed)
+    done = run(*options, "raw", cwd=tmp_path)
+    index = read_index(tmp_path / "raw")
+    assert done.returncode == 0 and index.splits["train"].documents == 4
+    assert split_text(index, "train").endswith(packed)
+
+
 def test_an_empty_split_is_reported(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a").write_text("the only document")
@@ -81,6 +111,7 @@ def test_progress_bar_on_a_terminal(text_file, tmp_path):
         pytest.skip("no pseudo-terminals here")
     leader, follower = os.openpty()
     command = [sys.executable, str(SCRIPT), "--input", str(text_file), "--output", "out"]
+    command.append("--bytes-as-they-are")
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=follower
     ) as process:

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from hg_scale.data.index import read_index
@@ -245,6 +247,8 @@ def test_killed_at_twenty_random_moments(corpus, model_file, expected, tmp_path,
         (["--field", "body"], "has no field 'body' (it has: text)"),
         (["--include", "*.md"], "no file matches --include *.md"),
         (["--output", "{source}/out"], "is inside --input"),
+        (["--output", "s3://bucket/out"], "'s3://bucket/out' is a URL; expected a local path"),
+        (["--input", "hf://datasets/a"], "'hf://datasets/a' is a URL; expected a local path"),
     ],
 )
 def test_user_errors_exit_with_2_and_one_line(corpus, tmp_path, options, message):
@@ -253,6 +257,54 @@ def test_user_errors_exit_with_2_and_one_line(corpus, tmp_path, options, message
     assert done.returncode == 2 and done.stdout == ""
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_what_is_read_and_left_out_is_reported(tmp_path):
+    """By one process as by two, whose ranks count the nulls of their own tasks."""
+    source = tmp_path / "in"
+    source.mkdir()
+    for number in range(2):
+        values = ["one", None, "two", None] if number else [None] * 3
+        pyarrow.parquet.write_table(pyarrow.table({"text": values}), source / f"{number}.pq")
+    (source / "c.csv").write_text("id,text\n1,three\n")
+    (source / "d.jsonl").write_text('{"text": null}\n{"text": "four"}\n')
+    (source / "_SUCCESS").touch()
+    (source / "link").symlink_to(tmp_path)
+    alone = run(arguments(source, tmp_path / "alone", "--split", "1,0,0"))
+    assert (alone.returncode, alone.stderr) == (0, "")
+    shown = [line.strip() for line in alone.stdout.splitlines()]
+    assert any(line.endswith(" 4 documents") for line in shown)
+    for line in (
+        "read 1 file, 16 bytes: CSV", "read 1 file, 32 bytes: JSON lines",
+        "6 rows or lines left out: their text is null",
+        "left out 1: side file of another program (_SUCCESS)",
+        f"left out 1: link to a folder, not followed (link -> {tmp_path})",
+    ):  # fmt: skip
+        assert line in shown
+    assert any(line.startswith("read 2 files, ") and line.endswith(": Parquet") for line in shown)
+    both = finish(start_tasks(2, arguments(source, tmp_path / "both", "--split", "1,0,0")))
+    assert [code for code, _, _ in both] == [0, 0]
+    assert [line.strip() for line in both[0][1].splitlines()][1:] == shown[1:]
+    assert contents(tmp_path / "both") == contents(tmp_path / "alone")
+
+
+def test_bytes_as_they_are(tmp_path):
+    for number in range(3):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{number}.gz").write_bytes(bytes(range(256)) * number)
+    refused = run(arguments(tmp_path / "in", tmp_path / "out"))
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    command = arguments(tmp_path / "in", tmp_path / "out", "--split", "1,0,0")
+    done = run([*command, "--bytes-as-they-are"])
+    assert done.returncode == 0 and "read 3 files, 768 bytes: as they are" in done.stdout
+    index = read_index(tmp_path / "out")
+    assert (index.splits["train"].documents, index.splits["train"].text_bytes) == (2, 768)
+    for more, message in (
+        (["--document-separator", "x"], "set only one of them"),
+        (["--split", "9,9,9"], "data_prep/prepare_bytes.py"),
+    ):
+        wrong = run(arguments(tmp_path / "in", tmp_path / "no", "--bytes-as-they-are", *more))
+        assert wrong.returncode == 2 and message in wrong.stderr
 
 
 def test_a_closed_stdout_is_not_an_error(corpus, tmp_path):

@@ -2,16 +2,17 @@
 
 import contextlib
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hg_scale import atomic_write
 from hg_scale.data.errors import DataError
 from hg_scale.data.evaluation import split_text
 from hg_scale.data.index import read_index
-from hg_scale.data.preparation import shard_writer, spill
 from hg_scale.data.preparation import shuffled as module
+from hg_scale.data.preparation import spill
 from hg_scale.data.preparation.documents import TextFormat
 from hg_scale.data.preparation.shuffled import Job, prepare
 from hg_scale.data.preparation.text_corpus import TextCorpus
@@ -163,6 +164,35 @@ def test_text_bytes_are_those_of_the_source_with_a_lossy_tokenizer(tmp_path):
     assert not index.open_tokenizer().round_trips
 
 
+@pytest.mark.parametrize("name", ["google_test_model", "ours", "space in front"])
+def test_one_text_has_the_tokens_of_the_whole(tmp_path, model_file, name):
+    """Of each split as a text, though its pieces and shards are encoded one by one."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
+    path = shared(f"data/spm/{name}.model") if "google" in name else model_file
+    if name == "space in front":
+        proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+        proto.normalizer_spec.add_dummy_prefix = True
+        path = tmp_path / "model"
+        path.write_bytes(proto.SerializeToString())
+    tokenizer = SentencePieceTokenizer.read(path, documents=False)
+    text = prose(90_000).encode()[:400_000].decode(errors="ignore").encode().ljust(400_000)
+    cut = text.index(b" ", 300_000)
+    (tmp_path / "text").write_bytes(text)
+    index, _ = run(tmp_path / "text", tmp_path / "out", tokenizer, fractions=None,
+                   sizes=(cut, 400_000 - cut, 0), shard_tokens=20_000)  # fmt: skip
+    assert len(index.splits["train"].shards) > 3
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    for split, part in (("train", text[:cut]), ("validation", text[cut:])):
+        found = SplitReader(index, split).read(0, index.splits[split].tokens)
+        expected = np.array(processor.encode(part.decode()))
+        if "google" not in name:
+            assert np.array_equal(found, expected)
+        else:  # unigram, whose rounding decides between nearly equal segmentations
+            assert abs(len(found) - len(expected)) < 5
+
+
 class Killed(BaseException):
     pass
 
@@ -181,29 +211,65 @@ def test_killed_at_any_file_and_restarted(tmp_path, monkeypatch, uninterrupted, 
     """The restarted run writes the same bytes and does no work twice."""
     source, expected = uninterrupted
     tokenizer = ByteTokenizer(documents=True)
-    original, committed = atomic_write.commit, []
+    original, committed = os.replace, []
 
     def failing(partial, path):
         if len(committed) == moment:
             raise Killed
         original(partial, path)
-        committed.append(path.name)
+        committed.append(Path(path).name)
 
     with monkeypatch.context() as patch:
-        for where in (atomic_write, shard_writer, spill):
-            patch.setattr(where, "commit", failing)
+        patch.setattr(os, "replace", failing)
         with contextlib.suppress(Killed):
             run(source, tmp_path / "out", tokenizer)
     for path in (tmp_path / "out").glob("*.tar"):
         assert path.read_bytes() == expected[path.name]
-    done = {name for name in committed if name.endswith((".npy", ".tar.json"))}
+    done = {name for name in committed if name.endswith((".table", ".tar.json"))}
     moment = 10**9
     with monkeypatch.context() as patch:
         committed.clear()
-        for where in (atomic_write, shard_writer, spill):
-            patch.setattr(where, "commit", failing)
+        patch.setattr(os, "replace", failing)
         run(source, tmp_path / "out", tokenizer)
     assert not done & set(committed)
+    assert contents(tmp_path / "out") == expected
+
+
+def test_each_shard_is_synced_once_and_no_task(tmp_path, monkeypatch):
+    """Beside them only the few files of the preparation, each with its folder."""
+    make_corpus(tmp_path / "in", 90)
+    synced = []
+    monkeypatch.setattr(
+        os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}"))
+    )
+    tokenizer = ByteTokenizer(documents=True)
+    index, _ = run(tmp_path / "in", tmp_path / "out", tokenizer)
+    shards = [shard.file for split in index.splits.values() for shard in split.shards]
+    files = [Path(name).name.split(".partial")[0] for name in synced]
+    for shard in shards:
+        assert sum(name.startswith(f"{shard}.") for name in files) == 1
+    assert len(shards) >= 10 and len(files) - len(shards) < 12
+    # The last ones: the names of the shards, then the index and its name.
+    assert [name.split(".")[0] for name in files[-3:]] == ["out", "index", "out"]
+
+
+@pytest.mark.parametrize("what", ["text", "table", "record"])
+def test_work_that_a_crash_of_the_machine_lost_is_done_again(
+    tmp_path, monkeypatch, uninterrupted, what
+):
+    source, expected = uninterrupted
+    tokenizer = ByteTokenizer(documents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with contextlib.suppress(KeyboardInterrupt):
+            run(source, tmp_path / "out", tokenizer)
+    work = tmp_path / "out" / "preparing"
+    lost = (
+        next((work / "shards").iterdir()) if what == "record" else work / "text" / f"00000.{what}"
+    )
+    lost.write_bytes(bytes(lost.stat().st_size))
+    (tmp_path / "out" / "train-00001.tar").unlink()
+    run(source, tmp_path / "out", tokenizer)
     assert contents(tmp_path / "out") == expected
 
 
@@ -252,7 +318,7 @@ def test_an_unfinished_job_without_finished_work_is_replaced(tmp_path):
     tokenizer, out = ByteTokenizer(documents=True), tmp_path / "out"
     (out / "preparing" / "text").mkdir(parents=True)
     (out / "preparing" / "text" / "00000.text").touch()
-    (out / "preparing" / "text" / "00000.npy").touch()
+    (out / "preparing" / "text" / "00000.table").touch()
     (out / "preparing" / "job.json").write_text('{"name": "other", "goes_on": true}')
     run(tmp_path / "in", out, tokenizer)
     run(tmp_path / "in", tmp_path / "again", tokenizer)

@@ -115,9 +115,9 @@ def test_bad_files(tmp_path, monkeypatch):
 
 
 def test_documents_that_are_too_long(tmp_path, monkeypatch):
-    from hg_scale.data.preparation import documents, sources
+    from hg_scale.data.preparation import batches, sources
 
-    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 500)
+    monkeypatch.setattr(batches, "MAX_DOCUMENT_BYTES", 500)
     monkeypatch.setattr(sources, "_BLOCK", 64)
     texts = [f"text {n} " * 3 for n in range(60)]
     for name, middle in (("mixed", "y" * 2000), ("blank", "")):

@@ -7,7 +7,6 @@ import pytest
 from hg_scale.data.errors import DataError
 from hg_scale.data.preparation.sources import (
     file_digest,
-    find_files,
     is_compressed,
     read_blocks,
     text_length,
@@ -58,44 +57,7 @@ def test_suffixes_in_any_case(tmp_path, name):
     assert is_compressed(path) and b"".join(read_blocks(path)) == TEXT
 
 
-@pytest.mark.parametrize("name", ["b.jsonl.lz4", "b.txt.BR", "b.lz4", "b.7z", "b.tar"])
-def test_unsupported_compression_is_refused(tmp_path, name):
-    """It would become a document of compressed bytes."""
-    for file in ("a.jsonl", name):
-        (tmp_path / file).write_bytes(b"{}")
-    with pytest.raises(DataError, match=f"{name}: .* files are not supported; decompress it"):
-        find_files(tmp_path, ["*"], [])
-    assert find_files(tmp_path, ["*"], ["b.*"]) == ["a.jsonl"]
-
-
 def test_unreadable_files_are_reported(tmp_path):
     for read in (file_digest, lambda path: list(read_blocks(path))):
         with pytest.raises(DataError, match="absent: cannot be read"):
             read(tmp_path / "absent")
-
-
-def test_files_are_sorted_and_filtered(tmp_path):
-    for name in ("b.py", "a/z.py", "a/y.txt", "a/tests/t.py", "a-b.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    assert find_files(tmp_path, ["*"], []) == [
-        "a-b.py", "a/tests/t.py", "a/y.txt", "a/z.py", "b.py",
-    ]  # fmt: skip
-    assert find_files(tmp_path, ["*.py"], ["*/tests/*"]) == ["a-b.py", "a/z.py", "b.py"]
-    assert find_files(tmp_path, ["a/*.txt", "b.py"], []) == ["a/y.txt", "b.py"]
-    with pytest.raises(DataError, match=r"no file matches --include \*\.c without --exclude x"):
-        find_files(tmp_path, ["*.c"], ["x"])
-
-
-def test_broken_links_are_reported(tmp_path):
-    """The cache of an unfinished download contains such links."""
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.txt").symlink_to(tmp_path / "blob")
-    (tmp_path / "in" / "b.txt").touch()
-    with pytest.raises(
-        DataError, match=r"a\.txt: links to '.*blob', which does not exist; download it"
-    ):
-        find_files(tmp_path / "in", ["*"], [])
-    assert find_files(tmp_path / "in", ["*"], ["a.*"]) == ["b.txt"]
-    (tmp_path / "blob").touch()
-    assert find_files(tmp_path / "in", ["*"], []) == ["a.txt", "b.txt"]
