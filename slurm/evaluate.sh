@@ -24,5 +24,9 @@ here=$(dirname "$0")
 . "$here/common.sh" evaluate.sh "$@" || exit 2
 
 (($# >= 1)) || hg_die "usage: sbatch slurm/evaluate.sh RUN_OR_CHECKPOINT [OPTIONS]"
-[[ ! -d $1/checkpoints ]] || set -- "$@" --all
+if [[ -d $1/checkpoints ]]; then
+  set -- "$@" --all
+  # `hg-scale report` shows the results in the run folder.
+  [[ " $* " == *\ --json[\ =]* ]] || set -- "$@" --json "$1/evaluation-$SLURM_JOB_ID.json"
+fi
 hg_srun 1 -m hg_scale evaluate "$@"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite, nan, sqrt
 from typing import Any
 
@@ -41,6 +41,7 @@ from hg_scale.parallel.mesh import Mesh
 from hg_scale.parallel.pipeline_cut import PipelineCut, cut_pipeline
 from hg_scale.training.agreement import run_on_all_ranks
 from hg_scale.training.guard import Guard, name_culprits
+from hg_scale.training.norms import NormMeter
 from hg_scale.training.optimizer import make_optimizer, set_learning_rate
 
 
@@ -48,12 +49,14 @@ from hg_scale.training.optimizer import make_optimizer, set_learning_rate
 class StepResult:
     """Mean loss in nats per token and gradient norm before clipping, identical on all ranks.
 
-    `skip_reason`: why the optimizer did not step; None: it did.
+    `skip_reason`: why the optimizer did not step; None: it did. `norms`: of weights and updates, if
+    they were due.
     """
 
     loss: float
     grad_norm: float
     skip_reason: str | None = None
+    norms: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def skipped(self) -> bool:
@@ -144,6 +147,8 @@ class Engine(ABC):
         self.micro_batch_size = config.training.micro_batch_size
         self.local_batch_size = config.training.global_batch_size // mesh.data
         self.guard = Guard(config.guard)
+        self._norm_meter = NormMeter(config, mesh, engine, slices)
+        self._norms: dict[str, list[float]] = {}
         self._step = 0
         self._loss = self._norm = nan
         self._skip_reason: str | None = None
@@ -172,7 +177,7 @@ class Engine(ABC):
         self._train_step(batch, self._context(step))
         if self.config.parallel.zero_stage > 0:
             self._norm = float(self.deepspeed.get_global_grad_norm())
-        return StepResult(self._loss, self._norm, self._skip_reason)
+        return StepResult(self._loss, self._norm, self._skip_reason, self._norms)
 
     @abstractmethod
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor] | None], length: int) -> float:
@@ -205,8 +210,12 @@ class Engine(ABC):
         if reason:
             reason = name_culprits(reason, self._mean_loss(), self.deepspeed, self.slices)
         skipped = skipped_steps(self.deepspeed)
+        measures = self._norm_meter.due(self._step)
+        if measures:
+            self._norm_meter.begin()
         with skip_optimizer_step(self.optimizer) if reason else nullcontext():
             take_step()
+        self._norms = self._norm_meter.finish(self.device) if measures else {}
         if skipped_steps(self.deepspeed) > skipped and not reason:
             reason = "the gradient norm overflows float32"
         self._skip_reason = reason

@@ -12,7 +12,7 @@ from hg_scale.model.costs import training_flops_per_token
 from hg_scale.parallel.timeouts import Timeouts
 from hg_scale.training.batch_loader import BatchLoader
 from hg_scale.training.interruption import Interruption
-from hg_scale.training.metrics import MetricsRecord, StepTimer, memory_usage
+from hg_scale.training.metrics import MetricsRecord, StepTimer, gpu_usage, memory_usage
 from hg_scale.training.monitoring.monitor import Monitor
 from hg_scale.training.profiling import StepProfiler
 from hg_scale.training.run_log import RunLog
@@ -193,4 +193,6 @@ class Meter:
             "skipped_steps": progress.skipped,
             "skipped_windows": len(loader.skipped),
             **memory_usage(),
+            **gpu_usage(),
+            **result.norms,
         }

@@ -14,7 +14,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -191,6 +191,26 @@ def memory_usage() -> dict[str, float]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         now = min(_resident(default=peak), peak)
     return {"memory_gib": now / _GIB, "peak_memory_gib": peak / _GIB}
+
+
+def gpu_usage() -> dict[str, float]:
+    """Return utilisation, power and temperature of this rank's GPU; nothing without NVML.
+
+    torch reads them through the package nvidia-ml-py.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return {}
+    readers = {
+        "gpu_utilisation": lambda: torch.cuda.utilization() / 100,
+        "gpu_power_watts": lambda: torch.cuda.power_draw() / 1000,
+        "gpu_temperature": torch.cuda.temperature,
+    }
+    found = {}
+    for key, read in readers.items():
+        with suppress(Exception):  # no package, no driver, or a GPU that lacks the sensor
+            found[key] = float(read())
+    return found
 
 
 def _resident(default: int) -> int:

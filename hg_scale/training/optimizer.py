@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hg_scale.config.schema import Config, by_level
+from hg_scale.config.schema import Config, ModelConfig, by_level
 from hg_scale.errors import UserError
 from hg_scale.model.plan import layer_plan
 
@@ -29,12 +29,11 @@ def parameter_groups(config: Config, named: NamedParameters) -> list[dict[str, A
     the gradient norm group by group over all stages, and would wait forever for a group that a
     stage lacks. Raises UserError if a stage has too few parameters for that.
     """
-    level_of = {layer.name: layer.level for layer in layer_plan(config.model)}
     factors = by_level(config.optimizer.learning_rate_by_level, config.model.parsed.level_count)
     decay = config.optimizer.weight_decay
     members: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in named:
-        level = next((n for prefix, n in level_of.items() if name.startswith(prefix + ".")), 0)
+        level = level_of_parameter(config.model, name)
         # Scales and biases per head are vectors, though stored as (heads, d_head).
         matrix = name.endswith(".weight") and parameter.dim() == 2
         members[factors[level], decay if matrix else 0.0].append(parameter)
@@ -56,6 +55,12 @@ def parameter_groups(config: Config, named: NamedParameters) -> list[dict[str, A
         largest["params"] = parameters[:half]
         groups.append({**largest, "params": parameters[half:]})
     return groups
+
+
+def level_of_parameter(model: ModelConfig, name: str) -> int:
+    """Return the level of a parameter; those outside of all layers belong to the outer level."""
+    layers = layer_plan(model)
+    return next((layer.level for layer in layers if name.startswith(layer.name + ".")), 0)
 
 
 def make_optimizer(config: Config, named: NamedParameters) -> torch.optim.Optimizer:

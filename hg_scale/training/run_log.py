@@ -1,4 +1,4 @@
-"""Where the records of a run go: `metrics.jsonl`, the terminal and wandb."""
+"""Where the records of a run go: `metrics.jsonl`, the terminal, TensorBoard and wandb."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from hg_scale.run_starts import record_start
 from hg_scale.training.console import Console
 from hg_scale.training.metrics import MetricsLog, MetricsRecord
 from hg_scale.training.monitoring.events import EventSender
+from hg_scale.training.tensorboard_log import TensorBoardLog
 from hg_scale.training.wandb_log import WandbLog
 
 
 class RunLog:
-    """Writes records to `metrics.jsonl`, the terminal, and wandb if configured; on rank 0."""
+    """Writes records to `metrics.jsonl`, the terminal, and others if configured; on rank 0."""
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class RunLog:
         self._tags: MetricsRecord = {}  # in every line
         self._metrics: MetricsLog | None = None
         self._wandb: WandbLog | None = None
+        self._tensorboard: TensorBoardLog | None = None
         if rank == 0:
             try:
                 (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
@@ -44,6 +46,8 @@ class RunLog:
                 self._metrics = MetricsLog(folder, step, console.warn)
             except OSError as error:
                 raise UserError(f"{folder}: cannot be written: {error}") from None
+            if config.logging.tensorboard:
+                self._tensorboard = TensorBoardLog(folder, step, console.warn)
             if config.logging.wandb_project:
                 self._wandb = WandbLog(
                     folder,
@@ -51,6 +55,7 @@ class RunLog:
                     config.logging.wandb_name,
                     config.model_dump(),
                     warn=console.warn,
+                    resume_step=step,
                 )
 
     def advance(self, step: int) -> None:
@@ -70,6 +75,8 @@ class RunLog:
         show(record)
         if self._metrics:
             self._metrics.write(record)
+        if self._tensorboard:
+            self._tensorboard.log(record)
         if self._wandb:
             self._wandb.log(record)
 
@@ -79,5 +86,7 @@ class RunLog:
     def __exit__(self, kind: object, *_: object) -> None:
         if self._metrics:
             self._metrics.close()
+        if self._tensorboard:
+            self._tensorboard.close()
         if self._wandb:
             self._wandb.finish(exit_code=int(kind is not None))

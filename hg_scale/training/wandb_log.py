@@ -36,6 +36,8 @@ class WandbLog:
 
     mode: `online`, `offline`, `disabled`, or `auto`, see `choose_mode`. `wandb sync
     RUN/wandb/offline-*` uploads offline runs later.
+    resume_step: the step from which this start resumes. Steps up to it that a killed start did not
+    get to wandb are filled in from `metrics.jsonl`.
     warn: called at most once, with one line.
 
     All starts of a run folder are one wandb run, whose id is in `RUN/wandb_id`.
@@ -49,6 +51,7 @@ class WandbLog:
         config: Mapping[str, Any] | None = None,
         mode: str = "auto",
         *,
+        resume_step: int = 0,
         warn: Callable[[str], None] = print,
         init_timeout: float = INIT_TIMEOUT,
         finish_timeout: float = FINISH_TIMEOUT,
@@ -59,6 +62,7 @@ class WandbLog:
             "name": name or run_dir.resolve().name,
             "config": dict(config or {}),
             "mode": mode,
+            "resume_step": resume_step,
             "init_timeout": init_timeout,
             "finish_timeout": finish_timeout,
             "margin": _MARGIN,

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hg_scale.training.wandb_history import logged_steps, missing_records
 from hg_scale.training.wandb_log import choose_mode, one_line, run_id
 
 _POLL = 1.0  # seconds
@@ -64,12 +65,15 @@ def _log_records(lines: Iterator[bytes], folder: str) -> None:
 
 
 def _start(options: dict[str, Any], mode: str) -> Any:
+    """Start the wandb run, and fill in the steps that an earlier start did not get to it."""
     import wandb
 
-    return wandb.init(
+    folder = Path(options["run_dir"])
+    known = logged_steps(folder, run_id(folder))
+    run = wandb.init(
         project=options["project"],
         name=options["name"],
-        id=run_id(Path(options["run_dir"])),
+        id=run_id(folder),
         resume="allow",
         dir=options["run_dir"],
         config=options["config"],
@@ -82,6 +86,10 @@ def _start(options: dict[str, Any], mode: str) -> Any:
             x_stats_pid=os.getppid(),  # the process whose CPU and memory wandb records
         ),
     )
+    known.update(range(run.step))  # those that the server has
+    for record in missing_records(folder, options["resume_step"], known):
+        run.log(record, step=record["step"])
+    return run
 
 
 def lines_of_parent(parent: int) -> Iterator[bytes]:

@@ -6,12 +6,13 @@ import json
 import math
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hg_scale.training.metrics import MetricsLog, StepTimer, memory_usage
+from hg_scale.training.metrics import MetricsLog, StepTimer, gpu_usage, memory_usage
 from tests.disks import Mount, mount
 
 __all__ = ["mount"]
@@ -195,3 +196,20 @@ def test_a_full_disk_loses_lines_and_warns_once(tmp_path: Path, mount: Mount) ->
         found = steps(log.path)
     assert found[0] == 1 and found[-1] == 400 and found == sorted(found)
     assert len(found) < 400
+
+
+def test_the_usage_of_a_gpu_is_in_the_units_of_the_table(monkeypatch):
+    class Cuda:
+        is_available = is_initialized = staticmethod(lambda: True)
+        utilization = staticmethod(lambda: 87)  # percent
+        power_draw = staticmethod(lambda: 412_500)  # milliwatts
+
+        @staticmethod
+        def temperature():
+            raise RuntimeError("this GPU has no such sensor")
+
+    torch = types.SimpleNamespace(cuda=Cuda)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert gpu_usage() == {"gpu_utilisation": 0.87, "gpu_power_watts": 412.5}
+    Cuda.is_initialized = staticmethod(lambda: False)
+    assert gpu_usage() == {}

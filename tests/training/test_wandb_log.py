@@ -21,12 +21,13 @@ CHILD = """
 import os, sys
 from pathlib import Path
 from hg_scale.training.wandb_log import WandbLog
+earlier = len(list(Path(sys.argv[1]).glob("wandb/*-run-*/*.wandb")))
 log = WandbLog(Path(sys.argv[1]), "hg", config={"model": {"d_model": 8}}, warn=print,
                init_timeout=3, finish_timeout=5)
 for step in range(1, 4):
     log.log({"step": step, "loss": 1 / step})
 if "lost" in sys.argv:
-    while not list(Path(sys.argv[1]).glob("wandb/*/*.wandb")): pass
+    while len(list(Path(sys.argv[1]).glob("wandb/*-run-*/*.wandb"))) == earlier: pass
     os._exit(0)
 log.finish()
 """

@@ -22,6 +22,7 @@ from hg_scale.evaluation.report.curves import (
     x_values,
 )
 from hg_scale.evaluation.report.drawing import draw_hierarchy
+from hg_scale.evaluation.report.evaluations import read_evaluations
 from hg_scale.evaluation.report.run_folder import Column, RunFolder
 from hg_scale.evaluation.report.samples import Sample
 from hg_scale.evaluation.report.tables import config_differences, score_bars, summary_card
@@ -35,13 +36,15 @@ _DIGITS = 5  # significant digits of the values behind the curves
 class ReportContents:
     """What a report shows; `samples` has one per run or is empty.
 
-    `reasons`: why the compressors of a text are missing.
+    `reasons`: why the compressors of a text are missing. `refresh`: seconds after which a browser
+    loads the page again.
     """
 
     runs: Sequence[RunFolder]
     baselines: Sequence[Baseline]
     reasons: Sequence[str]
     samples: Sequence[Sample]
+    refresh: int | None = None
 
 
 def render(report: ReportContents) -> str:
@@ -71,6 +74,11 @@ def render(report: ReportContents) -> str:
         axes=[axis for axis in AXES if axis.key in plotted],
         differences=config_differences(runs) if len(runs) > 1 else [],
         models=_models(runs),
+        evaluations=[
+            [{"run": run.name, "number": i, "score": one} for one in read_evaluations(run.path)]
+            for i, run in enumerate(runs)
+        ],
+        refresh=report.refresh,
         configs=[json.dumps(run.tree, indent=2) for run in runs],
         figures={
             "names": [run.name for run in runs],

@@ -26,6 +26,7 @@ from hg_scale.convert.open import is_export
 from hg_scale.errors import UserError
 from hg_scale.metrics_file import Columns, read_columns
 from hg_scale.model.costs import training_flops_per_token
+from hg_scale.run_starts import RunStart, read_starts
 
 Column = NDArray[np.float64]
 
@@ -69,6 +70,8 @@ class Checkpoint:
 class RunFolder:
     """A run: `tree` is its config.json; `training` and `validation` are columns of metrics.jsonl.
 
+    `starts`: of starts.jsonl, which older versions did not write.
+
     `model` is None and `corpora` empty where this version cannot parse that section of `tree`.
     """
 
@@ -80,6 +83,7 @@ class RunFolder:
     training: dict[str, Column]
     validation: dict[str, Column]
     checkpoints: list[Checkpoint]
+    starts: list[RunStart]
 
     def column(self, key: str) -> Column:
         """A metric at every logged step; NaN where it is null or missing."""
@@ -185,7 +189,11 @@ def _read_run(path: Path, name: str) -> RunFolder:
     training, validation = (_by_step(table) for table in tables.values())
     checkpoints = sorted(_checkpoints(path / "checkpoints"), key=lambda c: c.step)
     model, corpora = _model(tree), _corpora(tree)
-    return RunFolder(path, name, tree, model, corpora, training, validation, checkpoints)
+    try:
+        starts = read_starts(path)
+    except OSError as error:
+        raise _unreadable(error) from None
+    return RunFolder(path, name, tree, model, corpora, training, validation, checkpoints, starts)
 
 
 def _unreadable(error: OSError) -> UserError:

@@ -12,6 +12,7 @@ import numpy as np
 from hg_scale.config.schema import Config
 from hg_scale.evaluation.report.baselines import Baseline, corpus_names
 from hg_scale.evaluation.report.curves import x_values
+from hg_scale.evaluation.report.efficiency import efficiency_facts
 from hg_scale.evaluation.report.run_folder import Column, RunFolder
 from hg_scale.formats import format_duration, format_number
 from hg_scale.model.costs import parameter_count
@@ -49,6 +50,7 @@ def summary_card(run: RunFolder) -> SummaryCard:
         facts.append(("tokens", format_number(tokens)))
     if hours is not None:
         facts.append(("training time", format_duration(3600 * hours)))
+    facts += efficiency_facts(run)
     if run.model:
         facts.append(("parameters", format_number(parameter_count(run.model))))
         facts.append(("training FLOPs", f"{format_number(run.flops_per_token)} per token"))

@@ -92,10 +92,12 @@ def read_status(run: Path, now: float | None = None, last_errors: int = 5) -> Ru
     jobs = without_refused(jobs, _pulse(beats))
     total = _total_steps(run)
     alive, reason = liveness(steps, jobs, now, total, beats)
-    if not alive and not jobs and (run_end := read_run_end(run)):
-        reason = run_end.describe(now)
     ends = {} if alive else _rank_ends(run, beats)
-    state = _state(run, alive, steps, total, jobs, beats, ends, now)
+    run_end = None if alive or jobs else read_run_end(run)
+    if run_end:
+        reason = run_end.describe(now)
+    codes = [code for code, _ in ends.values()] + ([run_end.code] if run_end else [])
+    state = _state(run, alive, steps, total, jobs, beats, codes, now)
     if ends and not steps:
         rank, (code, line) = next(iter(ends.items()))
         reason = f"failed before the first step: rank {rank}, exit code {code}: {line}"
@@ -134,7 +136,7 @@ def _state(
     total: int | None,
     jobs: list[dict[str, Any]],
     beats: Mapping[int, HeartbeatRecord],
-    ends: Mapping[int, tuple[int, str]],
+    codes: list[int],
     now: float,
 ) -> RunState:
     seconds = [s for record in steps if isinstance(s := record.get("step_seconds"), float)]
@@ -144,7 +146,7 @@ def _state(
         stalled=is_stalled(beats, now, seconds, _section(run, "watchdog")),
         job=jobs[-1] if jobs else None,
         queue=queue_state(jobs[-1]["job"]) if jobs else None,
-        codes=[code for code, _ in ends.values()],
+        codes=[code for code in codes if code],
         beats=beats,
     )
 
