@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,9 @@ def _start(options: dict[str, Any], mode: str) -> Any:
     import wandb
 
     folder = Path(options["run_dir"])
-    known = logged_steps(folder, run_id(folder))
+    known: set[int] | None = None
+    with suppress(Exception):  # files of another version: nothing is filled in
+        known = logged_steps(folder, run_id(folder))
     run = wandb.init(
         project=options["project"],
         name=options["name"],
@@ -86,9 +89,11 @@ def _start(options: dict[str, Any], mode: str) -> Any:
             x_stats_pid=os.getppid(),  # the process whose CPU and memory wandb records
         ),
     )
-    known.update(range(run.step))  # those that the server has
-    for record in missing_records(folder, options["resume_step"], known):
-        run.log(record, step=record["step"])
+    if known is not None:
+        with suppress(Exception):  # logging reports what is wrong
+            known.update(range(run.step))  # those that the server has
+            for record in missing_records(folder, options["resume_step"], known):
+                run.log(record, step=record["step"])
     return run
 
 

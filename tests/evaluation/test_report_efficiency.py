@@ -89,7 +89,7 @@ def result(step: int, **change: Any) -> dict[str, Any]:
 def test_evaluations_are_read_in_order_and_others_left_out(
     tmp_path: Path, bad: dict[str, Any]
 ) -> None:
-    content = [result(200), result(100, **bad), 7, result(100)]
+    content = [result(200), result(100) | bad, 7, result(100)]
     (tmp_path / "evaluation.json").write_text(json.dumps(content))
     one = result(100, text="b", interval_95_half_width=None)
     (tmp_path / "evaluation-7.json").write_text(json.dumps(one))
