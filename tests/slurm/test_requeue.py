@@ -28,6 +28,7 @@ Start = Callable[..., int]
 
 # Passes the check; then ends as the file $ENDS lists, one word per start.
 RANK = """#!/bin/bash
+[[ $1 != -m ]] || exit 0  # the event that the batch script sends at its end
 for word in "$@"; do
   [[ $word == --check ]] || continue
   [[ $(<"$ENDS") != refused ]] || { echo "refused: taken"; exit 1; }
