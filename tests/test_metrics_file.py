@@ -97,11 +97,9 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_status_reads_only_the_end(long_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes read do not depend on the length of the file, if it has a late validation."""
+def test_status_parses_only_the_end(long_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the file is, and whether or not it has a validation."""
     path = long_run / "metrics.jsonl"
-    with path.open("a") as file:
-        file.write(json.dumps(validation_record(200_000)) + "\n")
     read = 0
     parse = metrics_file.parse_record
 
@@ -111,6 +109,10 @@ def test_status_reads_only_the_end(long_run: Path, monkeypatch: pytest.MonkeyPat
         return parse(line, kind)
 
     monkeypatch.setattr(metrics_file, "parse_record", counted)
+    steps, validation = read_recent(path, 20)
+    assert steps[-1]["step"] == 200_000 and validation is None
+    with path.open("a") as file:
+        file.write(json.dumps(validation_record(200_000)) + "\n")
     steps, validation = read_recent(path, 20)
     assert steps[-1]["step"] == 200_000 and validation
     assert read < 32_000

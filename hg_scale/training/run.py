@@ -64,6 +64,7 @@ class Run:
     stop_at, profile: the step to stop after, and the step to profile, if any. began: when this
     start did, in seconds since 1970. events: what `logging.on_event` is told. locked: whether this
     run has the folder, and may change files that another run would read. ending: how it ends.
+    progress: the current step, once it is known.
     """
 
     config: Config
@@ -77,6 +78,7 @@ class Run:
     events: EventSender
     locked: bool = False
     ending: str = ""
+    progress: TrainingProgress | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -167,7 +169,7 @@ def _record_run_end(run: Run, code: int, line: str) -> None:
     if run.locked:
         write_run_end(run.folder, code, line.partition("\n")[0])
     if BATCH_SENDS not in os.environ and (run.locked or not describe_living_run(run.folder)):
-        run.events.send_end(code, line, run.interruption.step)
+        run.events.send_end(code, line, run.progress.step if run.progress else None)
 
 
 def _announce_interrupts(run: Run) -> None:
@@ -217,7 +219,7 @@ def _train_connected(run: Run) -> bool:
         sources = run_on_all_ranks(lambda: open_sources(run.config), device)
         engine = build(run, device, draw_weights=resume.checkpoint is None)
         monitor.attach(engine)
-        progress = restore(run, engine, resume)
+        run.progress = progress = restore(run, engine, resume)
         if progress.step >= run.last_step:
             reached = f"step {progress.step} of {run.last_step} is reached"
             more = "raise training.steps" if run.stop_at is None else "raise --stop-at"

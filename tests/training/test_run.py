@@ -249,3 +249,31 @@ def test_only_first_and_last_stage_read_data(
     ]
     assert len(validations[0]) == 2
     np.testing.assert_allclose(*validations, rtol=1e-2)
+
+
+def test_a_run_tells_of_bad_steps_and_of_its_end_and_keeps_its_starts(
+    start: Start, tmp_path: Path
+) -> None:
+    """From two ranks each event comes once; a run that gives up says so."""
+    heard = tmp_path / "heard"
+    told = f"logging.on_event=cat >> {heard}; echo >> {heard}"
+    assert start(2, "run", told, options=("--stop-at", "2")).code == 0
+    spikes = (
+        "optimizer.learning_rate=10",
+        "guard.spike_sigma=1",
+        "guard.window=4",
+        "guard.max_skipped=0",
+    )
+    assert start(2, "run", told, "logging.norms_every=2", *spikes).code == 77
+    events = [json.loads(line) for line in heard.read_text().splitlines()]
+    assert (events[0]["event"], events[0]["step"], events[0]["exit_code"]) == ("end", 2, 0)
+    assert events[0]["reason"] == "step 2 of 6 saved"
+    later = sorted((e["event"], e["step"], e["exit_code"]) for e in events[1:])
+    assert later == [("bad_step", later[0][1], None), ("give_up", later[0][1], 77)]
+    starts = [json.loads(line) for line in (tmp_path / "run/starts.jsonl").read_text().splitlines()]
+    assert [(s["start"], s["step"], s["ranks"], s["last_step"]) for s in starts] == [
+        (1, 0, 2, None), (2, 2, 2, 2),
+    ]  # fmt: skip
+    lines = records(tmp_path / "run")
+    assert {line["step"] > 2: line["start"] for line in lines} == {False: 1, True: 2}
+    assert "cat >>" not in (tmp_path / "run" / "config.json").read_text()
