@@ -124,9 +124,9 @@ class Columns:
     def __getitem__(self, key: str) -> array[float]:
         return self._values[key]
 
-    def keys(self) -> Iterator[str]:
-        """Return the keys."""
-        return iter(self._values)
+    def items(self) -> Iterator[tuple[str, array[float]]]:
+        """Yield each key and its column."""
+        yield from self._values.items()
 
 
 def _number(value: Any) -> float:

@@ -32,7 +32,7 @@ from hg_scale.data.preparation.tabular import (
 
 PIECE_BYTES = 1 << 16  # of a piece of a text without documents
 _CUT_RANGE = 1 << 12  # bytes in front of the end of a piece in which it may be cut
-_scan_json = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+_JSON = json.JSONDecoder()
 LastCut = Callable[[bytes, int, int], int | None]  # as `Tokenizer.last_cut`
 
 
@@ -150,9 +150,9 @@ def read_lines(
 def _parse_line(line: bytes) -> Any:
     """Return `json.loads(line)`, without what that does in front of and behind an object."""
     if line.startswith(b'{"'):  # so it is UTF-8
-        with suppress(ValueError, StopIteration):
+        with suppress(ValueError):
             text = line.decode()
-            record, end = _scan_json(text, 0)
+            record, end = _JSON.raw_decode(text)
             if end == len(text):
                 return record
     return json.loads(line)

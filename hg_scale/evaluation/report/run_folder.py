@@ -205,7 +205,7 @@ def _by_step(table: Columns) -> dict[str, Column]:
     steps = _column(table, "step")
     _, last = np.unique(steps[::-1], return_index=True)
     order = len(steps) - 1 - last
-    return {key: _column(table, key)[order] for key in table.keys()}  # noqa: SIM118
+    return {key: np.frombuffer(values, np.float64)[order] for key, values in table.items()}
 
 
 def _column(table: Columns, key: str) -> Column:
