@@ -123,13 +123,15 @@ def separated_batches(
         held += len(block)
         seen = tail + block
         if separator in seen:
-            text = b"".join(pending) if len(pending) > 1 else block
-            *parts, rest = text.split(separator)
-            batch = _between(separator, parts, text)
-            positions = position + batch.starts
-            position += held - len(rest)
-            ours = np.ones(len(parts), bool) if stop is None else positions < stop
+            text = b"".join(pending)
+            pending.clear()  # which may be as long as a document
+            batch = _between(separator, text)
+            used = len(batch.text)
+            positions, rest = position + batch.starts, text[used:]
+            position += used
+            ours = np.ones(len(positions), bool) if stop is None else positions < stop
             ours[0] &= not skipping
+            del text
             if ours.any():
                 yield positions[ours], batch.select(ours)
             skipping, pending, held, seen = False, [rest], len(rest), rest
@@ -147,9 +149,9 @@ def separated_batches(
         yield np.array([position], np.int64), DocumentBatch.single(b"".join(pending))
 
 
-def _between(separator: bytes, parts: list[bytes], text: bytes) -> DocumentBatch:
-    """Return a batch of the parts before each separator of a text."""
-    lengths = np.fromiter(map(len, parts), np.int64, len(parts))
+def _between(separator: bytes, text: bytes) -> DocumentBatch:
+    """Return a batch of the parts of a text in front of each separator; the rest is not in it."""
+    lengths = np.array([len(part) for part in text.split(separator)[:-1]], np.int64)
     ends = np.cumsum(lengths + len(separator))
     used = np.frombuffer(text, np.uint8)[: int(ends[-1])]
     return DocumentBatch(used, ends - lengths - len(separator), lengths)
