@@ -79,16 +79,17 @@ def _serve(rank: int, size: int, store: str, job: Callable[..., Any], arguments:
         dist.destroy_process_group()
 
 
-def die_at(moment: int, part: str) -> None:
+def die_at(moment: int, part: str, removals: bool = True) -> None:
     """Kill this process before its `moment`-th operation on files with `part` in their path.
 
-    Removals get relative paths, so all of them count once the first such operation was seen.
+    Removals of folders get relative paths, so with `removals` all removals count once the first
+    such operation was seen.
     """
     count = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal count
-        removal = count > 0 and event in ("os.remove", "os.rmdir")
+        removal = removals and count > 0 and event in ("os.remove", "os.rmdir")
         if event in _OPERATIONS and (removal or any(part in str(a) for a in arguments[:2])):
             count += 1
             if count == moment:
