@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hg_scale.bounded_read import parse_record, require_regular
+from hg_scale.metrics_file import MAX_LINE
 
 MetricsRecord = dict[str, Any]
 StepPhase = Literal["data", "compute", "rest", "paused"]
@@ -76,16 +77,22 @@ class MetricsLog:
 def _drop_lines_after(path: Path, step: int) -> None:
     """Drop broken lines and those of steps after `step`, and replace the file atomically."""
     require_regular(path)
-    before = path.read_bytes()
-    kept = b"".join(line + b"\n" for line in before.split(b"\n") if _is_up_to(line, step))
-    if kept == before:
+    if all(before == after for before, after in _cleaned_lines(path, step)):
         return
     temporary = path.with_suffix(".jsonl.tmp")
     with temporary.open("wb") as file:
-        file.write(kept)
+        file.writelines(after for _, after in _cleaned_lines(path, step))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _cleaned_lines(path: Path, step: int) -> Iterator[tuple[bytes, bytes]]:
+    """Yield each line and what is kept of it, one at a time: a long run has gigabytes of them."""
+    with path.open("rb") as file:
+        while line := file.readline(MAX_LINE + 1):
+            keep = len(line) <= MAX_LINE and _is_up_to(line, step)
+            yield line, line.rstrip(b"\n") + b"\n" if keep else b""
 
 
 def _is_up_to(line: bytes, step: int) -> bool:
