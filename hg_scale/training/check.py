@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from hg_scale.checkpoint.find import checkpoints_in, find_latest, verify_sizes
@@ -71,7 +72,7 @@ def check_run(
 
 
 def check_inputs(config: Config, folder: Path, *, remote: bool) -> list[DataSource]:
-    """Open the corpora of a run and check `checkpoint.start_from`; return the corpora.
+    """Check the corpora, `checkpoint.start_from` and packages of a run; return the open corpora.
 
     remote: open corpora behind URLs and pipes, too. `start_from` is checked only for a run without
     checkpoints; its own are verified once the run has locked its folder. Raises ConfigError that
@@ -88,6 +89,9 @@ def check_inputs(config: Config, folder: Path, *, remote: bool) -> list[DataSour
             find_start_checkpoint(config)
     except ConfigError as error:
         problems += error.problems
+    if config.logging.tensorboard and find_spec("tensorboard") is None:
+        advice = "the package tensorboard is not installed: pip install 'hg-scale[tensorboard]'"
+        problems.append(Problem("logging.tensorboard", advice))
     if problems:
         raise ConfigError(problems)
     return sources

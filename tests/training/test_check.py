@@ -142,6 +142,13 @@ def test_all_unusable_inputs_are_listed(config: Path, corpus: Path, tmp_path: Pa
             check_inputs(load_config(config, [f"data.path={path}"]), tmp_path, remote=False)
 
 
+def test_a_missing_tensorboard_is_found(config: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("hg_scale.training.check.find_spec", lambda name: None)
+    loaded = load_config(config, ["logging.tensorboard=true"])
+    with pytest.raises(ConfigError, match=r"logging\.tensorboard: .*hg-scale\[tensorboard\]"):
+        check_inputs(loaded, tmp_path, remote=False)
+
+
 def test_start_from_is_not_read_if_the_run_has_checkpoints(config: Path, tmp_path: Path) -> None:
     loaded = load_config(config, ["checkpoint.start_from=nowhere"])
     with pytest.raises(ConfigError, match="checkpoint.start_from"):
