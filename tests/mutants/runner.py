@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -183,14 +184,17 @@ def try_mutants(mutants: Iterable[Mutant], workers: int) -> list[Result]:
 def failing_tests(mutants: Iterable[Mutant], workers: int) -> list[str]:
     """Return the tests that fail without a fault, or run none."""
     with trees(workers) as free, ThreadPoolExecutor(workers) as pool:
+        tests_of_all = list(dict.fromkeys(m.tests for m in mutants))
+        done = count(1)
 
         def work(tests: str) -> str | None:
             tree = free.get()
             code, output = run_tests(tree, tests)
             free.put(tree)
+            print(f"without a fault: {next(done)} of {len(tests_of_all)}", flush=True)
             return None if code == PASSED else f"{tests}: {output[-2000:]}"
 
-        return [found for found in pool.map(work, dict.fromkeys(m.tests for m in mutants)) if found]
+        return [found for found in pool.map(work, tests_of_all) if found]
 
 
 def main() -> None:
