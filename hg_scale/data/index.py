@@ -28,10 +28,17 @@ from hg_scale.bounded_read import (
 )
 from hg_scale.data.errors import DataError
 from hg_scale.data.store import DEFAULT_TIMEOUT, ByteStream, read_error_line
-from hg_scale.data.tokenizer import MODEL_FILE, Tokenizer, TokenizerIdentity, load_tokenizer
+from hg_scale.data.tokenizer import (
+    MODEL_FILE,
+    Tokenizer,
+    TokenizerIdentity,
+    load_tokenizer,
+    stored_dtype,
+    token_dtype,
+)
 from hg_scale.data.urls import join_url, shown_url
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2  # 1: members hold end-of-document ids, whatever type that takes
 INDEX_FILE = "index.json"
 SPLITS = ("train", "validation", "test")
 _FEW_OFFSETS = 1 << 14  # as many as 64 Mi bytes of text in documents of 4 kB
@@ -78,15 +85,7 @@ class Shard(_IndexModel):
         A document may start in the previous shard, or continue in the next one. Raises DataError if
         the index holds others.
         """
-        if not self.documents:
-            return np.empty(0, np.int64)
-        try:
-            ends = unpack_offsets(self.documents, self.tokens)
-        except ValueError as error:
-            raise DataError(f"{self.file}: ends of documents in its index: {error}") from None
-        if ends.size and ends[-1] > self.tokens:
-            raise DataError(f"{self.file}: its index has documents that end after its last token")
-        return ends
+        return unpack_document_ends(self.documents, self.file, self.tokens)
 
 
 class Split(_IndexModel):
@@ -131,6 +130,26 @@ class Index(_IndexModel):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _has_ends(self) -> Index:
+        for split in self.splits.values():
+            for shard in split.shards:
+                if self.leaves_out_ends and shard.documents is None:
+                    raise ValueError(f"{shard.file} has no ends of documents")
+        return self
+
+    @property
+    def stored_dtype(self) -> np.dtype[Any]:
+        """The type of the ids in the shards."""
+        if self.format_version == 1:
+            return token_dtype(self.vocab_size)
+        return stored_dtype(self.vocab_size, self.eod)
+
+    @property
+    def leaves_out_ends(self) -> bool:
+        """Whether shards hold 0 in place of end-of-document ids, which do not fit their type."""
+        return self.stored_dtype != token_dtype(self.vocab_size)
+
     @property
     def location(self) -> str:
         """Where the index was read from: a folder, a URL, or `pipe:... {}`. May hold secrets."""
@@ -152,7 +171,10 @@ class Index(_IndexModel):
     @property
     def identity(self) -> str:
         """A checksum of all tokens and the tokenizer; a checkpoint's data position refers to it."""
-        names = [shard.sha256 for split in self.splits.values() for shard in split.shards]
+        shards = [shard for split in self.splits.values() for shard in split.shards]
+        names = [shard.sha256 for shard in shards]
+        if self.leaves_out_ends:
+            names += [str(shard.documents) for shard in shards]
         names.append(self.tokenizer.model_dump_json())
         return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
@@ -261,6 +283,22 @@ def pack_offsets(offsets: Sequence[int] | NDArray[np.int64]) -> str:
     steps = np.diff(np.asarray(offsets, np.int64), prepend=0).astype("<u4")
     level = 9 if len(steps) <= _FEW_OFFSETS else 1
     return base64.b64encode(zlib.compress(steps.tobytes(), level)).decode()
+
+
+def unpack_document_ends(packed: str | None, file: str, tokens: int) -> NDArray[np.int64]:
+    """Return the positions past each end of a document in a shard `file` of so many tokens.
+
+    Raises DataError if the index holds others.
+    """
+    if not packed:
+        return np.empty(0, np.int64)
+    try:
+        ends = unpack_offsets(packed, tokens)
+    except ValueError as error:
+        raise DataError(f"{file}: ends of documents in its index: {error}") from None
+    if ends.size and ends[-1] > tokens:
+        raise DataError(f"{file}: its index has documents that end after its last token")
+    return ends
 
 
 def unpack_offsets(text: str, limit: int) -> NDArray[np.int64]:

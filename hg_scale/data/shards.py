@@ -19,7 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hg_scale.data.errors import DataError
-from hg_scale.data.index import Index, Members, Shard, is_local, member_name
+from hg_scale.data.index import (
+    Index,
+    Members,
+    Shard,
+    is_local,
+    member_name,
+    unpack_document_ends,
+)
 from hg_scale.data.store import DEFAULT_TIMEOUT, ByteStream, read_error_line
 from hg_scale.data.tokenizer import token_dtype
 from hg_scale.data.urls import shown_url
@@ -45,6 +52,8 @@ class ShardFile:
     file_bytes: int
     vocab_size: int
     members: Members
+    dtype: np.dtype[Any]  # of its members
+    left_out: str | None  # packed ends of documents, whose ids (the last) the members leave out
 
     @property
     def shown(self) -> str:
@@ -53,7 +62,11 @@ class ShardFile:
 
     @classmethod
     def from_index(cls, index: Index, shard: Shard) -> ShardFile:
-        return cls(index.url(shard), shard.file, shard.file_bytes, index.vocab_size, shard.members)
+        left_out = shard.documents if index.leaves_out_ends else None
+        return cls(
+            index.url(shard), shard.file, shard.file_bytes, index.vocab_size, shard.members,
+            index.stored_dtype, left_out,
+        )  # fmt: skip
 
 
 class UnusableSpan(NamedTuple):
@@ -65,7 +78,7 @@ class UnusableSpan(NamedTuple):
 
 
 class LoadedTokens(NamedTuple):
-    """Ids (n,) in the shard's dtype, and the spans of them that cannot be used (set to zero)."""
+    """Ids (n,) of dtype `token_dtype`, and the spans of them that cannot be used (set to zero)."""
 
     tokens: NDArray[Any]
     unusable: list[UnusableSpan]
@@ -87,6 +100,7 @@ class ShardReader:
         self.file, self._retry_policy = file, retry_policy
         self._closing = closing or threading.Event()
         self._starts = np.cumsum([0, *file.members.tokens])
+        self._ends = unpack_document_ends(file.left_out, file.shown, int(self._starts[-1])) - 1
         self._archive: _Archive | None = None
         self._retries_left = retry_policy.retries  # reset by every member that reads well
         self._last: tuple[int, NDArray[Any] | str] = -1, ""  # a member, or its error message
@@ -143,7 +157,7 @@ class ShardReader:
         while True:
             tries += 1
             try:
-                content = self._open_at(number).member(number)
+                content = self._put_ends(self._open_at(number).member(number), number)
                 self._retries_left = self._retry_policy.retries
                 return content
             except _WrongMember as error:
@@ -164,6 +178,22 @@ class ShardReader:
         if ended:
             self._end = number, message
         return message
+
+    def _put_ends(self, stored: NDArray[Any], number: int) -> NDArray[Any]:
+        """Return the ids of a member with the end-of-document ids that it leaves out."""
+        if self.file.left_out is None:
+            return stored
+        begin = int(self._starts[number])
+        first, last = np.searchsorted(self._ends, [begin, begin + len(stored)])
+        ends = self._ends[first:last] - begin
+        if stored[ends].any():
+            raise _WrongMember(
+                f"{self.file.shown}: member {number} has other ids where documents end in the "
+                f"index; {_REMEDY}"
+            )
+        tokens = stored.astype(token_dtype(self.file.vocab_size))
+        tokens[ends] = self.file.vocab_size - 1
+        return tokens
 
     def _open_at(self, number: int) -> _Archive:
         """Return the archive, open at a member or before it."""
@@ -193,7 +223,7 @@ class SplitReader:
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return the ids of positions [start, stop) of the split, start < stop.
 
-        They have the shards' dtype. Raises DataError where one cannot be used.
+        Raises DataError where one cannot be used.
         """
         parts = []
         while start < stop:
@@ -260,10 +290,10 @@ class _WrongMember(Exception):
 
 
 def _decode_member(entry: dict[str, Any] | None, file: ShardFile, number: int) -> NDArray[Any]:
-    """Return the array of a tar entry. Raises _WrongMember where it does not match the index."""
+    """Return the array of a tar entry. Raises _WrongMember where it differs from the index."""
     assert entry is not None
     where, name = f"{file.shown}: member {number}", member_name(file.name, number)
-    dtype, count = token_dtype(file.vocab_size), file.members.tokens[number]
+    dtype, count = file.dtype, file.members.tokens[number]
     if entry["fname"] != name:
         raise _WrongMember(f"{where} is {entry['fname']!r}, not {name!r}; {_REMEDY}")
     if zlib.crc32(entry["data"]) != file.members.crc32[number]:

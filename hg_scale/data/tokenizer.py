@@ -330,6 +330,14 @@ def load_tokenizer(identity: TokenizerIdentity, model: bytes | None = None) -> T
     )
 
 
+def stored_dtype(vocab_size: int, eod: int | None) -> np.dtype[Any]:
+    """Return the type of the ids in shards, which need not fit a last id that ends documents.
+
+    So bytes and an end-of-document id of 256 take one byte each: the index says where ends are.
+    """
+    return token_dtype(vocab_size - (eod == vocab_size - 1))
+
+
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Return the smallest little-endian unsigned type that fits every id of the vocabulary."""
     for name in ("|u1", "<u2"):

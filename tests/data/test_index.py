@@ -45,7 +45,7 @@ def test_index_has_one_line_per_shard(index):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2, "tool_version": "hg_scale 9"}, "format 2 by hg_scale 9.*up to 1"),
+        ({"format_version": 3, "tool_version": "hg_scale 9"}, "format 3 by hg_scale 9.*up to 2"),
         ({"chunk_tokens": 0}, "chunk_tokens: Input should be greater than or equal to 1"),
         ({"colour": 1}, "colour: Extra inputs are not permitted"),
         ({"splits": {"train": {"tokens": 5, "text_bytes": 0, "documents": None, "shards": []}}},

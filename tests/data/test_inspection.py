@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hg_scale.data.errors import DataError
-from hg_scale.data.index import Index
+from hg_scale.data.index import Index, pack_offsets
 from hg_scale.data.inspection import (
     END_MARK,
     display_text,
@@ -97,7 +97,10 @@ def test_index_of_other_shards_is_reported(writable, tmp_path):
     index = prepare(tmp_path / "in", tmp_path / "out")
     other = index.splits["train"].shards[1].documents
     (problem,) = problems_of(with_shard(index, documents=other))
-    assert "train-00000.tar:" in problem and "documents end in it, not" in problem
+    assert "train-00000.tar: member 2 has other ids where documents end in the index" in problem
+    fewer = pack_offsets(index.splits["train"].shards[0].document_ends()[1:])
+    problem = problems_of(with_shard(index, documents=fewer))[0]
+    assert "train-00000.tar: its tokens decode to" in problem
 
 
 @pytest.mark.parametrize("name", ["trax_sentencepiece", "google_test_model"])

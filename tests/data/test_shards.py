@@ -1,5 +1,6 @@
 import io
 import tarfile
+import tempfile
 import threading
 import time
 import zlib
@@ -8,10 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hg_scale.data import shards as shards_module
 from hg_scale.data.errors import DataError
-from hg_scale.data.index import Index, Members, read_index
+from hg_scale.data.index import Index, Members, pack_offsets, read_index
+from hg_scale.data.preparation import shard_writer
+from hg_scale.data.preparation.shard_writer import SplitWriter
 from hg_scale.data.shards import (
     RetryPolicy,
     ShardFile,
@@ -19,6 +24,7 @@ from hg_scale.data.shards import (
     SplitReader,
     check_shard_checksum,
 )
+from hg_scale.data.tokenizer import ByteTokenizer
 from tests.data.conftest import TEXT
 from tests.data.servers import serve
 
@@ -315,3 +321,63 @@ def test_abort_ends_a_read_in_another_thread(index):
     reader.abort()
     thread.join(20)
     assert not thread.is_alive() and found[0].unusable
+
+
+def corpus_of_bytes(folder: Path, documents: list[bytes], version: int) -> tuple[Index, np.ndarray]:
+    """Write documents of bytes as shards of a format version; return their index and their ids."""
+    tokenizer = ByteTokenizer(documents=True)
+    ids = np.concatenate(
+        [np.append(tokenizer.encode(text), tokenizer.eod) for text in documents]
+    ).astype(np.uint16)
+    with pytest.MonkeyPatch.context() as patch:
+        if version == 1:
+            patch.setattr(shard_writer, "stored_dtype", lambda vocab_size, eod: np.dtype("<u2"))
+        writer = SplitWriter(folder, "train", tokenizer, chunk_tokens=7, shard_tokens=23)
+        for start in range(0, len(ids), 11):
+            writer.write(ids[start : start + 11])
+        split = writer.close()
+    index = Index(
+        format_version=version, tool_version="", tokenizer=tokenizer.identity, chunk_tokens=7,
+        source={}, splits={"train": split},
+    )  # fmt: skip
+    (folder / "index.json").write_text(index.text())
+    return read_index(folder), ids
+
+
+@given(
+    documents=st.lists(st.binary(max_size=40), min_size=1, max_size=12),
+    version=st.sampled_from([1, 2]),
+    window=st.integers(1, 30),
+)
+@settings(deadline=None, max_examples=60)
+def test_ends_of_documents_are_read_from_the_index(documents, version, window):
+    with tempfile.TemporaryDirectory() as folder:
+        index, ids = corpus_of_bytes(Path(folder), documents, version)
+        reader = SplitReader(index, "train")
+        windows = [
+            reader.read(start, min(start + window, len(ids)))
+            for start in range(0, len(ids), window)
+        ]
+        assert np.array_equal(np.concatenate(windows), ids)
+        assert all(part.dtype == np.uint16 for part in windows)
+        assert index.splits["train"].documents == len(documents)
+        assert index.leaves_out_ends == (version == 2)
+        with tarfile.open(Path(folder) / "train-00000.tar") as archive:
+            member = np.load(io.BytesIO(archive.extractfile(archive.next()).read()))
+        assert member.dtype == (np.uint8 if version == 2 else np.uint16)
+
+
+def test_ends_that_do_not_fit_the_shard_are_refused(tmp_path):
+    index, _ = corpus_of_bytes(tmp_path, [b"abc", b"defgh"], 2)
+    path, text = tmp_path / "index.json", index.text()
+    shard = index.splits["train"].shards[0]
+    path.write_text(text.replace(shard.documents, pack_offsets([4, 9])))
+    moved = read_index(tmp_path)
+    assert moved.identity != index.identity
+    with pytest.raises(
+        DataError, match=r"train-00000\.tar: member 1 has other ids where documents"
+    ):
+        SplitReader(moved, "train").read(0, 10)
+    path.write_text(text.replace(f'"{shard.documents}"', "null"))
+    with pytest.raises(DataError, match=r"train-00000\.tar has no ends of documents"):
+        read_index(tmp_path)

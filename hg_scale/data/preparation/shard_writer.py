@@ -1,7 +1,9 @@
 """Write shards: tar files of token chunks, also readable with webdataset.
 
 A member is a `.npy` array of `chunk_tokens` ids, as `webdataset.WebDataset(url).decode()` reads
-it. Headers are plain ustar with every varying field zero, so equal tokens give equal bytes.
+it. Where the end-of-document id does not fit the type of the others, the array has 0 in its place,
+and the index says where. Headers are plain ustar with every varying field zero, so equal tokens
+give equal bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from hg_scale.atomic_write import commit, partial_path
 from hg_scale.data.index import Members, Shard, Split, member_name, pack_offsets
-from hg_scale.data.tokenizer import Tokenizer, token_dtype
+from hg_scale.data.tokenizer import Tokenizer, stored_dtype, token_dtype
 
 _BLOCK = tarfile.BLOCKSIZE
 _SMALL, _LARGE = 2**20, 2**26  # default tokens per shard in small and in huge corpora
@@ -76,15 +78,18 @@ class ShardWriter:
 
     def _add_member(self) -> None:
         tokens, self._filled = self._chunk[: self._filled], 0
+        dtype = stored_dtype(self._tokenizer.vocab_size, self._tokenizer.eod)
+        start = sum(self._members["tokens"])
+        if self._tokenizer.eod is not None:
+            ends = np.flatnonzero(tokens == self._tokenizer.eod)
+            self._ends.append(ends.astype(np.int64) + 1 + start)
+            if dtype != tokens.dtype:
+                tokens[ends] = 0
         buffer = io.BytesIO()
-        np.lib.format.write_array(buffer, tokens, version=(1, 0))
+        np.lib.format.write_array(buffer, tokens.astype(dtype, copy=False), version=(1, 0))
         content = buffer.getvalue()
         header = tarfile.TarInfo(member_name(self._path.name, len(self._members["tokens"])))
         header.size = len(content)
-        if self._tokenizer.eod is not None:
-            start = sum(self._members["tokens"])
-            ends = np.flatnonzero(tokens == self._tokenizer.eod) + 1 + start
-            self._ends.append(ends.astype(np.int64))
         self._members["tokens"].append(len(tokens))
         self._members["offsets"].append(self._size)
         self._members["crc32"].append(zlib.crc32(content))
