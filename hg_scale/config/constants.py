@@ -10,3 +10,8 @@ SWIGLU_CHUNKS = 64
 
 A tensor-parallel slice then holds complete pairs of them.
 """
+
+BANDED_BLOCK_BYTES = 256
+"""Queries per block of attention on a CPU, times the bytes of an element: 128 queries in bf16."""
+BANDED_MAX_KEYS = 4096
+"""Keys per query up to which attention on a CPU keeps its probabilities for the backward pass."""

@@ -15,13 +15,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 256  # queries per block times bytes per element: 128 queries in bf16, 64 in fp32
-MAX_KEYS = 4096  # per query; with more, the probabilities take too much memory
+from hg_scale.config.constants import BANDED_BLOCK_BYTES, BANDED_MAX_KEYS
 
 
 def is_preferred(q: Tensor, window: int | None) -> bool:
     """Whether this implementation is the fastest for queries (B, heads, n, d_head)."""
-    return q.device.type == "cpu" and min(window or q.shape[2], q.shape[2]) <= MAX_KEYS
+    return q.device.type == "cpu" and min(window or q.shape[2], q.shape[2]) <= BANDED_MAX_KEYS
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
@@ -65,7 +64,7 @@ class _Banded(torch.autograd.Function):
 
 def _blocks(q: Tensor, window: int | None) -> Iterator[tuple[slice, slice]]:
     """Yield the queries of each block, and the keys that any of them sees."""
-    n, block = q.shape[1], BLOCK_BYTES // q.element_size()
+    n, block = q.shape[1], BANDED_BLOCK_BYTES // q.element_size()
     for start in range(0, n, block):
         stop = min(n, start + block)
         first = max(0, start - window + 1) if window else 0

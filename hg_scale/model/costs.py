@@ -1,21 +1,25 @@
 """Parameters, FLOPs and cache size of every layer, in closed form. Imports no torch.
 
-Conventions: forward pass, matrix products only, 2 FLOPs per multiply-add. Attention does not skip
-masked keys (a query of full attention counts all keys, as in PaLM's appendix B); a sliding window
-counts its width. Training costs three times the forward pass; recomputation is not counted.
-Upsampling attention with relative positions counts the scores it uses: the code computes k times
-as many and drops the rest, 0.6 to 2.1% of the FLOPs of the paper's models. The usual 6 x parameters
-x tokens would overestimate an Hourglass several times, since its inner levels are shorter.
+Matrix products only, 2 FLOPs per multiply-add. The usual 6 x parameters x tokens would overestimate
+an Hourglass several times, since its inner levels are shorter. Three counts differ in the products
+of attention:
+
+model FLOPs     every query counts all keys, as in the paper and in PaLM's appendix B, or those of
+                its sliding window. Training costs three times the forward pass.
+causal FLOPs    every query counts the keys that it sees: what a causal kernel needs. Likewise.
+executed FLOPs  what `attention.py` computes on a device, masked scores included, and what autograd
+                computes in the backward pass; with recomputation, blocks a second time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import product
 
 from hg_scale.config.hierarchy import level_lengths
 from hg_scale.config.schema import ModelConfig
+from hg_scale.model.attention_pairs import Kernels, Pairing, executed_pairs
 from hg_scale.model.plan import (
     LayerPlan,
     Level,
@@ -28,25 +32,41 @@ from hg_scale.model.plan import (
 TRAINING_FACTOR = 3  # the backward pass costs twice the forward pass
 
 
+_FUSED_BACKWARD = 5, 2  # products: scores again, and four for the gradients; of the forward pass
+
+
 @dataclass(frozen=True)
 class LayerCost:
-    """Cost of one layer: `parameters`, and forward `flops` of one sequence."""
+    """Cost of one layer: `parameters`, and the FLOPs of one sequence in its forward pass.
+
+    flops: model FLOPs. backward: executed FLOPs of the backward pass. recomputed: those that the
+    recomputation of a block adds to it.
+    """
 
     layer: LayerPlan
     parameters: int
     flops: int
+    causal: int
+    executed: int
+    backward: int
+    recomputed: int
 
 
 def layer_costs(
-    model: ModelConfig, length: int | None = None, factors: tuple[int, ...] | None = None
+    model: ModelConfig,
+    length: int | None = None,
+    factors: tuple[int, ...] | None = None,
+    kernels: Kernels = Kernels(),  # noqa: B008 - it is immutable
 ) -> list[LayerCost]:
     """Return the costs of all layers in order, for one sequence of `length` tokens.
 
     Default: the model's sequence length. `factors`: step factors that replace the hierarchy's.
     The biases of `shared_position_bias` belong to no layer: see `parameter_count`.
     """
-    counter = _CostCounter(model, length or model.sequence_length, factors or model.parsed.factors)
-    return [LayerCost(layer, *counter.layer(layer)) for layer in layer_plan(model)]
+    length, factors = length or model.sequence_length, factors or model.parsed.factors
+    counter = _CostCounter(model, length, factors, kernels)
+    costs = [(layer, counter.layer(layer)) for layer in layer_plan(model)]
+    return [LayerCost(layer, *(getattr(c, f.name) for f in fields(c))) for layer, c in costs]
 
 
 def parameter_count(model: ModelConfig) -> int:
@@ -61,15 +81,48 @@ def shared_bias_width(model: ModelConfig) -> int:
 
 
 def forward_flops(model: ModelConfig, length: int | None = None) -> int:
-    """Return the forward FLOPs of one sequence."""
+    """Return the model FLOPs of the forward pass of one sequence."""
     return sum(cost.flops for cost in layer_costs(model, length))
 
 
 def training_flops_per_token(model: ModelConfig) -> float:
-    """Return the training FLOPs per token; with shorten-factor dropout, the mean over its draws."""
+    """Return the model FLOPs per token in training.
+
+    With shorten-factor dropout, the mean over its draws; so for the other two counts.
+    """
+    return _mean_per_token(model, lambda cost: TRAINING_FACTOR * cost.flops)
+
+
+def causal_flops_per_token(model: ModelConfig) -> float:
+    """Return the causal FLOPs per token in training."""
+    return _mean_per_token(model, lambda cost: TRAINING_FACTOR * cost.causal)
+
+
+def executed_flops_per_token(
+    model: ModelConfig,
+    recompute: Sequence[bool] = (),
+    kernels: Kernels = Kernels(),  # noqa: B008 - it is immutable
+) -> float:
+    """Return the executed FLOPs per token in training.
+
+    recompute: by level, whether its blocks run forward again in the backward pass.
+    """
+
+    def executed(cost: LayerCost) -> int:
+        again = cost.layer.kind == "block" and any(recompute[cost.layer.level :][:1])
+        return cost.executed + cost.backward + again * cost.recomputed
+
+    return _mean_per_token(model, executed, kernels)
+
+
+def _mean_per_token(
+    model: ModelConfig,
+    count: Callable[[LayerCost], int],
+    kernels: Kernels = Kernels(),  # noqa: B008 - it is immutable
+) -> float:
     draws = list(product(*model.factor_choices)) if model.factor_choices else [None]
-    total = sum(cost.flops for draw in draws for cost in layer_costs(model, None, draw))
-    return TRAINING_FACTOR * total / len(draws) / model.sequence_length
+    total = sum(count(cost) for draw in draws for cost in layer_costs(model, None, draw, kernels))
+    return total / len(draws) / model.sequence_length
 
 
 def cache_bytes(
@@ -127,88 +180,110 @@ class _CacheCounter:
         return 2 * keys * query.d_model, distances * query.d_model * (positions == "relative")
 
 
-class _CostCounter:
-    """Counts (parameters, FLOPs) of each layer, for one model and length."""
+@dataclass(frozen=True)
+class _Cost:
+    """The numbers of `LayerCost`, of a part of a layer."""
 
-    def __init__(self, model: ModelConfig, length: int, factors: tuple[int, ...]) -> None:
+    parameters: int = 0
+    flops: int = 0
+    causal: int = 0
+    executed: int = 0
+    backward: int = 0
+    recomputed: int = 0
+
+    def __add__(self, other: _Cost) -> _Cost:
+        return _Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+class _CostCounter:
+    """Counts the cost of each layer, for one model and length."""
+
+    def __init__(
+        self, model: ModelConfig, length: int, factors: tuple[int, ...], kernels: Kernels
+    ) -> None:
         self.model, self.factors = model, factors
         self.levels = model_levels(model)
         self.lengths = level_lengths(length, factors)
         self.norm_width = 2 if model.norm == "layernorm" else 1  # parameter vectors of a norm
+        self.kernels = kernels
 
-    def layer(self, layer: LayerPlan) -> tuple[int, int]:
+    def layer(self, layer: LayerPlan) -> _Cost:
         level = self.levels[layer.level]
         n = self.lengths[layer.level]
         vocab, d = self.model.padded_vocab, level.d_model
         match layer.kind:
             case "embedding":
-                return vocab * d, 0
+                return _Cost(vocab * d)
             case "head":
                 return self.linear(n, d, vocab)
             case "norm":
-                return self.norm(d), 0
+                return self.norm(d)
             case "block":
-                parts = [
-                    (2 * self.norm(d), 0),
-                    self.attention(level, n, level, n),
-                    self.feed_forward(level, n),
-                ]
+                parts = self.block_parts(level, n)
             case "shorten":
-                parts = list(self.shorten(layer.level))
+                parts = self.shorten(layer.level)
             case "upsample":
-                parts = list(self.upsample(layer.level))
-        return sum(p for p, _ in parts), sum(f for _, f in parts)
+                parts = self.upsample(layer.level)
+        return sum(parts, _Cost())
 
-    def linear(self, n: int, d_in: int, d_out: int) -> tuple[int, int]:
-        return d_in * d_out + (d_out if self.model.bias else 0), 2 * n * d_in * d_out
+    def linear(self, n: int, d_in: int, d_out: int) -> _Cost:
+        flops = 2 * n * d_in * d_out
+        parameters = d_in * d_out + (d_out if self.model.bias else 0)
+        return _Cost(parameters, flops, flops, flops, 2 * flops, flops)
 
-    def norm(self, d: int) -> int:
-        return self.norm_width * d
+    def norm(self, d: int) -> _Cost:
+        return _Cost(self.norm_width * d)
 
-    def feed_forward(self, level: Level, n: int) -> tuple[int, int]:
+    def feed_forward(self, level: Level, n: int) -> _Cost:
         gates = 2 if self.model.activation == "swiglu" else 1
         up = self.linear(n, level.d_model, gates * level.d_ff)
         down = self.linear(n, level.d_ff, level.d_model)
-        return up[0] + down[0], up[1] + down[1]
+        if not (self.kernels.drops and self.model.dropout):
+            # torch's checkpoint stops at the last tensor that is needed; dropout's comes after it.
+            down = replace(down, recomputed=0)
+        return up + down
+
+    def block_parts(self, level: Level, n: int) -> Iterator[_Cost]:
+        yield self.norm(level.d_model) + self.norm(level.d_model)
+        yield from self.attention(level, level, Pairing(n, n, window=level.window), level.positions)
+        yield self.feed_forward(level, n)
 
     def attention(
-        self,
-        query: Level,
-        n: int,
-        key: Level,
-        m: int,
-        positions: str | None = None,
-        windowed: bool = True,
-    ) -> tuple[int, int]:
-        """Count attention of n queries to m keys; `positions`: of the longer sequence."""
-        positions = positions or query.positions
-        d = query.d_model
-        window = query.window if windowed else None
-        seen = min(window or m, m)
-        parts = [
-            self.linear(n, d, d),
-            self.linear(m, key.d_model, 2 * d),
-            self.linear(n, d, d),
-            (0, 2 * 2 * n * seen * d),  # scores and values
-        ]
-        if positions == "relative":
-            distances = seen if seen < m else max(n, m)
-            parts.append(self.linear(distances, d, d))
-            parts.append((0, 2 * n * seen * d))
+        self, query: Level, key: Level, pairing: Pairing, positions: str
+    ) -> Iterator[_Cost]:
+        """Count the parts of attention; `positions`: of the longer sequence."""
+        n, m, d, relative = pairing.n, pairing.m, query.d_model, positions == "relative"
+        executed = executed_pairs(pairing, relative, self.model.dropout > 0, self.kernels)
+        yield self.linear(n, d, d)
+        yield self.linear(m, key.d_model, 2 * d)
+        yield self.linear(n, d, d)
+        yield self.products(pairing, d, executed.contents, executed.fused)  # scores
+        yield self.products(pairing, d, executed.contents, executed.fused)  # values
+        if relative:
+            yield self.products(pairing, d, executed.by_distance)
+            table = 2 * executed.table * d * d
+            # The sinusoids get no gradient.
+            projection = self.linear(pairing.distances, d, d)
+            yield replace(projection, executed=table, backward=table, recomputed=table)
             if not self.model.shared_position_bias:
-                parts.append((2 * d, 0))
+                yield _Cost(2 * d)
         if self.model.qk_norm:
-            parts.append((2 * d, 0))
-        return sum(p for p, _ in parts), sum(f for _, f in parts)
+            yield _Cost(2 * d)
+
+    def products(self, pairing: Pairing, d: int, executed: int, fused: bool = False) -> _Cost:
+        """Count one product of queries and keys, or of probabilities and values."""
+        full, flops = 2 * pairing.n * pairing.width * d, 2 * executed * d
+        backward, forward = _FUSED_BACKWARD if fused else (2, 1)
+        return _Cost(0, full, 2 * pairing.visible() * d, flops, backward * flops // forward, flops)
 
     def resampling_attention(
-        self, query: Level, n: int, key: Level, m: int, positions: str
-    ) -> Iterator[tuple[int, int]]:
-        yield self.norm(key.d_model) + 2 * self.norm(query.d_model), 0
-        yield self.attention(query, n, key, m, positions, windowed=False)
-        yield self.feed_forward(query, n)
+        self, query: Level, key: Level, pairing: Pairing, positions: str
+    ) -> Iterator[_Cost]:
+        yield self.norm(key.d_model) + self.norm(query.d_model) + self.norm(query.d_model)
+        yield from self.attention(query, key, pairing, positions)
+        yield self.feed_forward(query, pairing.n)
 
-    def shorten(self, j: int) -> Iterator[tuple[int, int]]:
+    def shorten(self, j: int) -> Iterator[_Cost]:
         k = self.factors[j]
         upper, lower = self.levels[j], self.levels[j + 1]
         n, kind = self.lengths[j + 1], self.model.pooling_kind
@@ -216,17 +291,19 @@ class _CostCounter:
         if projection:
             yield self.linear(n, *projection)
         if kind.attends:
-            yield from self.resampling_attention(lower, n, upper, n * k, upper.positions)
+            pairing = Pairing(n, n * k, query_step=k, crosses=True)
+            yield from self.resampling_attention(lower, upper, pairing, upper.positions)
 
-    def upsample(self, j: int) -> Iterator[tuple[int, int]]:
+    def upsample(self, j: int) -> Iterator[_Cost]:
         k = self.factors[j]
         upper, lower = self.levels[j], self.levels[j + 1]
         n, m, kind = self.lengths[j], self.lengths[j + 1], self.model.upsampling_kind
-        yield self.norm(upper.d_model), 0
+        yield self.norm(upper.d_model)
         if self.model.skip == "learned":
-            yield upper.d_model, 0
+            yield _Cost(upper.d_model)
         projection = upsampling_projection(kind, k, upper.d_model, lower.d_model)
         if projection:
             yield self.linear(m, *projection)
         if kind.attends:
-            yield from self.resampling_attention(upper, n, lower, m, upper.positions)
+            pairing = Pairing(n, m, key_step=k, crosses=True)
+            yield from self.resampling_attention(upper, lower, pairing, upper.positions)

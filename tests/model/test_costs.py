@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from hg_scale.config.schema import ModelConfig
+from hg_scale.model.attention_pairs import Kernels, Pairing
+from hg_scale.model.context import Context
 from hg_scale.model.costs import (
+    causal_flops_per_token,
+    executed_flops_per_token,
     forward_flops,
     layer_costs,
     parameter_count,
     training_flops_per_token,
 )
+from hg_scale.model.grouping import FixedGroups
 from hg_scale.model.hourglass import Hourglass
 
 SHAPES = {
@@ -97,6 +107,95 @@ def test_flops_equal_torchs_flop_counter() -> None:
         with FlopCounterMode(display=False) as counter:
             model(ids)
         assert counter.get_total_flops() == forward_flops(config)
+
+
+def _baddbmm_flops(_: list[int], a: list[int], b: list[int], **__: object) -> int:
+    return 2 * a[0] * a[1] * a[2] * b[2]
+
+
+def _fused_flops(q: list[int], k: list[int], v: list[int], *_: object, **__: object) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _fused_backward_flops(
+    dy: list[int], q: list[int], k: list[int], v: list[int], *_: object, **__: object
+) -> int:
+    return sdpa_backward_flop_count(dy, q, k, v)
+
+
+aten = torch.ops.aten
+NOT_IN_TORCHS_COUNTER = {
+    aten.baddbmm_: _baddbmm_flops,  # of banded.py
+    aten._scaled_dot_product_flash_attention_for_cpu: _fused_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _fused_backward_flops,
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    config=models(),
+    length=st.sampled_from([48, 150]),
+    dropout=st.sampled_from([0.0, 0.1]),
+    drops=st.booleans(),
+    recompute=st.booleans(),
+    precision=st.sampled_from(["fp32", "bf16"]),
+)
+def test_executed_flops_equal_a_count_over_the_module(
+    config: ModelConfig, length: int, dropout: float, drops: bool, recompute: bool, precision: str
+) -> None:
+    """To the operation: forward, recomputation and backward, on every path of a CPU."""
+    config = config.model_copy(update={"sequence_length": length, "dropout": dropout})
+    levels = [recompute] * len(config.by_level("d_model"))
+    model = Hourglass(config, recompute=levels)
+    if precision == "bf16":
+        model.bfloat16()
+    context = Context(config.parsed.factors, (1, 1) if drops else None)
+    with FlopCounterMode(display=False, custom_mapping=NOT_IN_TORCHS_COUNTER) as counter:
+        logits = model(torch.zeros(1, length, dtype=torch.long), context=context)
+        logits.sum().backward()
+    kernels = Kernels("cpu", precision, drops)  # type: ignore[arg-type]
+    expected = executed_flops_per_token(config, levels, kernels)
+    assert counter.get_total_flops() == round(expected * length)
+
+
+@given(
+    n=st.integers(1, 40),
+    k=st.integers(1, 5),
+    window=st.none() | st.integers(1, 50),
+)
+def test_visible_pairs_equal_the_masks(n: int, k: int, window: int | None) -> None:
+    def count(mask: torch.Tensor) -> int:
+        return int(mask.sum())
+
+    groups = FixedGroups(k, n)
+    band = torch.ones(n, n).tril() - torch.ones(n, n).tril(-window if window else -n)
+    assert Pairing(n, n, window=window).visible() == count(band)
+    pooling = Pairing(groups.count, groups.count * k, query_step=k, crosses=True)
+    assert pooling.visible() == count(groups.shortening.visible(torch.device("cpu")))
+    upsampling = Pairing(n, groups.count, key_step=k, crosses=True)
+    assert upsampling.visible() == count(groups.upsampling.visible(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("positions", ["rotary", "relative"])
+def test_a_causal_kernel_needs_half_the_scores(positions: str) -> None:
+    """Causal FLOPs leave out n (n - 1) / 2 of the n x n pairs, and nothing else."""
+    n, d, blocks = 128, 512, 3
+    config = ModelConfig(hierarchy="3@1", positions=positions, sequence_length=n)
+    products = 3 if positions == "relative" else 2
+    skipped = 3 * blocks * products * 2 * d * n * (n - 1) // 2
+    difference = training_flops_per_token(config) - causal_flops_per_token(config)
+    assert difference * n == skipped
+
+
+def test_fused_kernels_skip_masked_tiles() -> None:
+    """On CUDA: of 4 x 4 tiles of 128, the 10 on and below the diagonal; 5 products backward."""
+    n, d = 512, 512
+    config = ModelConfig(hierarchy="1@1", positions="rotary", sequence_length=n, dropout=0.0)
+    (block,) = [c for c in layer_costs(config) if c.layer.kind == "block"]
+    product = 2 * 10 * 128**2 * d
+    linear = block.flops - 2 * 2 * n * n * d
+    assert block.executed == linear + 2 * product
+    assert block.backward == 2 * linear + 5 * product
 
 
 def test_shortened_levels_are_cheaper() -> None:

@@ -19,7 +19,7 @@ TRAINING = (
         "hg_scale/training/engine.py",
         "count * self.micro_batch_size * length * self.mesh.data",
         "count * self.micro_batch_size * length",
-        f"{LAYOUTS} -k 'test_same_curve and 4-1-2'",
+        f"{LAYOUTS} -k 'test_same_curve and pp2_dp2-paper-fp32-1'",
     ),
     Mutant(
         "validation losses are not summed over data ranks",
@@ -47,7 +47,7 @@ TRAINING = (
         "hg_scale/training/engine.py",
         "shard_of(parameter).dim is not None or self.mesh.tensor_rank == 0",
         "shard_of(parameter).dim is not None or self.mesh.data_rank == 0",
-        f"{LAYOUTS} -k 'test_same_curve and 2-2-1-0'",
+        f"{LAYOUTS} -k 'test_same_curve and tp2_pp2-paper-fp32-0'",
     ),
     Mutant(
         "every micro-batch has the dropout masks of the first",
@@ -61,7 +61,7 @@ TRAINING = (
         "hg_scale/training/engine.py",
         "scale = min(limit / (self._norm + 1e-6), 1.0)",
         "scale = max(limit / (self._norm + 1e-6), 1.0)",
-        f"{LAYOUTS} -k 'clip'",
+        f"{LAYOUTS} -k 'test_same_curve and pp2-paper-fp32-0'",
     ),
     Mutant(
         "biases and scales decay like matrices",
