@@ -30,6 +30,12 @@ def test_dropout_mask_depends_on_seed_step_sample_and_site() -> None:
     assert torch.equal(layer(x, Context(())), x)  # evaluation
 
 
+def test_every_dropout_of_a_model_has_masks_of_its_own() -> None:
+    model = Hourglass(ModelConfig(hierarchy="2@1 2@2 2@1", d_model=16, heads=2, d_ff=32))
+    sites = [module.site for module in model.modules() if isinstance(module, Dropout)]
+    assert len(sites) == len(set(sites)) and len(sites) > 6 * 4
+
+
 def test_tensor_ranks_have_slices_of_one_dropout_mask() -> None:
     x = torch.ones(2, 6, 8)
     context = Context((), (1, 1))

@@ -51,6 +51,19 @@ def test_a_model_without_blocks_is_initialised() -> None:
     assert float(out.detach().std()) == pytest.approx((2 * out.shape[1]) ** -0.5, rel=0.2)
 
 
+def test_fused_matrices_are_drawn_as_several() -> None:
+    """Glorot's bound sqrt(6 / (fan-in + fan-out)) of one of the two or three matrices."""
+    sizes = {"hierarchy": "1@1 1@2 1@1", "d_model": [64, 96], "heads": 2, "d_ff": 32}
+    model = Hourglass(small(**sizes, pooling="attention", initialization="paper"))
+    for name, fans in {
+        "pre.0.attention.qkv.weight": 64 + 64,
+        "level0.shorten.attend.attention.kv.weight": 64 + 96,
+        "level0.shorten.attend.attention.out.weight": 96 + 96,
+    }.items():
+        largest = float(model.get_parameter(name).detach().abs().max())
+        assert largest == pytest.approx((6 / fans) ** 0.5, rel=0.01), name
+
+
 def count_equal_slices(tree: dict[str, Any]) -> int:
     """Compare every parameter of this rank's engine with the plain model's; return their number."""
     from hg_scale.model.sharding import shard_of

@@ -1,4 +1,4 @@
-"""Dropout of the resampling: where the authors' code has it, in training only."""
+"""Resampling: its dropout, where the authors' code has it, and the learned skip."""
 
 from __future__ import annotations
 
@@ -66,3 +66,15 @@ def test_resampling_that_attends_drops_after_its_attention_only() -> None:
     for name in ("shorten", "upsample"):
         layer = hourglass.get_submodule(f"level0.{name}")
         assert layer.dropout.rate == 0.0 and layer.attend.dropout_attention.rate == 0.5
+
+
+def test_the_learned_gain_scales_the_skip_only() -> None:
+    upsample = model(0.0, skip="learned", upsampling="repeat").get_submodule("level0.upsample")
+    generator = torch.Generator().manual_seed(0)
+    x, z = torch.randn(2, 24, 16, generator=generator), torch.randn(2, 8, 16, generator=generator)
+    gain = torch.randn(16, generator=generator)
+    with torch.no_grad():
+        plain = upsample(Activations(z, (x,)), Context((3,))).x
+        upsample.gain.copy_(gain)
+        scaled = upsample(Activations(z, (x,)), Context((3,))).x
+    torch.testing.assert_close(scaled - plain, x * (gain - 1), rtol=1e-4, atol=1e-5)

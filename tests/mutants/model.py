@@ -82,7 +82,7 @@ MODEL = (
         "hg_scale/model/resampling.py",
         "return Activations(skip + self.norm(y), state.skips[:-1])",
         "return Activations(x + self.norm(y) * (skip / x), state.skips[:-1])",
-        "tests/model/test_formulas.py",
+        "tests/model/test_resampling.py",
     ),
     Mutant(
         "qk-norm's scale gets no gradient",
