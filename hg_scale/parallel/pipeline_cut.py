@@ -13,6 +13,7 @@ from math import inf, prod
 from hg_scale.config.schema import ModelConfig
 from hg_scale.model.costs import TRAINING_FACTOR, layer_costs
 from hg_scale.model.plan import boundary_shapes, layer_plan
+from hg_scale.parallel.pipeline_schedule import simulate_step
 
 # Cost of a byte across a boundary in FLOPs: bf16 FLOP/s of an H100 over a 400 Gbit/s link.
 FLOPS_PER_BYTE = 989e12 / 50e9
@@ -30,6 +31,7 @@ class PipelineCut:
     flops: tuple[int, ...]
     traffic: tuple[int, ...]
     costs: tuple[float, ...]
+    bytes_per_element: int = 2
 
     @property
     def imbalance(self) -> float:
@@ -37,9 +39,12 @@ class PipelineCut:
         return max(self.costs) * len(self.costs) / sum(self.costs)
 
     def bubble(self, micro_batches: int) -> float:
-        """Idle fraction of a 1F1B schedule with equal stages."""
-        idle = len(self.flops) - 1
-        return idle / (micro_batches + idle)
+        """Return the share of a step in which stages wait or transfer, simulated."""
+        forward = [flops / TRAINING_FACTOR for flops in self.flops]
+        backward = [flops - f for flops, f in zip(self.flops, forward, strict=True)]
+        per_element = self.bytes_per_element * FLOPS_PER_BYTE
+        transfer = [elements * per_element for elements in self.traffic[1:]]
+        return simulate_step(forward, backward, transfer, micro_batches).bubble
 
 
 def cut_pipeline(model: ModelConfig, stages: int, bytes_per_element: int = 2) -> PipelineCut:
@@ -90,4 +95,5 @@ def cut_pipeline(model: ModelConfig, stages: int, bytes_per_element: int = 2) ->
         tuple(sum(flops[a:b]) for a, b in pairwise(parts)),
         tuple(traffic[a] for a in parts[:-1]),
         tuple(stage_cost(a, b) for a, b in pairwise(parts)),
+        bytes_per_element,
     )

@@ -39,10 +39,17 @@ PARALLEL = (
         "tests/parallel/test_pipeline_cut.py",
     ),
     Mutant(
-        "the bubble forgets the micro-batches in flight",
+        "a stage runs ahead of its neighbour's transfer",
+        "hg_scale/parallel/pipeline_schedule.py",
+        "end = max(clock[stage], clock[other]) + transfer[action.stage]",
+        "end = clock[stage] + transfer[action.stage]",
+        "tests/parallel/test_pipeline_schedule.py",
+    ),
+    Mutant(
+        "the bubble leaves out transfers",
         "hg_scale/parallel/pipeline_cut.py",
-        "return idle / (micro_batches + idle)",
-        "return idle / micro_batches",
+        "return simulate_step(forward, backward, transfer, micro_batches).bubble",
+        "return simulate_step(forward, backward, [0] * len(transfer), micro_batches).bubble",
         "tests/parallel/test_pipeline_cut.py",
     ),
     Mutant(

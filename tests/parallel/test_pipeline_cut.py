@@ -82,8 +82,13 @@ def test_a_boundary_between_inner_levels_carries_the_open_skips() -> None:
 
 
 def test_bubble_of_the_1f1b_schedule() -> None:
-    cut = cut_pipeline(model("8@1"), 4)
-    assert cut.bubble(8) == pytest.approx(3 / 11)
+    cut = cut_pipeline(model("8@1"), 4, bytes_per_element=0)
+    assert 3 / 11 < cut.bubble(8) < 3 / 11 + 0.01  # nearly equal stages
+    assert cut_pipeline(model("8@1"), 4).bubble(8) > cut.bubble(8)  # transfers
+    uneven = cut_pipeline(model("2@1 2@4 1@1", pooling="average", upsampling="repeat"), 3)
+    assert uneven.imbalance > 1.1
+    pace = 8 * max(uneven.flops)
+    assert uneven.bubble(8) > 1 - 8 * sum(uneven.flops) / (3 * pace)  # of the slowest stage alone
 
 
 def test_more_stages_than_blocks_are_refused() -> None:
