@@ -169,7 +169,7 @@ def _text_of_line(path: Path, position: int, line: bytes, field: str) -> bytes |
         ) from None
     if not isinstance(record, dict):
         raise DataError(
-            f"{path}: the line at byte {position} is a {type(record).__name__}; expected an "
+            f"{path}: the line at byte {position} is {_json_kind(record)}; expected an "
             "object per line: write each document into a line of its own"
         )
     try:
@@ -183,10 +183,21 @@ def _text_of_line(path: Path, position: int, line: bytes, field: str) -> bytes |
         return None
     if not isinstance(text, str):
         raise DataError(
-            f"{path}: the field {field!r} of the line at byte {position} is a "
-            f"{type(text).__name__}, not text; set --field to another"
+            f"{path}: the field {field!r} of the line at byte {position} is "
+            f"{_json_kind(text)}, not text; set --field to another"
         )
     return text.encode("utf-8", "surrogatepass")
+
+
+def _json_kind(value: Any) -> str:
+    """Return what a value is in the words of JSON."""
+    if value is None:
+        return "null"
+    kinds: list[tuple[type, str]] = [
+        (bool, "true or false"), (int, "a number"), (float, "a number"), (str, "a string"),
+        (list, "an array"), (dict, "an object"),
+    ]  # fmt: skip
+    return next(name for kind, name in kinds if isinstance(value, kind))
 
 
 def nested_value(record: dict[str, Any], field: str) -> Any:

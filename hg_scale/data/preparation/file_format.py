@@ -44,7 +44,7 @@ _PROMISES = {
 }  # fmt: skip
 _MAX_SIGNATURE = 64  # bytes that tell tables from everything else
 _SHOWN = 3  # files that are named in an error
-_IMAGE_HINT = "data_prep/prepare_images.py reads PNG, JPEG and NumPy images"
+_IMAGE_HINT = "data_prep/prepare_images.py reads images"
 _TABLE_HINT = "data_prep/prepare_text.py reads its rows"
 _REMEDIES = {
     PARQUET: _TABLE_HINT,

@@ -42,7 +42,7 @@ class ExpectedShape(NamedTuple):
             found, needed = describe_shape(shape), describe_shape(self.shape)
             raise DataError(
                 f"{path}: {found}, but {self.of} has {needed}; all images "
-                "need the same size: prepare them separately, or leave it out with --exclude"
+                "need the same size: prepare them separately"
             )
 
 

@@ -137,11 +137,11 @@ def test_empty_lines_and_null_are_skipped(tmp_path):
     [
         ('{"text": "a"}\n{"text": ', r"a\.jsonl: the line at byte 14 is not JSON"),
         ('{"body": "a", "n": 1}', r"has no field 'text' \(it has: body, n\).*--field"),
-        ("[1]", "the line at byte 0 is a list; expected an object per line"),
-        ('"text"', "the line at byte 0 is a str; expected an object per line"),
+        ("[1]", "the line at byte 0 is an array; expected an object per line"),
+        ('"text"', "the line at byte 0 is a string; expected an object per line"),
         ("[" * 100_000, "the line at byte 0 is not JSON .*recursion"),
         ("\x1f\x8b\0\x9e\n", "the line at byte 0 is not JSON"),
-        ('{"text": 5}', "field 'text' of the line at byte 0 is a int, not text"),
+        ('{"text": 5}', "field 'text' of the line at byte 0 is a number, not text"),
     ],
 )
 def test_invalid_lines_are_reported(tmp_path, content, message):

@@ -85,7 +85,7 @@ def test_bad_lines(tmp_path, monkeypatch, packed):
         name.write_bytes(gzip.compress(content) if packed else content)
     found = equal_without(tmp_path, tmp_path / "mixed", tmp_path / "blank")
     assert [(item.kind, item.position) for item in found] == [("line", place) for place in at]
-    assert "is not JSON" in found[0].reason and "is a int, not text" in found[1].reason
+    assert "is not JSON" in found[0].reason and "is a number, not text" in found[1].reason
     with pytest.raises(DataError, match=r"a\.jsonl.*: the line at byte .* is not JSON"):
         prepare(job(tmp_path / "mixed", tmp_path / "stop", SkipPolicy()), ProgressBar())
 
