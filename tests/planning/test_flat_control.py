@@ -44,7 +44,7 @@ def hierarchies(draw: st.DrawFn) -> dict[str, Any]:
         total *= step
         entries.append(f"{count}@{total}")
     outer = [f"{draw(st.integers(0, 4))}@1", f"{draw(st.integers(1, 4))}@1"]
-    levels, tensor = len(k) + 1, draw(st.sampled_from([1, 2, 4]))
+    levels, tensor = len(k) + 1, draw(st.sampled_from([1, 2, 3, 4]))
     head = draw(st.sampled_from([8, 16, 64]))
     heads = [
         tensor * n for n in draw(st.lists(st.integers(1, 4), min_size=levels, max_size=levels))
@@ -61,6 +61,7 @@ def hierarchies(draw: st.DrawFn) -> dict[str, Any]:
             "window": None if full else [draw(st.integers(8, 200))] + [None] * (levels - 1),
             "activation": draw(st.sampled_from(["gelu", "swiglu"])),
             "pooling": draw(st.sampled_from(["attention", "average", "linear"])),
+            "vocab_multiple": 192,
             "sequence_length": total * draw(st.integers(1, 40)),
         },
         "optimizer": {"learning_rate_by_level": [2.0, *[1.0] * (levels - 1)]},
