@@ -29,6 +29,7 @@ LAYERS = (
     ("config",),
     ("model",),
     ("parallel",),
+    ("planning",),
     ("data",),
     ("checkpoint",),
     ("convert",),

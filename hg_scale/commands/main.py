@@ -22,6 +22,7 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)  # of stdout 
 VERBS = (
     "train",
     "config",
+    "plan",
     "data",
     "convert",
     "evaluate",
