@@ -11,7 +11,7 @@ SCHEDULE = "tests/training/test_schedule.py"
 NUMBERS = "tests/training/test_logged_numbers.py"
 LOADER = "tests/training/test_batch_loader.py"
 OPTIMIZER = "tests/training/test_optimizer.py"
-RESUME = "tests/checkpoint/test_resume.py"
+FAULTS = "tests/faults/test_bad_steps.py"
 
 TRAINING = (
     Mutant(
@@ -180,28 +180,28 @@ TRAINING = (
         "hg_scale/training/loop.py",
         "loss = result.loss / loader.scored if loader.scored else nan",
         "loss = result.loss if loader.scored else nan",
-        "tests/training/test_data_errors.py",
+        "tests/training/test_data_errors.py -k skipped_and_recorded",
     ),
     Mutant(
         "the count of skipped steps starts again with every start",
         "hg_scale/training/state.py",
         '"progress": asdict(progress),',
         '"progress": asdict(progress) | {"skipped": 0},',
-        "tests/training/test_skipped_steps.py",
+        f"{FAULTS} -k nan_on_one_rank",
     ),
     Mutant(
         "the guard forgets the losses before a resume",
         "hg_scale/training/state.py",
         'engine.guard.load(reader.manifest.get("guard", {}))',
         "engine.guard.load({})",
-        "tests/training/test_skipped_steps.py",
+        f"{FAULTS} -k too_many",
     ),
     Mutant(
         "a resumed run repeats its last step",
         "hg_scale/training/loop.py",
         "range(self.progress.step + 1, last_step + 1)",
         "range(max(self.progress.step, 1), last_step + 1)",
-        RESUME,
+        "tests/training/test_interruption.py -k 'to_one_rank and USR1-1'",
     ),
     Mutant(
         "what is due every n steps is due a step early",

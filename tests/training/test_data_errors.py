@@ -125,7 +125,8 @@ def test_corrupt_shard_is_skipped_and_recorded(corpus: Index, tmp_path: Path) ->
     assert len(warnings) == 1 and "train-00004.tar: member 1" in warnings[0]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
-    assert len(steps) == 20 and all(4 < record["loss"] < 7 for record in steps)
+    # Random bytes cannot be learned: ln 256 = 5.55, also where one window of 8 does not count.
+    assert len(steps) == 20 and all(5.3 < record["loss"] < 7 for record in steps)
     assert {"data_wait_p50", "data_wait_p99", "data_wait_rank", "epochs"} <= steps[0].keys()
     (manifest,) = (run / "checkpoints").glob("step-*/manifest.json")
     progress = json.loads(manifest.read_text())["progress"]
